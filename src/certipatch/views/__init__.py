@@ -1,0 +1,31 @@
+"""Views: which pixels a partial picture shows, and how it is rendered for a network."""
+
+from typing import Any
+
+import torch
+
+from certipatch.views.bands import Bands, Columns, Rows
+from certipatch.views.base import Views
+from certipatch.views.blocks import Blocks
+from certipatch.views.masks import PixelSets, masked
+from certipatch.views.receptive_fields import ReceptiveFields
+
+__all__ = ["Bands", "Blocks", "Columns", "PixelSets", "ReceptiveFields", "Rows", "Views", "create", "masked"]
+
+_BY_NAME = {view.name: view for view in (Columns, Rows, Blocks)}
+
+
+def create(settings: dict[str, Any]) -> Views:
+    """The views that ``views.settings()`` described. ValueError on an unknown name or setting."""
+    rest = dict(settings)
+    name = rest.pop("name", None)
+    try:
+        if name in _BY_NAME:
+            return _BY_NAME[name](**rest)
+        if name == ReceptiveFields.name:
+            return ReceptiveFields(**{key: tuple(value) for key, value in rest.items()})
+        if name == "pixel-sets":
+            return PixelSets(torch.tensor(rest["visible"], dtype=torch.bool))
+    except TypeError as error:
+        raise ValueError(f"views {name!r} cannot be built: {error}") from None
+    raise ValueError(f"unknown views {name!r}; known: {', '.join([*_BY_NAME, ReceptiveFields.name, 'pixel-sets'])}")
