@@ -3,48 +3,31 @@
 A stem as wide as the band reads the picture once, with circular padding where bands wrap. From there on every
 convolution runs along the band only, never across bands, so output band ``v`` depends on the pixels of band ``v`` and
 on its position, and on nothing else. No picture is ablated and no hidden pixel is ever computed on: the evidence of
-all W column bands costs about one ordinary forward pass, where a NULL-encoded picture costs one pass per band.
+all W column bands costs about one ordinary forward pass, where NULL-encoded pictures cost one pass per band.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from certipatch.models.resnet import stages
 from certipatch.views import Bands, Blocks, Rows
-
-
-class _Residual(nn.Module):
-    """Two convolutions along the band around a shortcut; ``stride`` thins the band, never the set of bands."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int]):
-        super().__init__()
-        padding = (kernel[0] // 2, kernel[1] // 2)
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, kernel, 1, padding, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        same = inputs == outputs and stride == (1, 1)
-        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
 
 
 class StripNet(nn.Module):
     """Logits of every view of ``views`` from one pass over the whole picture.
 
     Args:
-        views: the bands (columns or rows, one band a view) or blocks that the network serves.
+        views: the bands or blocks that the network serves, one per view.
         in_channels: C of the pictures.
         num_classes: K.
         image_size: (H, W) in pixels; positions are learned, so one network serves one size.
-        widths: channels of each stage. Each stage but the first halves the length of the band.
+        widths: channels of each stage. Along a band each stage but the first halves the length; a block has collapsed
+            to one cell after the stem, so all its further layers are 1x1.
         depth: residual blocks per stage.
 
-    ``forward`` maps pictures (B, C, H, W) to logits (B, V, K). It is certipatch's own network, not the paper's.
+    ``forward`` maps pictures (B, C, H, W) to logits (B, V, K). It is certipatch's own network, in none of the papers.
     """
 
     encoding = "all-views"
@@ -61,43 +44,39 @@ class StripNet(nn.Module):
         super().__init__()
         if views.count != 1:
             raise ValueError(f"a strip network reads one band or block per view, not {views.count}; use resnet18")
+        views.number(image_size)
         self.views = views
-        self.rows = isinstance(views, Rows)
-        height, width = (image_size[1], image_size[0]) if self.rows else image_size
-        blocks = isinstance(views, Blocks)
-        along = 1 if blocks else 3
-        grid = tuple(len(s) for s in views.starts(image_size)) if blocks else (None, len(views.starts(image_size)))
-        if blocks:
-            self.stem = nn.Conv2d(in_channels, widths[0], views.width, views.stride, bias=False)
+        self.turned = isinstance(views, Rows)
+        if isinstance(views, Blocks):
+            tops, lefts = views.starts(image_size)
+            cells = (len(tops), len(lefts))
+            self.stem = nn.Conv2d(in_channels, widths[0], views.width, bias=False)
+            self.body = stages(widths, depth, (1, 1), [(1, 1)] * len(widths))
+            self.collapse = nn.Identity()
+            self.take = (torch.tensor(tops), torch.tensor(lefts))
         else:
-            self.stem = nn.Conv2d(
-                in_channels, widths[0], (4, views.width), (2, views.stride), padding=(1, 0), bias=False
-            )
-        length = grid[0] if blocks else (height - 2) // 2 + 1
-        self.position = nn.Parameter(torch.zeros(1, widths[0], length, grid[1]))
+            length = image_size[1] if self.turned else image_size[0]
+            cells = ((length - 2) // 2 + 1, len(views.starts(image_size)))
+            self.stem = nn.Conv2d(in_channels, widths[0], (4, views.width), (2, 1), padding=(1, 0), bias=False)
+            self.body = stages(widths, depth, (3, 1), [(1, 1)] + [(2, 1)] * (len(widths) - 1))
+            left = cells[0]
+            for _ in widths[1:]:
+                left = (left - 1) // 2 + 1
+            self.collapse = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], (left, 1)), nn.ReLU(inplace=True))
+            self.take = (torch.arange(cells[0]), torch.tensor(views.starts(image_size)))
+        self.position = nn.Parameter(torch.zeros(1, widths[0], *cells))
         self.norm = nn.BatchNorm2d(widths[0])
-        stages: list[nn.Module] = []
-        for i, (inputs, outputs) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True)):
-            halve = (2, 1) if i > 0 and not blocks else (1, 1)
-            stages.append(_Residual(inputs, outputs, (along, 1), halve))
-            stages.extend(_Residual(outputs, outputs, (along, 1), (1, 1)) for _ in range(depth - 1))
-        self.body = nn.Sequential(*stages)
-        self.collapse = not blocks
-        if self.collapse:
-            for i in range(1, len(widths)):
-                length = (length - 1) // 2 + 1
-            self.pool = nn.Conv2d(widths[-1], widths[-1], (length, 1))
         self.head = nn.Linear(widths[-1], num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.transpose(2, 3) if self.rows else images
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V K"]:
+        x = images.transpose(2, 3) if self.turned else images
         if self.views.wrap:
             overlap = self.views.width - 1
             x = torch.cat([x, x[..., :overlap]], dim=3)
-            if not self.collapse:
+            if isinstance(self.views, Blocks):
                 x = torch.cat([x, x[..., :overlap, :]], dim=2)
-        x = F.relu(self.norm(self.stem(x) + self.position))
-        x = self.body(x)
-        if self.collapse:
-            x = F.relu(self.pool(x))
+        x = self.stem(x)
+        x = x[:, :, self.take[0][:, None], self.take[1]]
+        x = F.relu(self.norm(x + self.position))
+        x = self.collapse(self.body(x))
         return self.head(x.flatten(2).transpose(1, 2))

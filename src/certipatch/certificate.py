@@ -1,0 +1,67 @@
+"""The one result type: what was answered, and by how much no patch can change it."""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from certipatch.sees import Sees
+from certipatch.threats import Threat
+
+Notion = Literal["recovery", "detection"]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """Labels of B pictures, each with a margin for every location of the threat.
+
+    A picture is certified when every margin is > 0; tolerances are already subtracted. A location that cannot be
+    bounded has margin −inf.
+    """
+
+    label: Int64[Tensor, " B"]
+    margin: Float64[Tensor, "B L"]
+    threat: Threat
+    theorem: str
+    sees: Sees | None = None
+    """Where the L locations lie; None where the threat has no places (sparse) or the network itself is bounded."""
+    notion: Notion = "recovery"
+    """``recovery``: the label stays; ``detection``: it stays or an alarm is raised."""
+    alarm: Bool[Tensor, " B"] | None = None
+    """Clean pictures that raise an alarm (detection only)."""
+    confidence: float = 1.0
+    """Exactly 1, or 1 − α where the certificate rests on samples."""
+
+    @property
+    def certified(self) -> Bool[Tensor, " B"]:
+        """True where no location of the threat can change the answer."""
+        return (self.margin > 0).all(1)
+
+    @property
+    def weakest(self) -> Int64[Tensor, " B"]:
+        """The location of smallest margin (the first of several)."""
+        return self.margin.argmin(1)
+
+    def box(self, location: int) -> tuple[int, int, int, int] | None:
+        """(top, left, height, width) in pixels of a location; of its first patch if there are several."""
+        if self.sees is None or self.margin.shape[1] != len(self.sees.choices):
+            return None
+        return self.sees.locations.box(int(self.sees.choices[location, 0]))
+
+    def map(self, picture: int) -> Float64[Tensor, "H W"]:
+        """Vulnerability map: for each pixel the smallest margin over the locations that cover it, +inf where none does."""
+        if self.sees is None or self.margin.shape[1] != len(self.sees.locations):
+            raise ValueError(f"a map needs one location per place of one patch; {self.threat} has no such places")
+        locations = self.sees.locations
+        result = torch.full((locations.image_size[0] * locations.image_size[1],), torch.inf, dtype=torch.float64)
+        margin = self.margin[picture].cpu()
+        for number, mask in enumerate(locations.masks):
+            members = locations.shape == number
+            corner = locations.top[members] * locations.image_size[1] + locations.left[members]
+            for down, right in torch.tensor(mask).nonzero().tolist():
+                place = corner + down * locations.image_size[1] + right
+                result.scatter_reduce_(0, place, margin[members], "amin")
+        return result.view(locations.image_size)

@@ -1,0 +1,126 @@
+"""From what a user calls a dataset to its pictures."""
+
+import difflib
+import os
+import re
+
+from certipatch.data.decoding import check_size
+from certipatch.data.known import KNOWN, SAMPLE, canonical, known_classes, names
+from certipatch.data.pictures import Found, Pictures
+from certipatch.errors import InputError
+
+DATA_VARIABLE = "CERTIPATCH_DATA"
+"""The environment variable that names a folder of known datasets, one folder each."""
+_SPLIT = re.compile(r"[A-Za-z0-9_.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def load(
+    data: str,
+    split: str | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Pictures:
+    """The labelled pictures of one split of a dataset.
+
+    data: a name of `names()`, a folder, or a Hub id `owner/name`. A known name is read from the folder of that name
+    in the folder $CERTIPATCH_DATA if it is there, else from the Hub; write `./mnist` for a folder called as a known
+    dataset. A folder holds either `SPLIT-*.parquet` files in the Hub's layout, or class folders `SPLIT/CLASS/*.png`
+    or `CLASS/*.png`; the last has one split, `all`.
+    split: default is `test`, else `validation`, else the only split.
+    size: (H, W) in pixels that each picture is resized and centre-cropped to; default: as they are.
+    limit: take only the first so many pictures.
+    seed: the order of the pictures of class folders; data of other kinds keep their own order.
+
+    Raises InputError for all that is not so, or cannot be read.
+    """
+    data = os.fspath(data)
+    check_size(size)
+    _check(split, limit, seed)
+    own = _own_folder(data)
+    name, source = data, data
+    if own is not None:
+        found = _folder(own, split, limit, seed, data)
+    elif data in KNOWN:
+        source = KNOWN[data].hub
+        found = _hub(source, split, limit)
+    elif os.path.isdir(data):
+        name = os.path.basename(os.path.abspath(data)) or "root"
+        found = _folder(data, split, limit, seed, data)
+    elif os.path.exists(data):
+        raise InputError(f"{data!r} is a file; give the folder that holds the dataset, or a dataset name")
+    elif _HUB_ID.fullmatch(data):
+        name = canonical(data)
+        found = _hub(data, split, limit)
+    else:
+        raise InputError(_unknown(data))
+    return Pictures(
+        name, found.split, source, found.labels, _class_names(found, name), _note(found, name), found.store, size
+    )
+
+
+def _check(split: str | None, limit: int | None, seed: int) -> None:
+    if split is not None and not _SPLIT.fullmatch(split):
+        raise InputError(f"split {split!r} is no split name; give a plain name such as test (no slices, no paths)")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise InputError(f"limit {limit!r} is not a number of pictures; give 1 or more")
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed {seed!r} is not a whole number; give 0 or more")
+
+
+def _own_folder(name: str) -> str | None:
+    """The folder of the sample, or the one that $CERTIPATCH_DATA has for a known name; None if there is none."""
+    if name == SAMPLE:
+        return os.path.join(os.path.dirname(__file__), SAMPLE)
+    root = os.environ.get(DATA_VARIABLE)
+    folder = os.path.join(root, name) if root and name in KNOWN else ""
+    return folder if os.path.isdir(folder) else None
+
+
+def _folder(root: str, split: str | None, limit: int | None, seed: int, called: str) -> Found:
+    try:
+        parquet = any(name.endswith(".parquet") for name in os.listdir(root))
+    except OSError as error:
+        raise InputError(f"cannot read the folder {root!r} ({error.strerror}); check its permissions") from None
+    if parquet:
+        from certipatch.data.parquet import read_parquet
+
+        return read_parquet(root, split, limit, called)
+    from certipatch.data.folder import read_folder
+
+    return read_folder(root, split, limit, seed)
+
+
+def _hub(hub: str, split: str | None, limit: int | None) -> Found:
+    from certipatch.data.hub import read_hub
+
+    return read_hub(hub, split, limit)
+
+
+def _class_names(found: Found, name: str) -> tuple[str, ...]:
+    """Class folders' own names; else the known ones; else those in the data's metadata; else the indices."""
+    from certipatch.data.folder import FileStore
+
+    known = None if isinstance(found.store, FileStore) else known_classes(name)
+    for candidate in (known, found.class_names):
+        if candidate is not None and len(candidate) >= found.classes:
+            return candidate
+    return tuple(str(i) for i in range(found.classes))
+
+
+def _note(found: Found, name: str) -> str | None:
+    """A remark if a dataset that is lossless by origin is there as JPEG."""
+    if name in KNOWN and KNOWN[name].lossless and found.store.encoded(0).startswith(b"\xff\xd8\xff"):
+        return "JPEG-recompressed copy"
+    return None
+
+
+def _unknown(data: str) -> str:
+    if "/" in data or os.sep in data:
+        return f"there is no folder {data!r}; check the path, or give a dataset name such as {SAMPLE}"
+    near = difflib.get_close_matches(data.lower(), names(), n=1, cutoff=0.5)
+    if near:
+        return f"there is no dataset or folder {data!r}; did you mean {near[0]}?"
+    return f"there is no dataset or folder {data!r}; give a folder, a Hub id owner/name, or one of {', '.join(names())}"

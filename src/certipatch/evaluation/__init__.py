@@ -1,0 +1,1 @@
+"""Evaluation: resumable runs, and metrics with confidence intervals."""

@@ -1,0 +1,161 @@
+"""Evidence: what a network says about every view, each view computed once, in full batches; and the model check.
+
+A certificate rests on one assumption: a view's evidence depends on its visible pixels alone. ``check_model`` tests it
+on the model that is served, and measures how far rounding moves a view's scores.
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from certipatch.errors import InputError
+from certipatch.views import Views
+from certipatch.views.render import render
+
+BATCH = 1024  # rendered views per forward pass
+# By parameter type: the largest change of a logit, relative to 1 + the largest, that counts as rounding; the least
+# tolerance of a score.
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+FLOORS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@final
+@dataclass(frozen=True)
+class Tolerance:
+    """Rounding of a score: it may be off by ``atol + rtol·|score|``."""
+
+    atol: float
+    rtol: float
+
+    def of(self, scores: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The tolerance of each score."""
+        return self.atol + self.rtol * scores.abs()
+
+
+@torch.inference_mode()
+def logits(
+    model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], index: Tensor | None = None, batch_size: int = BATCH
+) -> Float[Tensor, "B v K"]:
+    """The network's logits for views ``index`` (all V when None) of every picture.
+
+    A model whose ``encoding`` is ``all-views`` maps pictures to (B, V, K) itself; any other gets rendered views, in
+    forward passes of ``batch_size``. The default encoding is ``null``.
+    """
+    encoding = getattr(model, "encoding", "null")
+    number = views.number((images.shape[2], images.shape[3]))
+    if encoding == "all-views":
+        step = max(1, batch_size // number)
+        parts = [model(images[i : i + step]) for i in range(0, len(images), step)]
+        every = torch.cat(parts)
+        if every.ndim != 3 or every.shape[1] != number:
+            raise InputError(f"the model gives {tuple(every.shape)} where (B, V={number}, K) is needed")
+        return every if index is None else every[:, index]
+    index = torch.arange(number) if index is None else index
+    pictures = []
+    for images_part in images.split(batch_size):
+        step = max(1, batch_size // len(images_part))
+        parts = []
+        for chosen in index.split(step):
+            rendered = render(encoding, images_part, views, chosen)
+            answer = model(rendered.flatten(0, 1))
+            if answer.ndim != 2 or len(answer) != rendered.shape[0] * rendered.shape[1]:
+                raise InputError(f"the model gives {tuple(answer.shape)} where (N, K) is needed")
+            parts.append(answer.unflatten(0, rendered.shape[:2]))
+        pictures.append(torch.cat(parts, dim=1))
+    return torch.cat(pictures)
+
+
+def forward_passes(model: nn.Module, views: Views, image_size: tuple[int, int]) -> int:
+    """Network calls per picture: 1 for a network that yields all views at once, else V."""
+    return 1 if getattr(model, "encoding", "null") == "all-views" else views.number(image_size)
+
+
+def scores(logits: Float[Tensor, "... K"]) -> Float[Tensor, "... K"]:
+    """Softmax confidences, in float32 or better."""
+    return torch.softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+
+def votes(
+    scores: Float[Tensor, "B V K"], threshold: float | None, tolerance: Tolerance
+) -> tuple[Bool[Tensor, "B V K"], Bool[Tensor, "B V"]]:
+    """Votes, and which views are *unsure*: their votes could turn within the tolerance.
+
+    With a threshold θ a view votes for every class of score > θ; with None for its top class (the smaller index on a
+    tie), where it is unsure when the runner-up lies within twice the tolerance.
+    """
+    if threshold is None:
+        top = scores.topk(2, dim=-1).values
+        unsure = top[..., 0] - top[..., 1] <= tolerance.of(top).sum(-1)
+        first = scores.argmax(-1, keepdim=True)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, first, True), unsure
+    return scores > threshold, ((scores - threshold).abs() <= tolerance.of(scores)).any(-1)
+
+
+def check_images(images: Tensor) -> None:
+    """InputError unless ``images`` are floats (B ≥ 1, C, H, W), finite and in [0, 1]."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or len(images) == 0:
+        got = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"pictures are a float tensor (B, C, H, W) with B ≥ 1, not {got}")
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):
+        if bool(torch.isnan(images).any()):
+            raise InputError("pictures contain NaN")
+        raise InputError(f"pixel values must lie in [0, 1], not [{low.item():g}, {high.item():g}]; divide by 255")
+
+
+@torch.inference_mode()
+def check_model(model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], seed: int = 0) -> Tolerance:
+    """Refuse a model whose views leak or depend on their neighbours; measure the rounding of the others.
+
+    With up to two of ``images`` and a random picture, for up to eight views: the same view (a) twice, (b) beside
+    all-black, all-white and random pictures in batches of 1, 2, 5 and 9, (c) with its hidden pixels set to 0, 1 and
+    random. The largest change of a score, four times over, is the tolerance.
+
+    Errors: InputError that says which of the three changed a logit by more than rounding can.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def random_like(pictures: Tensor) -> Tensor:
+        return torch.rand(pictures.shape, generator=generator).to(pictures)
+
+    probes = torch.cat([images[:2], random_like(images[:1])])
+    size = images.shape[2], images.shape[3]
+    number = views.number(size)
+    index = torch.linspace(0, number - 1, min(number, 8)).round().long().unique()
+
+    def answer(pictures: Tensor, chosen: Tensor = index) -> Tensor:
+        return logits(model, views, pictures, chosen).double()
+
+    alone = torch.cat([answer(probe[None]) for probe in probes])
+    if not bool(torch.isfinite(alone).all()):
+        raise InputError("model refused: its answers are not finite")
+    dtype = next((p.dtype for p in model.parameters()), images.dtype)
+    limit = LIMITS.get(dtype, 1e-4)
+    worst = 0.0
+
+    def measure(other: Tensor, reference: Tensor, reason: str) -> None:
+        nonlocal worst
+        change = ((other - reference).abs().max() / (1 + reference.abs().max())).item()
+        if not change <= limit:
+            raise InputError(f"model refused: {reason}{training}; an answer changed by {change:.2g} (limit {limit:g})")
+        worst = max(worst, (scores(other) - scores(reference)).abs().max().item())
+
+    training = "; it is in training mode, call model.eval()" if model.training else ""
+    measure(torch.cat([answer(probe[None]) for probe in probes]), alone, "the same view twice gives two answers")
+    coupled = "a view's answer depends on the other pictures in the batch"
+    neighbours = torch.cat([torch.zeros_like(probes[:1]), torch.ones_like(probes[:1]), random_like(probes[:1])])
+    for others in (1, 4, 8):
+        batch = neighbours.repeat(3, 1, 1, 1)[:others]
+        beside = torch.cat([answer(torch.cat([batch, probe[None]]))[-1:] for probe in probes])
+        measure(beside, alone, coupled)
+    measure(answer(probes), alone, coupled)
+    for position, view in enumerate(index):
+        shown = views.visible(size, view[None])[0].to(images.device)
+        for fill in (torch.zeros_like(probes), torch.ones_like(probes), random_like(probes)):
+            changed = answer(torch.where(shown, probes, fill), view[None])
+            measure(changed[:, 0], alone[:, position], f"view {int(view)} leaks: its answer depends on hidden pixels")
+    floor = FLOORS.get(dtype, 1e-6)
+    return Tolerance(atol=max(4 * worst, floor), rtol=floor)

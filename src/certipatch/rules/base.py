@@ -1,0 +1,72 @@
+"""What a rule is: evidence → label, and a theorem that bounds what an attacker can do to it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float64, Int64, Shaped
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True)
+class Verdict:
+    """A rule's answer: ``label`` (B,), and ``margin`` (B, L), positive only where no attack at l changes the label."""
+
+    label: Int64[Tensor, " B"]
+    margin: Float64[Tensor, "B L"]
+
+    @property
+    def certified(self) -> Bool[Tensor, " B"]:
+        """Pictures whose label no location can change."""
+        return (self.margin > 0).all(1)
+
+
+class Rule(ABC):
+    """Evidence (B, V, K) → label (B,). On a tie the smaller class index wins, in predict and in certify."""
+
+    theorem: ClassVar[str]
+    """The condition under which ``certify`` gives a positive margin, in one line."""
+
+    @abstractmethod
+    def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
+        """The label of each picture."""
+
+    @abstractmethod
+    def certify(
+        self, evidence: Shaped[Tensor, "B V K"], sees: Bool[Tensor, "L V"], unsure: Bool[Tensor, "B V"] | None = None
+    ) -> Verdict:
+        """The label of each picture and its margin at every location.
+
+        Args:
+            evidence: what the network says about every view; any real or integer dtype.
+            sees: ``sees[l, v]``: an attacker at l owns the evidence of view v.
+            unsure: views whose evidence rounding may have changed: they belong to the attacker at every location.
+
+        Errors: ValueError on L = 0, V = 0, K < 2, NaN or shapes that do not fit each other.
+        """
+
+
+def check_evidence(evidence: Tensor) -> None:
+    """ValueError unless evidence is a real tensor (B, V ≥ 1, K ≥ 2) without NaN."""
+    if evidence.ndim != 3:
+        raise ValueError(f"evidence has the shape (B, V, K), not {tuple(evidence.shape)}")
+    if evidence.shape[1] < 1 or evidence.shape[2] < 2:
+        raise ValueError(f"evidence needs at least one view and two classes, not V={evidence.shape[1]} K={evidence.shape[2]}")
+    if evidence.is_complex():
+        raise ValueError("evidence must be real, not complex")
+    if evidence.is_floating_point() and bool(torch.isnan(evidence).any()):
+        raise ValueError("evidence contains NaN")
+
+
+def check_relation(evidence: Tensor, sees: Tensor, unsure: Tensor | None) -> None:
+    """ValueError unless ``sees`` is bool (L ≥ 1, V) and ``unsure`` is bool (B, V)."""
+    if sees.dtype != torch.bool or sees.ndim != 2 or sees.shape[1] != evidence.shape[1] or len(sees) < 1:
+        raise ValueError(
+            f"sees must be bool with the shape (L ≥ 1, V={evidence.shape[1]}), not {sees.dtype} {tuple(sees.shape)}"
+        )
+    if unsure is not None and (unsure.dtype != torch.bool or unsure.shape != evidence.shape[:2]):
+        raise ValueError(
+            f"unsure must be bool with the shape {tuple(evidence.shape[:2])}, not {unsure.dtype} {tuple(unsure.shape)}"
+        )

@@ -1,0 +1,102 @@
+"""Voting: the rule of (de)randomized smoothing (Levine & Feizi 2020, equations 3 to 6)."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+
+from certipatch.rules.base import Rule, Verdict, check_evidence, check_relation
+
+CHUNK_BYTES = 256 * 2**20  # working memory of one step
+
+
+@final
+@dataclass(frozen=True)
+class Vote(Rule):
+    """The class with most votes; a view votes for no class, one, or several.
+
+    **Theorem (per location).** Let A be the views that an attacker at l owns (those that see l, and the unsure ones),
+    and n(out) the votes of the other views. The label stays y for every attack at l when, for every rival k,
+
+        n_y(out) − n_k(out) − |A|  ≥  [y > k].
+
+    *Proof.* An attacked view changes n_y − n_k by −1 at worst: no vote for y, one for k. So n_y − n_k ≥ n_y(out) −
+    n_k(out) − |A| after the attack, and y wins at a difference of 0 against larger indices, of 1 against smaller ones.
+    The attack that makes every view in A vote for k alone attains it, so the condition is exact.
+
+    **Theorem (paper, Thm 1 and 2).** n_y − n_k − 2·max_l |A_l| ≥ [y > k]. Never stronger: the votes of A may already
+    be against y, and a location at the border may touch fewer views than the worst one. Unsure views count as attacked
+    once more.
+
+    Both margins are ``min_k (left − [y > k]) + 1``: a whole number, positive exactly where the condition holds.
+
+    Departs from the paper: location by location instead of one worst |A|; |A| is counted with ``sees``.
+    """
+
+    margin: Literal["location", "paper"] = "location"
+    theorem: ClassVar[str] = "n_y(out) − n_k(out) − |A| ≥ [y > k] for every rival k and location (exact)"
+
+    def __post_init__(self):
+        if self.margin not in ("location", "paper"):
+            raise ValueError(f"margin must be 'location' or 'paper', not {self.margin!r}")
+
+    def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
+        """The class with most votes; without any vote class 0. ValueError on votes that are not 0 or 1."""
+        return _checked_votes(evidence).sum(1, dtype=torch.int64).argmax(1)
+
+    def certify(
+        self, evidence: Shaped[Tensor, "B V K"], sees: Bool[Tensor, "L V"], unsure: Bool[Tensor, "B V"] | None = None
+    ) -> Verdict:
+        votes = _checked_votes(evidence)
+        check_relation(votes, sees, unsure)
+        label = votes.sum(1, dtype=torch.int64).argmax(1)
+        if unsure is not None:
+            votes = votes * ~unsure[..., None]
+        counts = votes.sum(1, dtype=torch.int64)
+        owned = sees.sum(1)[None].expand(len(votes), -1)
+        if unsure is not None:
+            owned = owned + unsure.sum(1, keepdim=True)
+        if self.margin == "paper":
+            lead = _smallest_lead(counts, label) - owned.amax(1) - sees.sum(1).amax()
+            return Verdict(label, (lead + 1).double()[:, None].repeat(1, len(sees)))
+        if unsure is not None:
+            owned = owned - _matmul(unsure[..., None], sees)[..., 0]
+        step = max(1, CHUNK_BYTES // (16 * len(sees) * votes.shape[2]))
+        lead = torch.cat(
+            [
+                _smallest_lead(counts[i : i + step, None] - _matmul(votes[i : i + step], sees), label[i : i + step, None])
+                for i in range(0, max(1, len(votes)), step)
+            ]
+        )
+        return Verdict(label, (lead - owned + 1).double())
+
+
+def _checked_votes(evidence: Tensor) -> Tensor:
+    check_evidence(evidence)
+    if evidence.dtype == torch.bool:
+        return evidence.to(torch.uint8)
+    votes = evidence.to(torch.uint8)
+    if bool((votes > 1).any()) or not torch.equal(votes.to(evidence.dtype), evidence):
+        wrong = evidence[(evidence != 0) & (evidence != 1)].flatten()[0].item()
+        raise ValueError(f"votes are 0 or 1, not {wrong}; compare the scores with a threshold first")
+    return votes
+
+
+def _matmul(votes: Tensor, sees: Tensor) -> Int64[Tensor, "B L K"]:
+    """Votes of the views in each row of ``sees``. float32 counts are exact up to 2²⁴ views."""
+    if votes.shape[1] >= 2**24:
+        raise ValueError(f"{votes.shape[1]} views cannot be counted exactly; use fewer than {2**24}")
+    batch, views, classes = votes.shape
+    flat = votes.permute(1, 0, 2).reshape(views, batch * classes)
+    return (sees.float() @ flat.float()).long().view(len(sees), batch, classes).transpose(0, 1)
+
+
+def _smallest_lead(counts: Int64[Tensor, "... K"], label: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """min over rivals k of n_y − n_k − [y > k]."""
+    label = label[..., None].expand(*counts.shape[:-1], 1)
+    classes = torch.arange(counts.shape[-1], device=counts.device)
+    rivals = counts + (classes < label)
+    rivals = rivals.masked_fill(classes == label, -1)
+    return counts.gather(-1, label)[..., 0] - rivals.amax(-1)

@@ -1,0 +1,52 @@
+"""Training objectives on the evidence of views: pure functions of logits, labels and the relation ``sees``."""
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def cross_entropy(logits: Float[Tensor, "B V K"], target: Int64[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Mean cross entropy of all views, as in ablated training (Levine & Feizi 2020, section 2.2.1)."""
+    return F.cross_entropy(logits.flatten(0, 1), target.repeat_interleave(logits.shape[1]))
+
+
+def soft_votes(logits: Float[Tensor, "B V K"], threshold: float | None, width: float) -> Float[Tensor, "B V K"]:
+    """A smooth stand-in for votes: sigmoid((softmax − θ) / width), or the softmax itself for top-class votes."""
+    confidence = torch.softmax(logits, dim=-1)
+    return confidence if threshold is None else torch.sigmoid((confidence - threshold) / width)
+
+
+def worst_vote_margin(
+    votes: Float[Tensor, "B V K"], target: Int64[Tensor, " B"], sees: Bool[Tensor, "L V"]
+) -> Float[Tensor, "B L K"]:
+    """The theorem's margin, n_y(out) − n_k(out) − |A|, for every location and rival; +inf at k = y.
+
+    With true votes this is what ``rules.Vote`` certifies; with soft votes its gradient says which views to improve.
+    """
+    outside = (~sees).to(votes.dtype)
+    batch, views, classes = votes.shape
+    counts = (outside @ votes.permute(1, 0, 2).reshape(views, -1)).view(len(sees), batch, classes).transpose(0, 1)
+    own = counts.gather(2, target[:, None, None].expand(-1, len(sees), 1))
+    lead = own - counts - sees.sum(1).to(votes.dtype)[None, :, None]
+    return lead.masked_fill(F.one_hot(target, classes).bool()[:, None], torch.inf)
+
+
+def vote_margin_loss(
+    logits: Float[Tensor, "B V K"],
+    target: Int64[Tensor, " B"],
+    sees: Bool[Tensor, "L V"],
+    threshold: float | None,
+    width: float = 0.1,
+    temperature: float = 2.0,
+) -> Float[Tensor, ""]:
+    """Raise the certificate itself: softplus of the smooth maximum over locations and rivals of minus the vote margin.
+
+    Args:
+        width: of the soft votes, in confidence; smaller is nearer to true votes.
+        temperature: of the smooth maximum, in votes; smaller looks at the worst location only.
+
+    Certipatch's own; the idea of training through the worst location is Metzen & Yatsura 2021 (BagCert).
+    """
+    margin = worst_vote_margin(soft_votes(logits, threshold, width), target, sees)
+    return F.softplus(torch.logsumexp(-margin.flatten(1) / temperature, dim=1)).mean()

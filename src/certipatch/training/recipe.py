@@ -1,0 +1,125 @@
+"""Recipes: everything that a training needs to be repeated, as a YAML file that pydantic checks."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from certipatch.defenses.card import Side, SmoothingSettings, ViewSettings
+from certipatch.errors import InputError
+from certipatch.models import ModelSettings
+
+
+class Objective(BaseModel):
+    """Which views a step looks at, and what it asks of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    views_per_step: int | Literal["all"] = 1
+    """``1`` is ablated training as in the paper: one random view for all pictures of the batch. A larger number draws
+    that many, anew for each batch; ``all`` shows every view of every picture."""
+    cross_entropy: float = Field(1.0, ge=0)
+    """Weight of the mean cross entropy of the views."""
+    vote_margin: float = Field(0.0, ge=0)
+    """Weight of the worst-location vote margin; needs ``views_per_step: all``."""
+    patch: int = Field(5, ge=1)
+    """Side in pixels of the square patch that the vote margin is for."""
+    vote_width: float = Field(0.1, gt=0)
+    temperature: float = Field(2.0, gt=0)
+    margin_from: float = Field(0.1, ge=0, le=1)
+    """Share of the training after which the vote margin counts."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Objective":
+        if self.vote_margin > 0 and self.views_per_step != "all":
+            raise ValueError("vote_margin needs views_per_step: all")
+        if self.views_per_step != "all" and self.views_per_step < 1:
+            raise ValueError("views_per_step is at least 1, or all")
+        if self.vote_margin == 0 and self.cross_entropy == 0:
+            raise ValueError("cross_entropy and vote_margin are both 0; nothing would be trained")
+        return self
+
+
+class Augment(BaseModel):
+    """Random changes of each training batch; the empty ones leave pictures alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shift: int = Field(0, ge=0, le=64)
+    """Largest shift in pixels along each axis, drawn for each picture; black comes in."""
+    flip: bool = False
+    """Mirror half of the pictures left to right."""
+
+
+class Recipe(BaseModel):
+    """A training, from data to a certified defense on disk."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"[A-Za-z0-9_.-]{1,64}")
+    defense: Literal["derandomized-smoothing"] = "derandomized-smoothing"
+    data: str
+    split: str = "train"
+    resize: tuple[Side, Side] | None = None
+    """Resize and centre-crop every picture to (H, W) first; without, all must have one size."""
+    limit: int | None = Field(None, ge=1)
+    holdout: int = Field(1000, ge=0)
+    """Last pictures of the split, kept out of the training to watch it."""
+    settings: SmoothingSettings = SmoothingSettings()
+    views: ViewSettings
+    model: ModelSettings
+    objective: Objective = Objective()
+    augment: Augment = Augment()
+    epochs: int = Field(ge=1, le=10_000)
+    batch_size: int = Field(128, ge=1, le=65_536)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(1e-3, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises; afterwards it falls as a cosine."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    weights: Literal["float32", "float16"] = "float32"
+    """How the trained weights are stored and served."""
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+def read(path: Path, changes: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML file, with ``key=value`` changes (dots reach inside: ``views.width=4``).
+
+    Errors: InputError that names the field.
+    """
+    try:
+        if path.stat().st_size > 2**20:
+            raise InputError(f"{path} is larger than 1 MiB; that is no recipe")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is no recipe: a recipe is a list of `key: value` lines")
+    for change in changes or []:
+        _change(values, change)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "recipe"
+        raise InputError(f"{path}: {place}: {first['msg']}, not {json.dumps(first['input'], default=str)[:80]}") from None
+
+
+def _change(values: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {change!r} is not understood; write key=value, as epochs=3 or views.width=4")
+    *folders, last = key.split(".")
+    for folder in folders:
+        values = values.setdefault(folder, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {change!r}: {folder} has no fields")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {change!r}: {text!r} is not a value") from None

@@ -1,0 +1,245 @@
+"""Training: a recipe and pictures in, a certified defense on disk out."""
+
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from certipatch import views as view_sets
+from certipatch.data import Pictures, load
+from certipatch.defenses import card as cards
+from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+from certipatch.errors import InputError
+from certipatch.evaluation.metrics import accuracies
+from certipatch.sees import sees
+from certipatch.threats import PatchThreat
+from certipatch.training import checkpoint, objectives
+from certipatch.training.recipe import Recipe
+from certipatch.versions import versions
+from certipatch.views.render import render
+
+CHECKPOINT_SECONDS = 60.0
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what to show beside the bar)."""
+
+
+def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, text: None) -> cards.Card:
+    """Train ``recipe`` into the folder ``out`` (``weights.safetensors``, ``card.json``, ``log.jsonl``).
+
+    Writes a checkpoint each minute and each epoch, and goes on from it exactly: a training that was killed ends with
+    the same weights as one that was not. A finished folder is left as it is.
+
+    Errors: InputError on data that does not fit the recipe, or where ``out`` holds another training.
+    """
+    pictures = load(recipe.data, recipe.split, size=recipe.resize, limit=recipe.limit)
+    identity = _identity(recipe, pictures)
+    if (out / "card.json").exists():
+        card = cards.read(out)
+        if card.training.get("identity") != identity:
+            raise InputError(f"{out} holds another training ({card.name}); give a new --out")
+        return card
+    out.mkdir(parents=True, exist_ok=True)
+    if recipe.holdout >= len(pictures):
+        raise InputError(f"holdout {recipe.holdout} leaves none of {len(pictures)} pictures; use --set holdout=…")
+    every = pictures.decode_all()
+    targets = torch.from_numpy(pictures.labels)
+    size = (every.shape[2], every.shape[3])
+    blank = cards.Card(
+        name=recipe.name,
+        defense=recipe.defense,
+        settings=recipe.settings,
+        views=recipe.views,
+        model=recipe.model,
+        image_size=size,
+        channels=every.shape[1],
+        classes=pictures.class_names,
+        resize=recipe.resize is not None,
+        sha256="",
+        data={"name": pictures.name, "split": pictures.split, "pictures": len(pictures), "note": pictures.note},
+        recipe=recipe.model_dump(mode="json"),
+        seed=recipe.seed,
+        versions=versions(),
+    )
+    fabric = Fabric(accelerator="auto", devices="auto", precision=recipe.precision)
+    fabric.launch()
+    torch.manual_seed(recipe.seed)
+    network = blank.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = _optimizer(recipe, network)
+    first = checkpoint.load(out / "checkpoint.safetensors", network, optimizer, identity)
+    module, optimizer = fabric.setup(network, optimizer)
+    loss_of = _loss(recipe, blank, module, fabric.device)
+    train_count = len(every) - recipe.holdout
+    per_epoch = math.ceil(train_count / recipe.batch_size)
+    total = per_epoch * recipe.epochs
+    seconds = _seconds_so_far(out)
+    started = saved = time.monotonic()
+    order, epoch_of_order = torch.empty(0, dtype=torch.int64), -1
+    module.train()
+    for step in range(first, total):
+        epoch, position = divmod(step, per_epoch)
+        if epoch != epoch_of_order:
+            order = torch.randperm(train_count, generator=_generator(recipe.seed, epoch, 1))
+            epoch_of_order = epoch
+        chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+        draw = _generator(recipe.seed, step, 2)
+        images = _augment(every[chosen], recipe, draw).float().div_(255)
+        chunk = slice(fabric.global_rank, None, fabric.world_size)
+        images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(step / total, recipe.warmup)
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(images, targets[chosen][chunk].to(fabric.device), step / total, draw)
+        fabric.backward(loss)
+        optimizer.step()
+        done, epoch_ends = step + 1, (step + 1) % per_epoch == 0
+        if done % 10 == 0 or epoch_ends:
+            if not math.isfinite(loss.item()):
+                raise InputError(f"the loss became {loss.item()} at step {done}; use a lower learning_rate")
+            progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {loss.item():.3f}")
+        if (epoch_ends or time.monotonic() - saved > CHECKPOINT_SECONDS) and fabric.global_rank == 0:
+            saved = time.monotonic()
+            checkpoint.save(out / "checkpoint.safetensors", network, optimizer, done, identity)
+        if epoch_ends and fabric.global_rank == 0:
+            held = _held_out(recipe, blank, network, every[train_count:], targets[train_count:], fabric.device)
+            spent = seconds + time.monotonic() - started
+            _log(out, {"epoch": epoch + 1, "step": done, "loss": round(loss.item(), 4), "seconds": round(spent), **held})
+            progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {loss.item():.3f}  {_words(held)}")
+            module.train()
+    card = blank
+    if fabric.global_rank == 0:
+        spent = seconds + time.monotonic() - started
+        digest = cards.save_weights(out, network, getattr(torch, recipe.weights))
+        training = {
+            "identity": identity,
+            "seconds": round(spent, 1),
+            "steps": total,
+            "device": str(fabric.device.type),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "parameters": sum(p.numel() for p in network.parameters()),
+        }
+        card = blank.model_copy(update={"sha256": digest, "training": training})
+        cards.write(out, card)
+        (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    return card
+
+
+def _identity(recipe: Recipe, pictures: Pictures) -> str:
+    values = {"recipe": recipe.model_dump(mode="json", exclude={"data"}), "data": pictures.fingerprint()}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _generator(seed: int, number: int, purpose: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            network.parameters(), recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+        )
+    return torch.optim.AdamW(network.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+
+
+def _schedule(share: float, warmup: float) -> float:
+    """Learning rate relative to its peak: a linear rise, then half a cosine down to 0."""
+    if share < warmup:
+        return (share + 1e-3) / (warmup + 1e-3)
+    return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+
+
+def _augment(images: Tensor, recipe: Recipe, draw: torch.Generator) -> Tensor:
+    """Shifted and mirrored copies of uint8 pictures (B, C, H, W)."""
+    shift = recipe.augment.shift
+    if shift:
+        height, width = images.shape[2:]
+        moves = torch.randint(0, 2 * shift + 1, (len(images), 2), generator=draw)
+        padded = torch.nn.functional.pad(images, (shift,) * 4)
+        rows = moves[:, :1] + torch.arange(height)
+        columns = moves[:, 1:] + torch.arange(width)
+        picture = torch.arange(len(images))[:, None, None]
+        images = padded.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if recipe.augment.flip:
+        mirrored = torch.rand(len(images), generator=draw) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    return images
+
+
+def _loss(
+    recipe: Recipe, card: cards.Card, module: nn.Module, device: torch.device
+) -> Callable[[Tensor, Tensor, float, torch.Generator], Tensor]:
+    """The recipe's loss as a function of (images, targets, share of the training done, generator)."""
+    asked = recipe.objective
+    views = view_sets.create(recipe.views.model_dump())
+    number = views.number(card.image_size)
+    encoding = getattr(card.network(), "encoding", "null")
+    relation = None
+    if asked.vote_margin:
+        found = sees(views, PatchThreat(asked.patch), card.image_size)
+        relation = found.rows[found.undominated].to(device)
+
+    def logits_of(images: Tensor, draw: torch.Generator) -> Tensor:
+        index = torch.arange(number)
+        if asked.views_per_step != "all":
+            index = torch.randperm(number, generator=draw)[: asked.views_per_step]
+        if encoding == "all-views":
+            return module(images)[:, index.to(device)].float()
+        rendered = render(encoding, images, views, index)
+        return module(rendered.flatten(0, 1)).float().unflatten(0, rendered.shape[:2])
+
+    def loss(images: Tensor, targets: Tensor, share: float, draw: torch.Generator) -> Tensor:
+        logits = logits_of(images, draw)
+        result = asked.cross_entropy * objectives.cross_entropy(logits, targets)
+        if relation is not None and share >= asked.margin_from:
+            result = result + asked.vote_margin * objectives.vote_margin_loss(
+                logits, targets, relation, recipe.settings.threshold, asked.vote_width, asked.temperature
+            )
+        return result
+
+    return loss
+
+
+def _held_out(
+    recipe: Recipe, card: cards.Card, network: nn.Module, images: Tensor, targets: Tensor, device: torch.device
+) -> dict[str, float]:
+    """Clean and certified accuracy on held-out pictures with the weights as they are now."""
+    if len(images) == 0:
+        return {}
+    views = view_sets.create(recipe.views.model_dump())
+    network.eval()
+    defense = DerandomizedSmoothing(network, views, **recipe.settings.model_dump())
+    threat = PatchThreat(min(recipe.objective.patch, *card.image_size))
+    label, certified = [], []
+    for part in images.split(250):
+        found = defense.certify(part.to(device).float().div(255), threat)
+        label.append(found.label.cpu())
+        certified.append(found.certified.cpu())
+    clean, robust = accuracies(torch.cat(label) == targets, torch.cat(certified))
+    return {"clean_accuracy": clean, "certified_accuracy": robust, "patch": threat.masks(card.image_size)[0].__len__()}
+
+
+def _words(held: dict[str, float]) -> str:
+    if not held:
+        return ""
+    return f"held out: clean {held['clean_accuracy']:.1%}, certified {held['certified_accuracy']:.1%}"
+
+
+def _log(out: Path, line: dict[str, float]) -> None:
+    with (out / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _seconds_so_far(out: Path) -> float:
+    try:
+        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+    except (OSError, ValueError, KeyError):
+        return 0.0

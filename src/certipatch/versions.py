@@ -1,0 +1,15 @@
+"""Versions of everything that a number depends on."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+
+def versions() -> dict[str, str]:
+    """Versions of certipatch, Python, torch and NumPy."""
+    found = {"python": platform.python_version()}
+    for package in ("certipatch", "torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

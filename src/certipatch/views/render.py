@@ -1,0 +1,73 @@
+"""How a view is rendered for a network: pure functions from pictures to network inputs.
+
+Every one of them writes hidden pixels over with a constant, or never copies them: what a network gets depends on the
+visible pixels alone. The caller's pictures are never changed.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from certipatch.views.bands import Bands, Rows
+from certipatch.views.base import Views
+from certipatch.views.blocks import Blocks
+
+
+def null(images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "v H W"]) -> Float[Tensor, "B v C2 H W"]:
+    """Visible pixels as ``[x, 1 − x]``, hidden ones as zeros in all 2C channels, a value that no pixel has.
+
+    Levine & Feizi 2020, section 2.2.1.
+    """
+    both = torch.cat([images, 1 - images], dim=1)
+    return torch.where(visible[None, :, None], both[:, None], torch.zeros((), dtype=images.dtype, device=images.device))
+
+
+def fill(
+    images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "v H W"], value: float = 0.5
+) -> Float[Tensor, "B v C H W"]:
+    """Hidden pixels replaced by one constant, for networks that know nothing of ablation."""
+    return torch.where(visible[None, :, None], images[:, None], torch.full((), value, dtype=images.dtype, device=images.device))
+
+
+def crop(
+    images: Float[Tensor, "B C H W"], views: Bands | Blocks, index: Int[Tensor, " v"]
+) -> Float[Tensor, "B v C1 h w"]:
+    """The visible pixels alone, and their position in [0, 1) as further channels.
+
+    A column band gives H x s pixels, a row band the same picture turned (W x s), each with one channel of position;
+    a block gives s x s pixels with two.
+    """
+    if views.count != 1:
+        raise ValueError(f"a crop shows one band or block, not {views.count}; use the null encoding")
+    size = images.shape[2], images.shape[3]
+    reach = torch.arange(views.width, device=images.device)
+    index = index.to(images.device)
+    if isinstance(views, Bands):
+        turned = images.transpose(2, 3) if isinstance(views, Rows) else images
+        starts = torch.tensor(views.starts(size), device=images.device)[index]
+        places = (starts[:, None] + reach) % turned.shape[3]
+        pixels = turned[:, :, :, places].permute(0, 3, 1, 2, 4)
+        position = [starts / turned.shape[3]]
+    else:
+        tops, lefts = (torch.tensor(places, device=images.device) for places in views.starts(size))
+        top, left = tops[index // len(lefts)], lefts[index % len(lefts)]
+        rows, columns = (top[:, None] + reach) % size[0], (left[:, None] + reach) % size[1]
+        pixels = images[:, :, rows[:, :, None], columns[:, None, :]].permute(0, 2, 1, 3, 4)
+        position = [top / size[0], left / size[1]]
+    channels = torch.stack(position, 1).to(images.dtype)[None, :, :, None, None]
+    channels = channels.expand(len(images), -1, -1, *pixels.shape[3:])
+    return torch.cat([pixels, channels], dim=2)
+
+
+def render(
+    encoding: str, images: Float[Tensor, "B C H W"], views: Views, index: Int[Tensor, " v"]
+) -> Float[Tensor, "B v ..."]:
+    """Views ``index`` of every picture in one of the encodings ``null``, ``fill``, ``crop``. ValueError on another."""
+    if encoding == "crop":
+        if not isinstance(views, Bands | Blocks):
+            raise ValueError("only bands and blocks can be cropped; use the null encoding")
+        return crop(images, views, index)
+    if encoding not in ("null", "fill"):
+        raise ValueError(f"unknown encoding {encoding!r}; use null, fill or crop")
+    visible = views.visible((images.shape[2], images.shape[3]), index).to(images.device)
+    return null(images, visible) if encoding == "null" else fill(images, visible)
