@@ -1,0 +1,59 @@
+"""certipatch: certified robustness of image classifiers against adversarial patches.
+
+import certipatch as cp
+defense = cp.load("mnist-columns")
+cert = defense.certify(images, cp.PatchThreat(5))     # images (B, C, H, W) float in [0, 1]
+cert.label, cert.certified, cert.margin
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from certipatch import rules, testing, views
+    from certipatch.certificate import Certificate
+    from certipatch.defenses import Defense, DerandomizedSmoothing, load
+    from certipatch.errors import InputError
+    from certipatch.sees import sees
+    from certipatch.threats import PatchThreat, SparseThreat
+
+_HOME = {
+    "Certificate": "certipatch.certificate",
+    "Defense": "certipatch.defenses",
+    "DerandomizedSmoothing": "certipatch.defenses",
+    "InputError": "certipatch.errors",
+    "PatchThreat": "certipatch.threats",
+    "SparseThreat": "certipatch.threats",
+    "load": "certipatch.defenses",
+    "sees": "certipatch.sees",
+}
+_MODULES = ("data", "rules", "testing", "views")
+__all__ = [
+    "Certificate",
+    "Defense",
+    "DerandomizedSmoothing",
+    "InputError",
+    "PatchThreat",
+    "SparseThreat",
+    "load",
+    "rules",
+    "sees",
+    "testing",
+    "views",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that ``certipatch --help`` need not wait for torch."""
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"certipatch.{name}")
+    else:
+        raise AttributeError(f"module 'certipatch' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME, *_MODULES])

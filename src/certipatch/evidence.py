@@ -37,7 +37,11 @@ class Tolerance:
 
 @torch.inference_mode()
 def logits(
-    model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], index: Tensor | None = None, batch_size: int = BATCH
+    model: nn.Module,
+    views: Views,
+    images: Float[Tensor, "B C H W"],
+    index: Tensor | None = None,
+    batch_size: int = BATCH,
 ) -> Float[Tensor, "B v K"]:
     """The network's logits for views ``index`` (all V when None) of every picture.
 

@@ -144,7 +144,9 @@ def _distinct(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     first = np.full(len(seen), len(packed), dtype=np.int64)
     np.minimum.at(first, row_of, np.arange(len(packed)))
     distinct = packed[first]
-    if not all(np.array_equal(distinct[row_of[i : i + 1024]], packed[i : i + 1024]) for i in range(0, len(packed), 1024)):
+    if not all(
+        np.array_equal(distinct[row_of[i : i + 1024]], packed[i : i + 1024]) for i in range(0, len(packed), 1024)
+    ):
         raise RuntimeError("two different rows have the same hash; this is a bug, please report it")
     return distinct, row_of
 

@@ -98,7 +98,9 @@ class PatchThreat:
             else:
                 self._pixels = n
         if shape is not None and self._mask is not None:
-            raise InputError(f"shape={shape!r} takes a number of pixels or a percentage, not a height and width or mask")
+            raise InputError(
+                f"shape={shape!r} takes a number of pixels or a percentage, not a height and width or mask"
+            )
         self.shape = shape
         self.count = _positive(count, "the number of patches")
         self.where = where if isinstance(where, str) else tuple(_corner(place) for place in where)
@@ -296,7 +298,7 @@ def _rectangle(n: int) -> list[Mask]:
 def _diamond(n: int) -> list[Mask]:
     radius = next(r for r in range(n + 1) if 2 * r * r + 2 * r + 1 >= n)
     reach = range(-radius, radius + 1)
-    nearest = sorted(((abs(i) + abs(j), i, j) for i in reach for j in reach))[:n]
+    nearest = sorted((abs(i) + abs(j), i, j) for i in reach for j in reach)[:n]
     mask = torch.zeros(2 * radius + 1, 2 * radius + 1, dtype=torch.bool)
     for _, i, j in nearest:
         mask[i + radius, j + radius] = True

@@ -1,1 +1,52 @@
-"""cli"""
+"""The command line. Nothing here imports torch until a command needs it."""
+
+import os
+import sys
+
+import typer
+
+from certipatch.cli import certify, demo, evaluate, listing, train
+from certipatch.errors import InputError
+
+UsageError = typer.BadParameter.__mro__[1]  # click's, which typer brings along under one name or another
+
+app = typer.Typer(
+    name="certipatch",
+    help="Certified robustness of image classifiers against adversarial patches.",
+    epilog="Start with:  certipatch demo",
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("list")(listing.list_)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("certify")(certify.certify)
+
+
+def main() -> None:
+    """Run a command; exit 0, 1 (a claim failed), 2 (bad input, told in one line) or 130 (Ctrl-C)."""
+    arguments = sys.argv[1:] or ["--help"]
+    if os.environ.get("CERTIPATCH_DEBUG"):
+        app(arguments)
+    try:
+        code = app(arguments, standalone_mode=False)
+    except UsageError as error:
+        code = _fail(f"{error.format_message()} (see certipatch --help)")
+    except (typer.Abort, KeyboardInterrupt):
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except InputError as error:
+        code = _fail(str(error))
+    except OSError as error:
+        code = _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print(f"certipatch: {' '.join(message.split())}", file=sys.stderr)
+    return 2

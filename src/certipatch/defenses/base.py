@@ -28,6 +28,8 @@ class Defense(ABC):
 
     name: ClassVar[str]
     notion: ClassVar[Notion] = "recovery"
+    theorem: str
+    """The condition behind its certificates, in one line."""
 
     @abstractmethod
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:

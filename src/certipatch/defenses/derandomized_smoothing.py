@@ -48,6 +48,7 @@ class DerandomizedSmoothing(Defense):
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.model, self.views, self.threshold, self.batch_size = model, views, threshold, batch_size
         self.rule = Vote(margin)
+        self.theorem = self.rule.theorem
         self._tolerance: dict[tuple[Any, ...], ev.Tolerance] = {}
         self._sees: dict[tuple[Threat, tuple[int, int]], Sees] = {}
 

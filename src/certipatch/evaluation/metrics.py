@@ -1,13 +1,6 @@
-"""Metrics over all evaluated pictures, with confidence intervals."""
+"""Confidence intervals of what was measured."""
 
-from jaxtyping import Bool
 from scipy.stats import binomtest
-from torch import Tensor
-
-
-def accuracies(correct: Bool[Tensor, " N"], certified: Bool[Tensor, " N"]) -> tuple[float, float]:
-    """(clean accuracy, certified accuracy) as fractions of all N pictures; certified ones must be correct too."""
-    return correct.double().mean().item(), (correct & certified).double().mean().item()
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

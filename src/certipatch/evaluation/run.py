@@ -1,10 +1,10 @@
 """Run folders: an evaluation that stops anywhere and resumes to the same summary, to the byte.
 
-    config.yaml          all settings; a folder belongs to one configuration
-    records/part-*.parquet    one row per picture, written atomically, part by part
-    evidence/part-*.parquet   the votes behind each row, for re-checking
-    summary.json         deterministic results
-    timing.json          speed of this machine
+config.yaml          all settings; a folder belongs to one configuration
+records/part-*.parquet    one row per picture, written atomically, part by part
+evidence/part-*.parquet   the votes behind each row, for re-checking
+summary.json         deterministic results
+timing.json          speed of this machine
 """
 
 import hashlib

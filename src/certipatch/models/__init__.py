@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from certipatch.errors import InputError
 from certipatch.models.crop import CropNet
 from certipatch.models.resnet import ResNet18
 from certipatch.models.strip import StripNet
@@ -33,7 +34,7 @@ def create(
     if settings.name == "resnet18":
         return ResNet18(in_channels, num_classes, **sizes)
     if not isinstance(views, Bands | Blocks):
-        raise ValueError(f"the {settings.name} network reads columns, rows or blocks; use resnet18 for other views")
+        raise InputError(f"the {settings.name} network reads columns, rows or blocks; use resnet18 for other views")
     if settings.name == "crop":
         return CropNet(views, in_channels, num_classes, **sizes)
     return StripNet(views, in_channels, num_classes, image_size, **sizes)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from certipatch.errors import InputError
 from certipatch.models.resnet import stages
 from certipatch.views import Bands, Blocks, Rows
 
@@ -43,7 +44,7 @@ class StripNet(nn.Module):
     ):
         super().__init__()
         if views.count != 1:
-            raise ValueError(f"a strip network reads one band or block per view, not {views.count}; use resnet18")
+            raise InputError(f"a strip network reads one band or block per view, not {views.count}; use resnet18")
         views.number(image_size)
         self.views = views
         self.turned = isinstance(views, Rows)
@@ -53,7 +54,7 @@ class StripNet(nn.Module):
             self.stem = nn.Conv2d(in_channels, widths[0], views.width, bias=False)
             self.body = stages(widths, depth, (1, 1), [(1, 1)] * len(widths))
             self.collapse = nn.Identity()
-            self.take = (torch.tensor(tops), torch.tensor(lefts))
+            self.take = (tops, lefts)
         else:
             length = image_size[1] if self.turned else image_size[0]
             cells = ((length - 2) // 2 + 1, len(views.starts(image_size)))
@@ -63,7 +64,7 @@ class StripNet(nn.Module):
             for _ in widths[1:]:
                 left = (left - 1) // 2 + 1
             self.collapse = nn.Sequential(nn.Conv2d(widths[-1], widths[-1], (left, 1)), nn.ReLU(inplace=True))
-            self.take = (torch.arange(cells[0]), torch.tensor(views.starts(image_size)))
+            self.take = (list(range(cells[0])), views.starts(image_size))
         self.position = nn.Parameter(torch.zeros(1, widths[0], *cells))
         self.norm = nn.BatchNorm2d(widths[0])
         self.head = nn.Linear(widths[-1], num_classes)
@@ -76,7 +77,9 @@ class StripNet(nn.Module):
             if isinstance(self.views, Blocks):
                 x = torch.cat([x, x[..., :overlap, :]], dim=2)
         x = self.stem(x)
-        x = x[:, :, self.take[0][:, None], self.take[1]]
+        for axis, starts in zip((2, 3), self.take, strict=True):
+            if len(starts) < x.shape[axis]:
+                x = x.index_select(axis, torch.tensor(starts, device=x.device))
         x = F.relu(self.norm(x + self.position))
         x = self.collapse(self.body(x))
         return self.head(x.flatten(2).transpose(1, 2))

@@ -1,1 +1,6 @@
-"""report"""
+"""Reports: what a run found, as one self-contained HTML page."""
+
+from certipatch.report.document import page
+from certipatch.report.shown import Shown
+
+__all__ = ["Shown", "page"]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from jaxtyping import Bool, Float64, Int64, Shaped
@@ -26,8 +26,10 @@ class Verdict:
 class Rule(ABC):
     """Evidence (B, V, K) → label (B,). On a tie the smaller class index wins, in predict and in certify."""
 
-    theorem: ClassVar[str]
-    """The condition under which ``certify`` gives a positive margin, in one line."""
+    @property
+    @abstractmethod
+    def theorem(self) -> str:
+        """The condition under which ``certify`` gives a positive margin, in one line."""
 
     @abstractmethod
     def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
@@ -53,7 +55,9 @@ def check_evidence(evidence: Tensor) -> None:
     if evidence.ndim != 3:
         raise ValueError(f"evidence has the shape (B, V, K), not {tuple(evidence.shape)}")
     if evidence.shape[1] < 1 or evidence.shape[2] < 2:
-        raise ValueError(f"evidence needs at least one view and two classes, not V={evidence.shape[1]} K={evidence.shape[2]}")
+        raise ValueError(
+            f"evidence needs at least one view and two classes, not V={evidence.shape[1]} K={evidence.shape[2]}"
+        )
     if evidence.is_complex():
         raise ValueError("evidence must be real, not complex")
     if evidence.is_floating_point() and bool(torch.isnan(evidence).any()):

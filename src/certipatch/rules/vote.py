@@ -1,7 +1,7 @@
 """Voting: the rule of (de)randomized smoothing (Levine & Feizi 2020, equations 3 to 6)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
 from jaxtyping import Bool, Int64, Shaped
@@ -36,7 +36,12 @@ class Vote(Rule):
     """
 
     margin: Literal["location", "paper"] = "location"
-    theorem: ClassVar[str] = "n_y(out) − n_k(out) − |A| ≥ [y > k] for every rival k and location (exact)"
+
+    @property
+    def theorem(self) -> str:
+        if self.margin == "paper":
+            return "n_y − n_k − 2·max|A| ≥ [y > k] for every rival k (Levine & Feizi 2020, Theorems 1 and 2)"
+        return "n_y(out) − n_k(out) − |A| ≥ [y > k] for every rival k and location (exact)"
 
     def __post_init__(self):
         if self.margin not in ("location", "paper"):
@@ -66,7 +71,9 @@ class Vote(Rule):
         step = max(1, CHUNK_BYTES // (16 * len(sees) * votes.shape[2]))
         lead = torch.cat(
             [
-                _smallest_lead(counts[i : i + step, None] - _matmul(votes[i : i + step], sees), label[i : i + step, None])
+                _smallest_lead(
+                    counts[i : i + step, None] - _matmul(votes[i : i + step], sees), label[i : i + step, None]
+                )
                 for i in range(0, max(1, len(votes)), step)
             ]
         )

@@ -19,7 +19,9 @@ def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step:
     """Write a checkpoint; ``recipe`` is the hash of the recipe and data that it belongs to."""
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
     for number, slots in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{slot}": torch.as_tensor(value) for slot, value in slots.items() if value is not None}
+        tensors |= {
+            f"optimizer.{number}.{slot}": torch.as_tensor(value) for slot, value in slots.items() if value is not None
+        }
     temporary = path.with_suffix(".part")
     metadata = {"training": json.dumps({"step": step, "recipe": recipe})}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -41,7 +43,9 @@ def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, recip
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"cannot go on from {path}: {' '.join(str(error).split())}; remove it to start again") from None
+        raise InputError(
+            f"cannot go on from {path}: {' '.join(str(error).split())}; remove it to start again"
+        ) from None
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

@@ -107,7 +107,9 @@ def read(path: Path, changes: list[str] | None = None) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "recipe"
-        raise InputError(f"{path}: {place}: {first['msg']}, not {json.dumps(first['input'], default=str)[:80]}") from None
+        raise InputError(
+            f"{path}: {place}: {first['msg']}, not {json.dumps(first['input'], default=str)[:80]}"
+        ) from None
 
 
 def _change(values: dict[str, Any], change: str) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from certipatch.errors import InputError
 from certipatch.views.bands import Bands, Columns, Rows
 from certipatch.views.base import Views
 from certipatch.views.blocks import Blocks
@@ -27,5 +28,5 @@ def create(settings: dict[str, Any]) -> Views:
         if name == "pixel-sets":
             return PixelSets(torch.tensor(rest["visible"], dtype=torch.bool))
     except TypeError as error:
-        raise ValueError(f"views {name!r} cannot be built: {error}") from None
-    raise ValueError(f"unknown views {name!r}; known: {', '.join([*_BY_NAME, ReceptiveFields.name, 'pixel-sets'])}")
+        raise InputError(f"views {name!r} cannot be built: {error}") from None
+    raise InputError(f"unknown views {name!r}; known: {', '.join([*_BY_NAME, ReceptiveFields.name, 'pixel-sets'])}")

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from certipatch.errors import InputError
+
 MAX_VIEWS = 1_000_000
 
 
@@ -20,9 +22,7 @@ class Views(ABC):
         """V for pictures of (H, W) pixels. ValueError if the views do not fit."""
 
     @abstractmethod
-    def visible(
-        self, image_size: tuple[int, int], index: Int[Tensor, " v"] | None = None
-    ) -> Bool[Tensor, "v H W"]:
+    def visible(self, image_size: tuple[int, int], index: Int[Tensor, " v"] | None = None) -> Bool[Tensor, "v H W"]:
         """True where view ``index[i]`` shows the pixel; all V views when ``index`` is None."""
 
     @abstractmethod
@@ -37,7 +37,7 @@ def start_positions(length: int, width: int, stride: int, wrap: bool) -> list[in
     where the stride does not divide, so that every pixel is shown by some view.
     """
     if width > length:
-        raise ValueError(f"a view {width} pixels wide does not fit a picture of {length} pixels; use width <= {length}")
+        raise InputError(f"a view {width} pixels wide does not fit a picture of {length} pixels; use width <= {length}")
     if wrap:
         return list(range(0, length, stride))
     return sorted({min(start, length - width) for start in range(0, length - width + stride, stride)})
@@ -53,14 +53,16 @@ def check_sizes(width: int, stride: int, count: int) -> None:
     """ValueError unless all three are positive whole numbers."""
     for name, value in (("width", width), ("stride", stride), ("count", count)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
 
 
 def number_of_combinations(singles: int, count: int) -> int:
     """V = (singles choose count); ValueError when that is nothing or more than MAX_VIEWS."""
     number = comb(singles, count)
     if not 1 <= number <= MAX_VIEWS:
-        raise ValueError(f"{count} of {singles} bands or blocks give {number} views; between 1 and {MAX_VIEWS} can be used")
+        raise InputError(
+            f"{count} of {singles} bands or blocks give {number} views; between 1 and {MAX_VIEWS} can be used"
+        )
     return number
 
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from certipatch.errors import InputError
 from certipatch.views.base import Views
 
 
@@ -19,14 +20,16 @@ class PixelSets(Views):
 
     def __init__(self, visible: Tensor):
         if visible.dtype != torch.bool or visible.ndim != 3 or visible.numel() == 0:
-            raise ValueError(
+            raise InputError(
                 f"pixel sets are a bool tensor (V, H, W) with at least one view, not {visible.dtype} {tuple(visible.shape)}"
             )
         self._visible = visible
 
     def number(self, image_size: tuple[int, int]) -> int:
         if tuple(image_size) != tuple(self._visible.shape[1:]):
-            raise ValueError(f"these views are for pictures of {tuple(self._visible.shape[1:])} pixels, not {tuple(image_size)}")
+            raise InputError(
+                f"these views are for pictures of {tuple(self._visible.shape[1:])} pixels, not {tuple(image_size)}"
+            )
         return len(self._visible)
 
     def visible(self, image_size: tuple[int, int], index: Int[Tensor, " v"] | None = None) -> Bool[Tensor, "v H W"]:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from certipatch.errors import InputError
 from certipatch.views.base import Views
 
 
@@ -29,7 +30,7 @@ class ReceptiveFields(Views):
     def __post_init__(self):
         for field in ("size", "stride", "grid"):
             if min(getattr(self, field)) < 1:
-                raise ValueError(f"{field} of receptive fields must be at least 1, not {getattr(self, field)}")
+                raise InputError(f"{field} of receptive fields must be at least 1, not {getattr(self, field)}")
 
     def number(self, image_size: tuple[int, int]) -> int:
         return self.grid[0] * self.grid[1]

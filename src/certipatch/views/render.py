@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from certipatch.errors import InputError
 from certipatch.views.bands import Bands, Rows
 from certipatch.views.base import Views
 from certipatch.views.blocks import Blocks
@@ -26,7 +27,9 @@ def fill(
     images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "v H W"], value: float = 0.5
 ) -> Float[Tensor, "B v C H W"]:
     """Hidden pixels replaced by one constant, for networks that know nothing of ablation."""
-    return torch.where(visible[None, :, None], images[:, None], torch.full((), value, dtype=images.dtype, device=images.device))
+    return torch.where(
+        visible[None, :, None], images[:, None], torch.full((), value, dtype=images.dtype, device=images.device)
+    )
 
 
 def crop(
@@ -38,7 +41,7 @@ def crop(
     a block gives s x s pixels with two.
     """
     if views.count != 1:
-        raise ValueError(f"a crop shows one band or block, not {views.count}; use the null encoding")
+        raise InputError(f"a crop shows one band or block, not {views.count}; use the null encoding")
     size = images.shape[2], images.shape[3]
     reach = torch.arange(views.width, device=images.device)
     index = index.to(images.device)
@@ -65,9 +68,9 @@ def render(
     """Views ``index`` of every picture in one of the encodings ``null``, ``fill``, ``crop``. ValueError on another."""
     if encoding == "crop":
         if not isinstance(views, Bands | Blocks):
-            raise ValueError("only bands and blocks can be cropped; use the null encoding")
+            raise InputError("only bands and blocks can be cropped; use the null encoding")
         return crop(images, views, index)
     if encoding not in ("null", "fill"):
-        raise ValueError(f"unknown encoding {encoding!r}; use null, fill or crop")
+        raise InputError(f"unknown encoding {encoding!r}; use null, fill or crop")
     visible = views.visible((images.shape[2], images.shape[3]), index).to(images.device)
     return null(images, visible) if encoding == "null" else fill(images, visible)

@@ -1,0 +1,5 @@
+"""``python -m certipatch`` is the command ``certipatch``."""
+
+from certipatch.cli import main
+
+main()

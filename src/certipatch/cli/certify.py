@@ -1,0 +1,54 @@
+"""``certipatch certify``: answers and certificates for your own pictures."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from certipatch.cli.options import (
+    CountOption,
+    DefenseOption,
+    OutOption,
+    PatchOption,
+    ShapeOption,
+    SparseOption,
+    WhereOption,
+    threat_from,
+)
+
+
+def certify(
+    images: Annotated[list[Path], typer.Argument(help="Picture files.", metavar="IMAGE…")],
+    defense: DefenseOption,
+    patch: PatchOption = None,
+    shape: ShapeOption = None,
+    count: CountOption = 1,
+    where: WhereOption = "anywhere",
+    sparse: SparseOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
+    out: OutOption = None,
+) -> None:
+    """Say for each picture what it shows, and whether any patch can change that answer.
+
+    Examples:
+
+      certipatch certify shoe.png --defense fashion-columns --patch 5
+
+      certipatch certify *.png --defense fashion-columns --patch 3x8 --json --out runs/mine
+    """
+    import json
+
+    threat = threat_from(patch, shape, count, where, sparse)
+    from certipatch.cli.work import certify_files
+
+    found = certify_files(images, defense, threat, out)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, allow_nan=False))
+        return
+    for result in found["results"]:
+        state = "certified" if result["certified"] else "NOT certified"
+        largest = "" if result["largest_patch"] is None else f", largest certified square {result['largest_patch']}"
+        margin = "-inf" if result["margin"] is None else f"{result['margin']:g}"
+        typer.echo(f"{result['image']}: {result['name']}, {state} against {threat} (margin {margin}{largest})")
+    if out is not None:
+        typer.echo(f"report: {out / 'report.html'}")

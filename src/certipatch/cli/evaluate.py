@@ -1,0 +1,72 @@
+"""``certipatch evaluate``: clean and certified accuracy of a defense on data."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from certipatch.cli.options import (
+    CountOption,
+    DataOption,
+    DefenseOption,
+    PatchOption,
+    ShapeOption,
+    SparseOption,
+    WhereOption,
+    threat_from,
+)
+
+
+def evaluate(
+    defense: DefenseOption,
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="Run folder: written here, resumed from here.")],
+    patch: PatchOption = None,
+    shape: ShapeOption = None,
+    count: CountOption = 1,
+    where: WhereOption = "anywhere",
+    sparse: SparseOption = None,
+    split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N pictures.", metavar="N")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+) -> None:
+    """Certify every picture of a dataset. Stops and resumes; says how far it is.
+
+    Examples:
+
+      certipatch evaluate --defense fashion-columns --data fashion-sample --patch 5 --out runs/fashion
+
+      certipatch evaluate --defense models/m --data path/to/mnist --split test --patch 2% --out runs/m
+    """
+    import json
+
+    from certipatch.cli.progress import progress_bar
+
+    threat = threat_from(patch, shape, count, where, sparse)
+    from certipatch.cli.work import evaluate_into
+
+    with progress_bar("evaluate") as progress:
+        summary = evaluate_into(out, defense, data, threat, split, limit, progress)
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return
+    for line in summary_lines(summary, out):
+        typer.echo(line)
+
+
+def summary_lines(summary: dict, out: Path) -> list[str]:
+    """The result in three lines."""
+    from certipatch.threats import threat_from_dict
+
+    def share(key: str) -> str:
+        low, high = summary[f"{key}_ci95"]
+        return f"{summary[f'{key}_accuracy']:7.2%}  (95 % interval {low:.2%} to {high:.2%})"
+
+    note = f" ({summary['dataset_note']})" if "dataset_note" in summary else ""
+    threat = threat_from_dict(summary["threat"])
+    return [
+        f"{summary['defense']} on {summary['images']} pictures of {summary['dataset']} {summary['split']}{note}",
+        f"clean      {share('clean')}",
+        f"certified  {share('certified')}  against {threat}",
+        f"report     {out / 'report.html'}",
+    ]

@@ -1,0 +1,74 @@
+"""``certipatch list``: what there is."""
+
+from typing import Annotated
+
+import typer
+
+from certipatch.errors import InputError
+
+KINDS = ("defenses", "models", "datasets", "recipes")
+
+
+def list_(
+    what: Annotated[str | None, typer.Argument(help=" | ".join(KINDS), metavar="[KIND]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """List defenses, shipped models, datasets and recipes.
+
+    Examples:
+
+      certipatch list
+
+      certipatch list models --json
+    """
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    if what is not None and what not in KINDS:
+        raise InputError(f"there is no list of {what!r}; use one of {', '.join(KINDS)}")
+    found = {kind: _rows(kind) for kind in ([what] if what else KINDS)}
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    console = Console()
+    for kind, rows in found.items():
+        table = Table(title=kind, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+        for name, text in rows.items():
+            table.add_row(name, text)
+        console.print(table, "")
+
+
+def _rows(kind: str) -> dict[str, str]:
+    """Names and one line about each."""
+    if kind == "datasets":
+        from certipatch.data import names
+
+        return names()
+    if kind == "recipes":
+        from certipatch import resources
+
+        paths = {name: resources.find("recipes", name) for name in resources.names("recipes", "*.yaml")}
+        return {name.removesuffix(".yaml"): _first_comment(path) for name, path in paths.items() if path}
+    from certipatch import defenses
+
+    if kind == "defenses":
+        return {name: (method.__doc__ or "").splitlines()[0] for name, method in defenses.METHODS.items()}
+    return {name: _card_line(card) for name, card in defenses.zoo().items()}
+
+
+def _first_comment(path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comment = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+    return " ".join(comment)
+
+
+def _card_line(card) -> str:
+    line = f"{card.defense} on {card.data.get('name', '?')}, {card.image_size[0]}x{card.image_size[1]}"
+    for metric in card.metrics[:1]:
+        line += (
+            f"; {metric['threat']}: certified {metric['certified_accuracy']:.1%} at {metric['clean_accuracy']:.1%} clean "
+            f"({metric['images']} pictures)"
+        )
+    return line

@@ -1,0 +1,44 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from certipatch.errors import InputError
+
+if TYPE_CHECKING:
+    from certipatch.threats import Threat
+
+DefenseOption = Annotated[
+    str, typer.Option("--defense", help="A zoo model (certipatch list models) or the folder that train wrote.")
+]
+DataOption = Annotated[
+    str,
+    typer.Option("--data", help="A dataset name, a Hub dataset, a folder of class folders, or of parquet files."),
+]
+PatchOption = Annotated[
+    str | None, typer.Option("--patch", help="Patch size: 5, 3x8 (rows x columns), or 2% of the picture's area.")
+]
+ShapeOption = Annotated[
+    str | None,
+    typer.Option("--shape", help="square, rectangle, line, diamond or parallelogram; --patch is then its pixel count."),
+]
+CountOption = Annotated[int, typer.Option("--count", help="Number of patches.")]
+WhereOption = Annotated[str, typer.Option("--where", help="anywhere, corners, or TOP,LEFT;TOP,LEFT;…")]
+SparseOption = Annotated[int | None, typer.Option("--sparse", help="Instead of a patch: any K pixels.", metavar="K")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write.")]
+
+
+def threat_from(patch: str | None, shape: str | None, count: int, where: str, sparse: int | None) -> "Threat":
+    """The threat that the options describe. InputError unless it is exactly one."""
+    from certipatch.threats import PatchThreat, SparseThreat, parse_patch, parse_where
+
+    if (patch is None) == (sparse is None):
+        raise InputError("give a threat: either --patch (5, 3x8 or 2%) or --sparse K")
+    if patch is None:
+        assert sparse is not None
+        if shape is not None or count != 1 or where != "anywhere":
+            raise InputError("--shape, --count and --where belong to --patch, not to --sparse")
+        return SparseThreat(sparse)
+    return PatchThreat(parse_patch(patch), shape=shape, count=count, where=parse_where(where))

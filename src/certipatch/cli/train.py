@@ -1,0 +1,60 @@
+"""``certipatch train``: a recipe → a certified defense."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from certipatch.cli.options import OutOption
+from certipatch.errors import InputError
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a name from `certipatch list recipes`.")],
+    data: Annotated[str | None, typer.Option("--data", help="Other data than the recipe names.")] = None,
+    out: OutOption = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field: epochs=3, views.width=4.", metavar="KEY=VALUE")
+    ] = None,
+) -> None:
+    """Train a certified defense. Ctrl-C or kill it: the same command goes on where it stopped.
+
+    Examples:
+
+      certipatch train recipes/mnist-columns.yaml --data path/to/mnist --out models/mnist
+
+      certipatch train mnist-columns --set epochs=2 --set views.width=4 --out models/quick
+    """
+    from certipatch import resources
+    from certipatch.cli.progress import progress_bar
+    from certipatch.training.recipe import read
+
+    path = Path(recipe)
+    if not path.exists():
+        path = resources.find("recipes", f"{recipe.removesuffix('.yaml')}.yaml") or path
+    if not path.exists():
+        raise InputError(_unknown(recipe))
+    if data is not None:
+        changes = [*(changes or []), f"data={data}"]
+    asked = read(path, changes)
+    folder = out or Path("models") / asked.name
+
+    from certipatch.training.train import train as run
+
+    with progress_bar(f"train {asked.name}") as progress:
+        card = run(asked, folder, progress)
+    held = f"  certify a picture:  certipatch certify PICTURE --defense {folder} --patch {asked.objective.patch}"
+    typer.echo(
+        f"{card.name} is in {folder} ({card.training['parameters']:,} parameters, {card.training['seconds']:.0f} s)"
+    )
+    typer.echo(held)
+
+
+def _unknown(recipe: str) -> str:
+    import difflib
+
+    from certipatch import resources
+
+    known = [name.removesuffix(".yaml") for name in resources.names("recipes", "*.yaml")]
+    near = difflib.get_close_matches(recipe, known, n=1)
+    return f"no recipe {recipe!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")

@@ -1,0 +1,202 @@
+"""What the commands do, once their options are read. Imports torch."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from certipatch.certificate import Certificate
+from certipatch.data import load, read_picture
+from certipatch.defenses import Card, Defense, locate, open_defense
+from certipatch.errors import InputError
+from certipatch.evaluation import run
+from certipatch.report import Shown, page
+from certipatch.threats import Threat
+from certipatch.versions import versions
+
+GALLERY = 40  # pictures in a report
+
+
+def evaluate_into(
+    out: Path,
+    defense_name: str,
+    data: str,
+    threat: Threat,
+    split: str | None,
+    limit: int | None,
+    progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """Evaluate into a run folder, with its report; gives the summary. A finished run is left as it is."""
+    folder = locate(defense_name)
+    defense, card = open_defense(defense_name)
+    threat_fits(threat, card)
+    size = card.image_size if card.resize else None
+    pictures = load(data, split, size=size, limit=limit)
+    if len(pictures.class_names) != len(card.classes):
+        raise InputError(
+            f"{pictures.name} has {len(pictures.class_names)} classes, but {folder.name} knows {len(card.classes)}"
+        )
+    job = run.Job(defense, folder.name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed)
+    check_shape(job.pictures.pixels([0])[0].shape, card, pictures.name)
+    summary = run.evaluate(job, out, progress)
+    if not (out / "report.html").exists():
+        run.write_text(out / "report.html", report_of(job, out, summary))
+    return summary
+
+
+def report_of(job: run.Job, out: Path, summary: dict[str, Any]) -> str:
+    """The page of a finished run: of its first pictures, those with the smallest margins beside those with the largest."""
+    records, evidence = run.read_records(out), run.read_evidence(out)
+    chosen = np.unique(np.linspace(0, len(records) - 1, min(GALLERY, len(records))).round().astype(int))
+    views = job.defense.views.number(job.image_size)  # type: ignore[attr-defined]
+    stored = run.stored_evidence(evidence.take(chosen), views, len(job.class_names), job.image_size)
+    found = job.defense.certificate(stored, job.threat)
+    largest = evidence["largest_patch"].take(chosen).to_pylist()
+    pixels = job.pictures.pixels(chosen.tolist())
+    shown = [
+        shown_picture(
+            pixels[i], f"picture {index}", found, i, job.class_names, largest[i], int(job.pictures.labels[index])
+        )
+        for i, index in enumerate(chosen.tolist())
+    ]
+    shown.sort(key=lambda picture: -picture.margin)
+    timing = run.read_json(out / "timing.json") if (out / "timing.json").exists() else None
+    return page(run.read_config(out), summary, timing, shown)
+
+
+def certify_files(paths: list[Path], defense_name: str, threat: Threat, out: Path | None) -> dict[str, Any]:
+    """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
+    folder = locate(defense_name)
+    defense, card = open_defense(defense_name)
+    threat_fits(threat, card)
+    if out is not None and out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} exists and is not empty; give a new --out")
+    images = []
+    for path in paths:
+        image = read_picture(path, size=card.image_size if card.resize else None)
+        check_shape((*image.shape[1:], image.shape[0]), card, str(path))
+        images.append(image)
+    pictures = torch.stack(images)
+    certificates = [certify_part(defense, part, threat) for part in pictures.split(run.PART)]
+    results, shown = [], []
+    for start, (found, largest) in zip(range(0, len(paths), run.PART), certificates, strict=True):
+        for i in range(len(found.label)):
+            path = paths[start + i]
+            results.append(result_of(str(path), found, i, card.classes, largest[i]))
+            image = (pictures[start + i] * 255).round().byte().permute(1, 2, 0).numpy()
+            if len(shown) < 10 * GALLERY:
+                shown.append(shown_picture(image, path.name, found, i, card.classes, largest[i], None))
+    answer = {"defense": folder.name, "threat": threat.to_dict(), "results": results}
+    if out is not None:
+        config = {
+            "command": "certify",
+            "defense": folder.name,
+            "method": defense.name,
+            "settings": defense.settings(),
+            "model_sha256": card.sha256,
+            "pictures": [{"file": str(p), "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in paths],
+            "threat": threat.to_dict(),
+            "versions": versions(),
+        }
+        summary = {key: config[key] for key in ("defense", "model_sha256", "threat", "versions")}
+        summary |= {
+            "images": len(paths),
+            "certified": sum(result["certified"] for result in results),
+            "notion": defense.notion,
+            "theorem": defense.theorem,
+            "seed": card.seed,
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        run.write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        run.write_json(out / "results.json", answer)
+        run.write_json(out / "summary.json", summary)
+        run.write_text(out / "report.html", page(config, summary, None, shown))
+    return answer
+
+
+def certify_sample(defense_name: str, data: str, threat: Threat, indices: Iterable[int]) -> list[str]:
+    """One line about each of some pictures of a dataset."""
+    defense, card = open_defense(defense_name)
+    pictures = load(data)
+    found, largest = certify_part(defense, pictures.images(list(indices)), threat)
+    lines = []
+    for i, index in enumerate(indices):
+        true, answer = card.classes[int(pictures.labels[index])], card.classes[int(found.label[i])]
+        state = "certified" if found.certified[i] else "not certified"
+        lines.append(f"picture {index} ({true}): {answer}, {state}, largest certified square {largest[i]}x{largest[i]}")
+    return lines
+
+
+def certify_part(defense: Defense, images: torch.Tensor, threat: Threat) -> tuple[Certificate, list[int | None]]:
+    """Certificates and largest certified squares from one pass of evidence."""
+    evidence = defense.evidence(images)
+    largest = defense.largest_patch(evidence)
+    return defense.certificate(evidence, threat), [None] * len(images) if largest is None else largest.tolist()
+
+
+def result_of(name: str, found: Certificate, i: int, classes: tuple[str, ...], largest: int | None) -> dict[str, Any]:
+    """One entry of ``certify --json``."""
+    location = int(found.weakest[i])
+    margin = found.margin[i, location].item()
+    box = found.box(location)
+    return {
+        "image": name,
+        "label": int(found.label[i]),
+        "name": classes[int(found.label[i])],
+        "certified": bool(found.certified[i]),
+        "margin": margin if math.isfinite(margin) else None,
+        "largest_patch": largest,
+        "weakest": None if box is None else dict(zip(("top", "left", "height", "width"), box, strict=True)),
+    }
+
+
+def shown_picture(
+    image: np.ndarray,
+    title: str,
+    found: Certificate,
+    i: int,
+    classes: tuple[str, ...],
+    largest: int | None,
+    target: int | None,
+) -> Shown:
+    """One picture of a report's gallery."""
+    location = int(found.weakest[i])
+    single = found.sees is not None and found.margin.shape[1] == len(found.sees.locations)
+    return Shown(
+        image=image,
+        title=title,
+        target=None if target is None else classes[target],
+        label=classes[int(found.label[i])],
+        certified=bool(found.certified[i]),
+        margin=found.margin[i, location].item(),
+        weakest=found.box(location),
+        largest_patch=largest,
+        map=found.map(i).numpy() if single else None,
+    )
+
+
+def threat_fits(threat: Threat, card: Card) -> None:
+    """InputError unless the threat fits the pictures that the defense reads."""
+    from certipatch.threats import PatchThreat
+
+    if isinstance(threat, PatchThreat):
+        threat.locations(card.image_size)
+    elif threat.pixels > card.image_size[0] * card.image_size[1]:
+        raise InputError(f"{threat} are more than a picture of {card.image_size[0]}x{card.image_size[1]} pixels has")
+
+
+def check_shape(shape: tuple[int, ...], card: Card, name: str) -> None:
+    """InputError unless pixels (H, W, C) are what the card's network reads."""
+    height, width, channels = shape
+    if (height, width) != card.image_size:
+        wanted = f"{card.image_size[0]}x{card.image_size[1]}"
+        raise InputError(f"{name} is {height}x{width} pixels, but {card.name} reads {wanted}; crop or resize it first")
+    if channels != card.channels:
+        kinds = {1: "greyscale", 3: "RGB"}
+        have, want = (kinds.get(n, f"{n} channels") for n in (channels, card.channels))
+        raise InputError(f"{name} is {have}, but {card.name} reads {want}; convert it first")

@@ -1,0 +1,324 @@
+"""The soundness kit: tries to break a rule's theorem, or a defense's certificates. For your own, too; needs no pytest.
+
+``check_rule`` plays a brute-force adversary against a rule on small random evidence; ``check_defense`` attacks real
+pictures at locations that a defense certified. Both raise AssertionError with the counterexample, or where nothing
+could be tried, and return what they did.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Generator, Tensor
+
+from certipatch.certificate import Certificate
+from certipatch.defenses.base import Defense
+from certipatch.rules.base import Rule, Verdict
+from certipatch.threats import PatchThreat, SparseThreat, Threat
+
+MakeEvidence = Callable[[Generator, Tensor, int], Tensor]
+"""(generator, sees (L, V), K) → evidence (B, V, K)."""
+Attacks = Callable[[Generator, Tensor, Tensor], Tensor]
+"""(generator, evidence (V, K), owned (V,)) → attacked evidence (N, V, K), changed in owned views only."""
+
+
+@final
+@dataclass(frozen=True)
+class RuleReport:
+    """What ``check_rule`` tried: pictures, locations of them, those certified, and attacks."""
+
+    pictures: int
+    locations: int
+    certified: int
+    attacks: int
+
+
+@final
+@dataclass(frozen=True)
+class DefenseReport:
+    """What ``check_defense`` tried; ``certified`` of the ``locations``, and ``attacked`` of those."""
+
+    pictures: int
+    locations: int
+    certified: int
+    attacked: int
+    attacks: int
+    attacks_elsewhere: int
+    """At locations without a certificate; ``changed`` of them changed the label."""
+    changed: int
+
+
+def _require(condition: object, message: str | Callable[[], str]) -> None:
+    if not condition:
+        raise AssertionError(message if isinstance(message, str) else message())
+
+
+def random_relation(generator: Generator, views: int, kind: int) -> Bool[Tensor, "L V"]:
+    """One of eight kinds of ``sees``: flat, circular, strided windows, single, all, empty rows, random, unequal."""
+    width = int(torch.randint(1, views + 1, (1,), generator=generator))
+    circular = (torch.arange(views) - torch.arange(views)[:, None]) % views < width
+    flat, single, every = circular[: views - width + 1], torch.eye(views).bool(), torch.ones(1, views).bool()
+    some = torch.rand(3, views, generator=generator) < torch.rand(3, 1, generator=generator)
+    kinds = [(flat,), (circular,), (circular[::2],), (single,), (every, flat), (~every, single), (some,)]
+    return torch.cat([*kinds, (some, circular, single[:1])][kind % 8])
+
+
+def random_votes(generator: Generator, sees: Bool[Tensor, "L V"], classes: int) -> Shaped[Tensor, "7 V K"]:
+    """0/1 votes of seven pictures: any, dense, one clear class; top class only, twice; tied; at a location's limit."""
+    views = sees.shape[1]
+
+    def pick(end: int) -> int:
+        return int(torch.randint(end, (1,), generator=generator))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    favourite, rival = torch.randperm(classes, generator=generator)[:2].tolist()
+    chance = torch.full((7, 1, classes), 0.5)
+    chance[1], chance[2], chance[2, :, favourite] = 0.85, 0.1, 0.95
+    votes = draw(7, views, classes) < chance
+    top = draw(2, views, classes) + torch.stack([chance[0], chance[2]])
+    votes[3:5] = top == top.amax(2, keepdim=True)
+    count = pick(views + 1)
+    for k in range(classes):  # votes of two classes differ by at most 2
+        votes[5, :, k] = draw(views).argsort() < count + pick(3) - 1
+    owned = sees[pick(len(sees))]
+    outside, lead = (~owned).nonzero().flatten(), max(0, int(owned.sum()) + pick(3) - 1)
+    votes[6, outside] = bool(pick(2))  # n_y(out) − n_k(out) is |A| − 1, |A| or |A| + 1 for every k, or one off for one
+    votes[6, outside[:lead]] = torch.arange(classes) == favourite
+    votes[6, outside[:1], rival] |= bool(pick(2))
+    return votes.to([torch.bool, torch.uint8, torch.int64, torch.float32][pick(4)])
+
+
+def extremes(low: float = 0, high: float = 1, budget: int = 4096) -> Attacks:
+    """Attacks that give every score of an owned view its least or largest value.
+
+    All 2^(|A|·K) of them where those are at most ``budget``: for 0/1 votes the exact worst case. Otherwise: all owned
+    views for one class alone, for all but one, for all, for none, and 256 at random.
+    """
+
+    def attacks(generator: Generator, evidence: Shaped[Tensor, "V K"], owned: Bool[Tensor, " V"]) -> Tensor:
+        number, classes = int(owned.sum()), evidence.shape[1]
+        if 2 ** (number * classes) <= budget:
+            codes = torch.arange(2 ** (number * classes))[:, None] >> torch.arange(number * classes) & 1
+            choices = codes.bool().view(len(codes), number, classes)
+        else:
+            alone = torch.eye(classes).bool()
+            same = torch.cat([alone, ~alone, torch.ones(1, classes).bool(), torch.zeros(1, classes).bool()])
+            some = torch.rand(256, number, classes, generator=generator) < 0.5
+            choices = torch.cat([same[:, None].expand(-1, number, -1), some])
+        attacked = evidence.repeat(len(choices), 1, 1)
+        attacked[:, owned] = torch.where(choices, high, low).to(evidence.dtype)
+        return attacked
+
+    return attacks
+
+
+def check_rule(
+    rule: Rule,
+    *,
+    views: int,
+    classes: int,
+    trials: int = 64,
+    seed: int = 0,
+    evidence: MakeEvidence = random_votes,
+    attacks: Attacks | None = None,
+    exact: bool = False,
+    slack: float = 0.0,
+) -> RuleReport:
+    """Try to break a rule's theorem on small random evidence (B, V, K) and relations (L, V).
+
+    In every trial: the label of ``certify`` is that of ``predict``; a picture alone has the label and margins that it
+    has in a batch; a location that sees more never has the larger margin; inputs are unchanged, shapes and dtypes
+    right; and no attack on the views of a location of positive margin changes the label. Every second trial has unsure
+    views, which belong to every attacker.
+
+    Args:
+        rule: the rule; it must accept V = ``views``.
+        views, classes: V and K; small, so that the adversary can be exhaustive.
+        evidence: makes the evidence of a trial; the default makes 0/1 votes, ties among them.
+        attacks: the adversary, ``extremes()`` by default. The worst case is only as exact as what it returns.
+        exact: also fail where a margin is not positive and no attack changes the label.
+        slack: largest allowed rounding of a margin in the comparisons between margins; 0 for rules that count.
+
+    Errors: AssertionError with the counterexample; or if no location was certified, or (``exact``) all were.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    attacks = attacks or extremes()
+    pictures = locations = certified = tried = 0
+    for trial in range(trials):
+        relation = random_relation(generator, views, trial // 2)
+        values = evidence(generator, relation, classes)
+        unsure = torch.rand(values.shape[:2], generator=generator) < 0.2 * (trial % 2)
+        verdict = _verdict(rule, values, relation, unsure if trial % 2 else None, slack)
+        pictures += len(values)
+        for b, location in torch.cartesian_prod(torch.arange(len(values)), torch.arange(len(relation))).tolist():
+            owned = relation[location] | unsure[b]
+            attacked = attacks(generator, values[b].clone(), owned)
+            if not torch.equal(attacked[:, ~owned], values[b, ~owned].expand(len(attacked), -1, -1)):
+                raise ValueError("the attacks changed a view that the attacker does not own")
+            answers, margin = rule.predict(attacked), verdict.margin[b, location].item()
+            changed = (answers != verdict.label[b]).nonzero().flatten().tolist()
+            locations, certified, tried = locations + 1, certified + (margin > 0), tried + len(attacked)
+            case = (
+                f"label {int(verdict.label[b])}, margin {margin:g}, views {owned.nonzero().flatten().tolist()} attacked"
+            )
+            if margin > 0 and changed:
+                other = f"label {int(answers[changed[0]])}\nattacked = {attacked[changed[0]].tolist()}"
+                raise AssertionError(f"{rule}: {case}: {other}\nevidence = {values[b].tolist()}")
+            if exact and not margin > 0 and not changed:
+                raise AssertionError(f"{rule} is not exact: {case} in vain\nevidence = {values[b].tolist()}")
+    _require(certified > 0, f"nothing was tried: none of {locations} locations was certified; give clearer evidence")
+    _require(not exact or certified < locations, f"exactness was not tried: all {locations} locations were certified")
+    return RuleReport(pictures, locations, certified, tried)
+
+
+def _verdict(rule: Rule, values: Tensor, relation: Tensor, unsure: Tensor | None, slack: float) -> Verdict:
+    """The rule's verdict, after every check that needs no attack."""
+    given = [values, relation] if unsure is None else [values, relation, unsure]
+    before = [t.clone() for t in given]
+    verdict = rule.certify(values, relation, unsure)
+    predicted = rule.predict(values)
+    _require(all(map(torch.equal, given, before)), f"{rule} changed the caller's tensors")
+    _check_shapes(str(rule), verdict, len(values), len(relation))
+    _require(torch.equal(verdict.label, predicted), lambda: f"{rule}: {verdict} but predict {predicted}, of\n{values}")
+    for b in range(len(values)):
+        alone = rule.certify(values[b : b + 1], relation, None if unsure is None else unsure[b : b + 1])
+        same = alone.label[0] == verdict.label[b] and _equal(alone.margin[0], verdict.margin[b], slack)
+        _require(same, lambda: f"{rule}: picture {b} is {alone} alone but {verdict} in a batch, of\n{values}")  # noqa: B023
+    within = (relation[:, None] <= relation).all(2)  # [i, j]: location j sees all that i sees
+    grows = within & (verdict.margin[:, None] > verdict.margin[:, :, None] + slack).any(0)
+    _require(
+        not grows.any(), lambda: f"{rule}: {verdict}: margins grow from row i to j = {grows.nonzero()[0]}, {relation}"
+    )
+    return verdict
+
+
+def _check_shapes(what: str, result: Verdict | Certificate, pictures: int, locations: int | None) -> None:
+    label, margin = result.label, result.margin
+    right = label.dtype == torch.int64 and margin.dtype == torch.float64 and label.shape == (pictures,)
+    right &= margin.ndim == 2 and len(margin) == pictures and locations in (None, margin.shape[1])
+    _require(right, f"{what}: label {label.dtype} {tuple(label.shape)}, margin {margin.dtype} {tuple(margin.shape)}")
+
+
+def _equal(one: Tensor, other: Tensor, slack: float) -> bool:
+    return bool(((one == other) | ((one - other).abs() <= slack)).all())
+
+
+def check_defense(
+    defense: Defense,
+    images: Float[Tensor, "B C H W"],
+    threat: Threat,
+    *,
+    trials: int = 64,
+    seed: int = 0,
+    slack: float = 0.0,
+) -> DefenseReport:
+    """Attack pictures at locations that a defense certified, and hold its answers against each other.
+
+    ``certify`` and ``predict`` give one label, also for other threats; a picture alone has the margins that it has in a
+    batch, and the label wherever a margin says that rounding cannot turn it; the caller's tensor is unchanged;
+    certificates nest over patch sizes; ``largest_patch`` agrees with ``certify``. Then patches are pasted: at the
+    picture's corners, at the weakest certified locations, at random ones; black, white, random, copied from another
+    picture and, for at most six values, every black-and-white pattern. A location may be certified where others are not.
+
+    Args:
+        images: pictures in [0, 1]. Take some that the defense certifies; two or more, to copy patches.
+        trials: locations attacked per picture; each with 8 to 72 patches.
+        slack: largest allowed rounding of a margin between batch sizes (1 per unsure view of a voting defense).
+
+    Errors: AssertionError with the counterexample, or if no certified location was attacked. A certificate of
+    confidence 1 − α may rightly fail with chance α.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    before, size = images.clone(), (images.shape[2], images.shape[3])
+    cert = defense.certify(images, threat)
+    _check_shapes(defense.name, cert, len(images), None)
+    predicted = defense.predict(images)
+    _require(torch.equal(cert.label, predicted), lambda: f"certify says {cert.label}, predict {predicted}")
+    for other in (PatchThreat(1), PatchThreat(min(size)), SparseThreat(1)):
+        label = defense.certify(images, other).label
+        _require(torch.equal(label, cert.label), f"{other} changes the labels {cert.label} to {label}")
+    for b in range(min(len(images), 8)):
+        alone = defense.certify(images[b : b + 1], threat)
+        same = alone.label[0] == cert.label[b] or not (cert.margin[b] > slack).any()
+        same &= _equal(alone.margin[0], cert.margin[b], slack)
+        _require(same, f"picture {b}: alone {alone.label} {alone.margin}, in a batch {cert.label[b]} {cert.margin[b]}")
+    _check_sizes(defense, images, size)
+    _require(torch.equal(images, before), "the caller's pictures were changed")
+    attacked = attacks = elsewhere = changed = 0
+    for b in range(len(images)):
+        for location in _choose(cert, b, trials, generator):
+            pixels, certain = _pixels(cert, location, size, generator), bool(cert.margin[b, location] > 0)
+            pictures = paste(images, b, pixels, generator)
+            answers = defense.certify(pictures, threat)
+            wrong = answers.label != cert.label[b]
+            if answers.alarm is not None:  # detection: an attack that raises an alarm has failed
+                wrong &= ~answers.alarm
+            if certain and wrong.any():
+                first = int(wrong.nonzero()[0])
+                raise AssertionError(
+                    f"picture {b}: label {int(cert.label[b])} certified at location {location}, margin "
+                    f"{cert.margin[b, location].item():g}, but a patch there makes it {int(answers.label[first])}\n"
+                    f"pixels = {pixels.nonzero().tolist()}\nvalues = {pictures[first][:, pixels].tolist()}"
+                )
+            attacked, attacks = attacked + certain, attacks + certain * len(pictures)
+            elsewhere, changed = elsewhere + (not certain) * len(pictures), changed + int(wrong.sum())
+    _require(attacked > 0, f"nothing was tried: no location of {len(images)} pictures is certified against {threat}")
+    certified = int((cert.margin > 0).sum())
+    return DefenseReport(len(images), cert.margin.numel(), certified, attacked, attacks, elsewhere, changed)
+
+
+def _check_sizes(defense: Defense, images: Tensor, size: tuple[int, int]) -> None:
+    """``largest_patch`` is what ``certify`` says at every size up to 8 and around itself; margins fall with the size."""
+    evidence = defense.evidence(images)
+    largest = defense.largest_patch(evidence)
+    found = [] if largest is None else [*largest.tolist(), *(largest + 1).tolist()]
+    previous = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
+    for side in sorted({side for side in (*range(1, 9), *found) if 1 <= side <= min(size)}):
+        cert = defense.certificate(evidence, PatchThreat(side))
+        smallest = cert.margin.amin(1)
+        _require((smallest <= previous).all(), f"margin {smallest} at {side}x{side} exceeds that of a smaller patch")
+        agrees = largest is None or torch.equal(cert.certified, largest >= side)
+        _require(agrees, f"largest_patch says {largest}, certify({side}x{side}) says {cert.certified}")
+        previous = smallest
+
+
+def _choose(cert: Certificate, picture: int, trials: int, generator: Generator) -> list[int]:
+    """First and last locations and the picture's corners, the weakest certified ones, and random ones."""
+    margin = cert.margin[picture].cpu()
+    chosen = [0, len(margin) - 1]
+    if cert.sees is not None and len(margin) == len(cert.sees.locations):
+        places = cert.sees.locations
+        chosen += [int(places.top.sub(places.left).argmin()), int(places.top.sub(places.left).argmax())]
+    weakest = margin.masked_fill(margin <= 0, torch.inf).argsort()[: trials // 2].tolist()
+    anywhere = torch.randint(len(margin), (trials,), generator=generator).tolist()
+    return list(dict.fromkeys(chosen + weakest + anywhere))[: max(trials, len(set(chosen)))]
+
+
+def _pixels(cert: Certificate, location: int, size: tuple[int, int], generator: Generator) -> Bool[Tensor, "H W"]:
+    """The pixels of a location; any so many pixels for a sparse threat."""
+    if isinstance(cert.threat, SparseThreat):
+        order = torch.rand(size[0] * size[1], generator=generator).argsort().argsort()
+        return (order < cert.threat.pixels).view(size)
+    places = cert.threat.locations(size)
+    chosen = [location] if cert.sees is None else cert.sees.choices[location].tolist()
+    return torch.stack([places.pixels(place) for place in chosen]).any(0)
+
+
+def paste(
+    images: Float[Tensor, "B C H W"], picture: int, pixels: Bool[Tensor, "H W"], generator: Generator
+) -> Float[Tensor, "N C H W"]:
+    """Copies of one picture with other values on ``pixels``: the patches that ``check_defense`` names."""
+    number = int(pixels.sum()) * images.shape[1]
+    noise = torch.rand(5, number, generator=generator)
+    noise[2:] = noise[2:].round()
+    donor = images[int(torch.randint(len(images), (1,), generator=generator)) - picture][:, pixels].reshape(1, number)
+    values = torch.cat([noise, torch.zeros(1, number), torch.ones(1, number), donor.cpu()])
+    if number <= 6:
+        values = torch.cat([values, (torch.arange(2**number)[:, None] >> torch.arange(number) & 1).to(values)])
+    pasted = images[picture].repeat(len(values), 1, 1, 1)
+    pasted[:, :, pixels] = values.to(images).view(len(values), images.shape[1], -1)
+    return pasted
