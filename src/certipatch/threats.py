@@ -171,14 +171,21 @@ class PatchThreat:
 
     def __str__(self) -> str:
         size = self.to_dict()["size"]
-        if isinstance(size, list):
-            size = f"{size[0]}x{size[1]}" if isinstance(size[0], int) else f"mask of {sum(map(sum, size))} pixels"
-        words = [f"{size} pixels" if self._pixels else str(size), self.shape or "", f"times {self.count}"]
-        if self.count == 1:
-            words.pop()
-        if self.where != "anywhere":
-            words.append("at the corners" if self.where == "corners" else f"at {len(self.where)} places")
-        return " ".join(filter(None, words))
+        if isinstance(size, list) and isinstance(size[0], int):
+            words = f"{size[0]}x{size[1]} pixels"
+        elif isinstance(size, list):
+            words = f"a mask of {sum(map(sum, size))} pixels"
+        elif self.shape is None:
+            words = f"a square of {size} of the picture"
+        else:
+            words = f"a {self.shape} of {size}{' pixels' if self._pixels else ' of the picture'}"
+        if self.count > 1:
+            words = f"{self.count} patches of {words}"
+        if self.where == "corners":
+            words += " at the corners"
+        elif self.where != "anywhere":
+            words += f" at one of {len(self.where)} places"
+        return words
 
     def __repr__(self) -> str:
         return f"PatchThreat({self})"

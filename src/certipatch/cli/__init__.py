@@ -8,7 +8,7 @@ import typer
 from certipatch.cli import certify, demo, evaluate, listing, train
 from certipatch.errors import InputError
 
-UsageError = typer.BadParameter.__mro__[1]  # click's, which typer brings along under one name or another
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # click's, which typer brings along under one name or another
 
 app = typer.Typer(
     name="certipatch",

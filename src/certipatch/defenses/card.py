@@ -33,7 +33,7 @@ class ViewSettings(BaseModel):
     width: Side
     stride: Side = 1
     wrap: bool = True
-    count: int = Field(1, ge=1, le=8)
+    count: int = Field(default=1, ge=1, le=8)
 
 
 class SmoothingSettings(BaseModel):
@@ -41,7 +41,7 @@ class SmoothingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    threshold: float | None = Field(0.3, ge=0, lt=1)
+    threshold: float | None = Field(default=0.3, ge=0, lt=1)
     margin: Literal["location", "paper"] = "location"
 
 

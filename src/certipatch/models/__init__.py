@@ -22,8 +22,8 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["strip", "crop", "resnet18"]
-    widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(None, min_length=1, max_length=8)
-    depth: int | None = Field(None, ge=1, le=32)
+    widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(default=None, min_length=1, max_length=8)
+    depth: int | None = Field(default=None, ge=1, le=32)
 
 
 def create(

@@ -30,7 +30,7 @@ class Chart:
 
 def chart(by_patch: dict[str, float], clean: float, threat: dict[str, Any]) -> Chart | None:
     """The chart of ``certified_by_patch``, cut one step after it has reached zero; None with fewer than two sides."""
-    values = sorted((int(side), fraction) for side, fraction in by_patch.items())
+    values = sorted((int(side), float(fraction)) for side, fraction in by_patch.items())
     last = max((i for i, (_, fraction) in enumerate(values) if fraction > 0), default=0)
     mark = _side(threat)
     values = [pair for i, pair in enumerate(values) if i <= last + 1 or pair[0] == mark]
@@ -45,8 +45,8 @@ def chart(by_patch: dict[str, float], clean: float, threat: dict[str, Any]) -> C
     return Chart(
         points,
         tuple((x(side), str(side)) for side in _sides(first, end)),
-        tuple((_y(fraction), f"{100 * fraction:.0f}") for fraction in (0, 0.25, 0.5, 0.75, 1)),
-        _y(clean),
+        tuple((_y(fraction), f"{100 * fraction:.0f}") for fraction in (0.0, 0.25, 0.5, 0.75, 1.0)),
+        _y(float(clean)),
         next((point for point in points if point[2] == mark), None),
     )
 

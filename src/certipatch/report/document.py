@@ -42,6 +42,7 @@ def page(config: dict[str, Any], summary: dict[str, Any], timing: dict[str, Any]
         shares=[] if own else _shares(summary),
         chart=_chart(summary),
         cards=cards,
+        outlined=any(card["weakest"] for card in cards),
         mapped=any(card["map"] for card in cards),
         unreached=any("unreached" in card["flags"] for card in cards),
         scale=words.margin(scale)[1:],

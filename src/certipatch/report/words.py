@@ -2,11 +2,12 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 NOTIONS = {
-    "recovery": "Recovery: under attack the answer stays what it is.",
-    "detection": "Detection: under attack the answer stays what it is, or an alarm is raised.",
+    "recovery": "Recovery: no attack within the threat changes the answer.",
+    "detection": "Detection: an attack within the threat leaves the answer as it is, or raises an alarm.",
 }
 
 
@@ -15,7 +16,7 @@ def percent(fraction: float, images: int) -> str:
     return f"{100 * fraction:.{2 if images >= 10_000 else 1}f}\u202f%"
 
 
-def interval(bounds: tuple[float, float], images: int) -> str:
+def interval(bounds: Sequence[float], images: int) -> str:
     """58.2–64.3 %."""
     low, high = (percent(bound, images) for bound in bounds)
     return f"{low[:-2]}–{high}"
@@ -76,8 +77,11 @@ def _value(value: Any) -> str:
     if isinstance(value, int) and abs(value) >= 10_000:
         return f"{value:,}"
     if isinstance(value, list | tuple):
-        if any(isinstance(item, list | tuple | dict) for item in value):
-            return json.dumps(value, ensure_ascii=False, default=str)
         more = f", … ({len(value):,} in all)" if len(value) > 60 else ""
-        return ", ".join(str(item) for item in value[:60]) + more
+        return ", ".join(_item(item) for item in value[:60]) + more
     return str(value)
+
+
+def _item(value: Any) -> str:
+    nested = isinstance(value, list | tuple | dict)
+    return json.dumps(value, ensure_ascii=False, default=str) if nested else str(value)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from certipatch.rules.base import Rule, Verdict, check_evidence, check_relation
@@ -57,27 +57,21 @@ class Vote(Rule):
         votes = _checked_votes(evidence)
         check_relation(votes, sees, unsure)
         label = votes.sum(1, dtype=torch.int64).argmax(1)
+        touched = sees.sum(1)[:, None]  # |A|, (L, 1) or (L, B)
         if unsure is not None:
             votes = votes * ~unsure[..., None]
-        counts = votes.sum(1, dtype=torch.int64)
-        owned = sees.sum(1)[None].expand(len(votes), -1)
-        if unsure is not None:
-            owned = owned + unsure.sum(1, keepdim=True)
         if self.margin == "paper":
-            lead = _smallest_lead(counts, label) - owned.amax(1) - sees.sum(1).amax()
+            lost = 2 * touched.amax() + (0 if unsure is None else unsure.sum(1))
+            lead = _smallest_lead(votes.sum(1, dtype=torch.int64)[None], label)[0] - lost
             return Verdict(label, (lead + 1).double()[:, None].repeat(1, len(sees)))
         if unsure is not None:
-            owned = owned - _matmul(unsure[..., None], sees)[..., 0]
-        step = max(1, CHUNK_BYTES // (16 * len(sees) * votes.shape[2]))
-        lead = torch.cat(
-            [
-                _smallest_lead(
-                    counts[i : i + step, None] - _matmul(votes[i : i + step], sees), label[i : i + step, None]
-                )
-                for i in range(0, max(1, len(votes)), step)
-            ]
-        )
-        return Verdict(label, (lead - owned + 1).double())
+            touched = touched + _count(~sees, unsure[..., None])[..., 0].long()
+        step = max(1, CHUNK_BYTES // (8 * len(sees) * votes.shape[2]))
+        leads = [
+            _smallest_lead(_count(~sees, votes[i : i + step]), label[i : i + step])
+            for i in range(0, max(1, len(votes)), step)
+        ]
+        return Verdict(label, (torch.cat(leads, 1) - touched + 1).T.double())
 
 
 def _checked_votes(evidence: Tensor) -> Tensor:
@@ -91,19 +85,18 @@ def _checked_votes(evidence: Tensor) -> Tensor:
     return votes
 
 
-def _matmul(votes: Tensor, sees: Tensor) -> Int64[Tensor, "B L K"]:
-    """Votes of the views in each row of ``sees``. float32 counts are exact up to 2²⁴ views."""
+def _count(shown: Bool[Tensor, "L V"], votes: Shaped[Tensor, "B V K"]) -> Float[Tensor, "L B K"]:
+    """Votes of the views in each row of ``shown``. Whole numbers, exact in float32 below 2²⁴ views."""
     if votes.shape[1] >= 2**24:
         raise ValueError(f"{votes.shape[1]} views cannot be counted exactly; use fewer than {2**24}")
-    batch, views, classes = votes.shape
-    flat = votes.permute(1, 0, 2).reshape(views, batch * classes)
-    return (sees.float() @ flat.float()).long().view(len(sees), batch, classes).transpose(0, 1)
+    flat = votes.transpose(0, 1).float().flatten(1)
+    return (shown.float() @ flat).unflatten(1, (len(votes), votes.shape[2]))
 
 
-def _smallest_lead(counts: Int64[Tensor, "... K"], label: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
-    """min over rivals k of n_y − n_k − [y > k]."""
-    label = label[..., None].expand(*counts.shape[:-1], 1)
-    classes = torch.arange(counts.shape[-1], device=counts.device)
-    rivals = counts + (classes < label)
-    rivals = rivals.masked_fill(classes == label, -1)
-    return counts.gather(-1, label)[..., 0] - rivals.amax(-1)
+def _smallest_lead(counts: Shaped[Tensor, "L B K"], label: Int64[Tensor, " B"]) -> Int64[Tensor, "L B"]:
+    """min over rivals k of n_y − n_k − [y > k], exact for whole numbers."""
+    own = counts.gather(2, label[None, :, None].expand(len(counts), -1, 1))[..., 0]
+    classes = torch.arange(counts.shape[2], device=counts.device)
+    ahead = (classes < label[:, None]).to(counts.dtype)  # ties that a rival wins
+    rivals = (counts + ahead).scatter(2, label[None, :, None].expand(len(counts), -1, 1), -1)
+    return (own - rivals.amax(2)).long()

@@ -20,15 +20,15 @@ class Objective(BaseModel):
     views_per_step: int | Literal["all"] = 1
     """``1`` is ablated training as in the paper: one random view for all pictures of the batch. A larger number draws
     that many, anew for each batch; ``all`` shows every view of every picture."""
-    cross_entropy: float = Field(1.0, ge=0)
+    cross_entropy: float = Field(default=1.0, ge=0)
     """Weight of the mean cross entropy of the views."""
-    vote_margin: float = Field(0.0, ge=0)
+    vote_margin: float = Field(default=0.0, ge=0)
     """Weight of the worst-location vote margin; needs ``views_per_step: all``."""
-    patch: int = Field(5, ge=1)
+    patch: int = Field(default=5, ge=1)
     """Side in pixels of the square patch that the vote margin is for."""
-    vote_width: float = Field(0.1, gt=0)
-    temperature: float = Field(2.0, gt=0)
-    margin_from: float = Field(0.1, ge=0, le=1)
+    vote_width: float = Field(default=0.1, gt=0)
+    temperature: float = Field(default=2.0, gt=0)
+    margin_from: float = Field(default=0.1, ge=0, le=1)
     """Share of the training after which the vote margin counts."""
 
     @model_validator(mode="after")
@@ -47,7 +47,7 @@ class Augment(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    shift: int = Field(0, ge=0, le=64)
+    shift: int = Field(default=0, ge=0, le=64)
     """Largest shift in pixels along each axis, drawn for each picture; black comes in."""
     flip: bool = False
     """Mirror half of the pictures left to right."""
@@ -64,8 +64,8 @@ class Recipe(BaseModel):
     split: str = "train"
     resize: tuple[Side, Side] | None = None
     """Resize and centre-crop every picture to (H, W) first; without, all must have one size."""
-    limit: int | None = Field(None, ge=1)
-    holdout: int = Field(1000, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    holdout: int = Field(default=1000, ge=0)
     """Last pictures of the split, kept out of the training to watch it."""
     settings: SmoothingSettings = SmoothingSettings()
     views: ViewSettings
@@ -73,16 +73,16 @@ class Recipe(BaseModel):
     objective: Objective = Objective()
     augment: Augment = Augment()
     epochs: int = Field(ge=1, le=10_000)
-    batch_size: int = Field(128, ge=1, le=65_536)
+    batch_size: int = Field(default=128, ge=1, le=65_536)
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(3e-3, gt=0)
-    weight_decay: float = Field(1e-3, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=1e-3, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises; afterwards it falls as a cosine."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     weights: Literal["float32", "float16"] = "float32"
     """How the trained weights are stored and served."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 def read(path: Path, changes: list[str] | None = None) -> Recipe:

@@ -1,0 +1,94 @@
+"""Networks: shapes, and that a view's answer depends on its own pixels alone."""
+
+import pytest
+import torch
+
+from certipatch import models
+from certipatch import views as vw
+from certipatch.models import CropNet, ModelSettings, ResNet18, StripNet
+from certipatch.views.render import render
+
+
+def settled(network):
+    """In eval mode, float64, with normalisation and positions that are not trivial."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if tensor.is_floating_point() and ("position" in name or "running" in name or tensor.ndim == 1):
+            tensor.data = torch.rand(tensor.shape, generator=generator) * 0.5 + 0.5 * ("var" in name)
+    return network.double().eval()
+
+
+STRIPS = [vw.Columns(3), vw.Columns(4, 3), vw.Columns(4, 3, wrap=False), vw.Columns(9), vw.Columns(1), vw.Rows(2),
+          vw.Rows(3, 2, wrap=False), vw.Rows(3, 4), vw.Blocks(3), vw.Blocks(3, 2), vw.Blocks(4, 3, wrap=False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("views", STRIPS, ids=str)
+def test_strip_network_reads_each_view_alone(views):
+    torch.manual_seed(0)
+    size = (8, 9)
+    network = settled(StripNet(views, 2, 3, size, widths=(6, 8), depth=1))
+    images = torch.rand(2, 2, *size, dtype=torch.float64)
+    visible = views.visible(size)
+    clean = network(images)
+    assert clean.shape == (2, len(visible), 3)
+    assert (clean[0] - clean[1]).abs().min() > 0  # it does read something
+    for v, shown in enumerate(visible):
+        poisoned = network(torch.where(shown, images, torch.nan))
+        assert torch.isfinite(poisoned[:, v]).all()
+        torch.testing.assert_close(poisoned[:, v], clean[:, v], rtol=1e-12, atol=1e-12)
+        x = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(network(x)[:, v].square().sum(), x)
+        assert (gradient[:, :, ~shown] == 0).all()
+        assert (gradient[:, :, shown] != 0).any(1).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("views", [vw.Columns(3, 2), vw.Rows(1), vw.Blocks(4, 3)], ids=str)
+def test_crop_network(views):
+    images = torch.rand(2, 3, 9, 8, dtype=torch.float64)
+    every = torch.arange(views.number((9, 8)))
+    network = settled(CropNet(views, 3, 5, widths=(4, 6, 8), depth=2))
+    shown = render(network.encoding, images, views, every)
+    answers = network(shown.flatten(0, 1))
+    assert answers.shape == (2 * len(every), 5)
+    assert answers.std(0).min() > 0
+
+
+def test_resnet():
+    network = settled(ResNet18(3, 5, widths=(4, 6), depth=1))
+    shown = render(
+        "null", torch.rand(2, 3, 7, 9, dtype=torch.float64), vw.PixelSets(torch.ones(1, 7, 9).bool()), torch.tensor([0])
+    )
+    assert network(shown.flatten(0, 1)).shape == (2, 5)
+    parameters = sum(p.numel() for p in ResNet18(3, 10).parameters())
+    assert parameters == 11_175_690  # ResNet-18 with a 3x3 stem on [x, 1 − x]
+
+
+@pytest.mark.parametrize("name", ["strip", "crop", "resnet18"])
+def test_create(name):
+    views = vw.Columns(3)
+    network = models.create(ModelSettings(name=name, widths=(4, 6), depth=1), views, 1, 4, (8, 8)).eval()
+    images = torch.rand(2, 1, 8, 8)
+    if network.encoding == "all-views":
+        assert network(images).shape == (2, 8, 4)
+    else:
+        assert network(render(network.encoding, images, views, torch.arange(8)).flatten(0, 1)).shape == (16, 4)
+    assert set(models.descriptions()) >= {name}
+
+
+def test_networks_that_cannot_read_the_views():
+    masks = vw.PixelSets(torch.ones(2, 8, 8).bool())
+    for name in ("strip", "crop"):
+        with pytest.raises(ValueError, match="resnet18"):
+            models.create(ModelSettings(name=name), masks, 1, 2, (8, 8))
+    with pytest.raises(ValueError, match="one band"):
+        StripNet(vw.Columns(2, count=2), 1, 2, (8, 8))
+    with pytest.raises(ValueError, match="does not fit"):
+        StripNet(vw.Columns(9), 1, 2, (8, 8))
+    for bad in (
+        {"name": "vgg"},
+        {"name": "strip", "widths": [0]},
+        {"name": "strip", "depth": 99},
+        {"name": "strip", "x": 1},
+    ):
+        with pytest.raises(ValueError, match="validation error"):
+            ModelSettings(**bad)
