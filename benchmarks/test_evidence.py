@@ -18,13 +18,13 @@ WIDTHS = (48, 96, 160)
 
 @pytest.mark.benchmark(group="evidence of 32 bands, 16 pictures")
 def test_null_encoded_passes(benchmark) -> None:
-    model = ResNet18(3, 10, WIDTHS, depth=1).eval().to(memory_format=torch.channels_last)
+    model = ResNet18(3, 10, WIDTHS, depth=1).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     answer = benchmark.pedantic(lambda: logits(model, VIEWS, IMAGES, batch_size=256), rounds=3, warmup_rounds=1)
     assert answer.shape == (16, 32, 10)
 
 
 @pytest.mark.benchmark(group="evidence of 32 bands, 16 pictures")
 def test_strip_network(benchmark) -> None:
-    model = StripNet(VIEWS, 3, 10, (32, 32), WIDTHS, depth=1).eval().to(memory_format=torch.channels_last)
+    model = StripNet(VIEWS, 3, 10, (32, 32), WIDTHS, depth=1).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     answer = benchmark.pedantic(lambda: logits(model, VIEWS, IMAGES), rounds=10, warmup_rounds=1)
     assert answer.shape == (16, 32, 10)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from certipatch.sees import sees
+from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.views import Columns, ReceptiveFields, Views
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from certipatch import rules
-from certipatch.sees import sees
+from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.views import Columns
 

@@ -10,7 +10,7 @@ HOOKED = (
     "certificate",
     "models",
     "report",
-    "sees",
+    "relation",
     "testing",
     "training",
     "views",

@@ -248,3 +248,26 @@ def test_one_nan_among_good_pixels_is_named():
         ev.check_images(pictures)
     with pytest.raises(InputError, match="divide by 255"):
         ev.check_images(images() * 255)
+
+
+class Rounds(nn.Module):
+    """Two classes, 500 times as far apart as the picture is bright; odd batches round the first logit up by 0.001."""
+
+    def forward(self, x):
+        bright = (x[:, 0] - x[:, 1]).sum((1, 2)) * 500 - 5e-4 + 1e-3 * (len(x) % 2)
+        return torch.stack([bright, torch.zeros_like(bright)], 1)
+
+
+@pytest.mark.parametrize("threshold", [0.5, None])
+def test_rounding_is_measured_where_softmax_is_not_saturated(threshold):
+    """Confident answers hide how far logits move: at 0.5 the same rounding turns votes, which must then be unsure."""
+    views = vw.Columns(8, stride=8)
+    tolerance = ev.check_model(Rounds(), views, torch.full((2, 1, *SIZE), 0.9))
+    doubtful = torch.full((2, 1, *SIZE), 0.5)
+    (odd, odd_unsure), (even, even_unsure) = (
+        ev.votes(ev.scores(ev.logits(Rounds(), views, pictures)), threshold, tolerance)
+        for pictures in (doubtful[:1], doubtful)
+    )
+    assert not torch.equal(odd[0], even[0])
+    assert odd_unsure.all()
+    assert even_unsure.all()

@@ -12,7 +12,7 @@ from certipatch.certificate import Certificate
 from certipatch.defenses import DerandomizedSmoothing
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings
-from certipatch.sees import sees
+from certipatch.relation import sees
 from certipatch.testing import check_defense
 from certipatch.threats import PatchThreat, SparseThreat
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from certipatch.certificate import Certificate
     from certipatch.defenses import Defense, DerandomizedSmoothing, load
     from certipatch.errors import InputError
-    from certipatch.sees import sees
+    from certipatch.relation import sees
     from certipatch.threats import PatchThreat, SparseThreat
 
 _HOME = {
@@ -25,7 +25,7 @@ _HOME = {
     "PatchThreat": "certipatch.threats",
     "SparseThreat": "certipatch.threats",
     "load": "certipatch.defenses",
-    "sees": "certipatch.sees",
+    "sees": "certipatch.relation",
 }
 _MODULES = ("data", "rules", "testing", "views")
 __all__ = [

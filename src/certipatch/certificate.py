@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from certipatch.sees import Sees
+from certipatch.relation import Sees
 from certipatch.threats import Threat
 
 Notion = Literal["recovery", "detection"]
@@ -53,7 +53,7 @@ class Certificate:
 
     def map(self, picture: int) -> Float64[Tensor, "H W"]:
         """Vulnerability map: for each pixel the smallest margin over the locations that cover it, +inf where none does."""
-        if self.sees is None or self.margin.shape[1] != len(self.sees.locations):
+        if self.sees is None or self.sees.choices.shape[1] != 1:
             raise ValueError(f"a map needs one location per place of one patch; {self.threat} has no such places")
         locations = self.sees.locations
         result = torch.full((locations.image_size[0] * locations.image_size[1],), torch.inf, dtype=torch.float64)

@@ -103,6 +103,8 @@ class PatchThreat:
             )
         self.shape = shape
         self.count = _positive(count, "the number of patches")
+        if not isinstance(where, str | list | tuple):
+            raise InputError(f"where is 'anywhere', 'corners' or a list of (top, left) pixels, not {where!r}")
         self.where = where if isinstance(where, str) else tuple(_corner(place) for place in where)
         if isinstance(where, str) and where not in ("anywhere", "corners"):
             raise InputError(f"where is 'anywhere', 'corners' or a list of (top, left) pixels, not {where!r}")
@@ -256,7 +258,11 @@ def _positive(value: Any, what: str) -> int:
 
 
 def _corner(place: Any) -> tuple[int, int]:
-    if len(place) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in place):
+    if (
+        not isinstance(place, list | tuple)
+        or len(place) != 2
+        or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in place)
+    ):
         raise InputError(f"a place is (top, left) in pixels of at least 0, not {place!r}")
     return place[0], place[1]
 

@@ -18,11 +18,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
-app.command("list")(listing.list_)
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("certify")(certify.certify)
+COMMANDS = {
+    "demo": demo.demo,
+    "list": listing.list_,
+    "train": train.train,
+    "evaluate": evaluate.evaluate,
+    "certify": certify.certify,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def main() -> None:

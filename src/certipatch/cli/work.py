@@ -166,7 +166,7 @@ def shown_picture(
 ) -> Shown:
     """One picture of a report's gallery."""
     location = int(found.weakest[i])
-    single = found.sees is not None and found.margin.shape[1] == len(found.sees.locations)
+    single = found.sees is not None and found.sees.choices.shape[1] == 1
     return Shown(
         image=image,
         title=title,

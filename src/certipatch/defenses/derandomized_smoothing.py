@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from certipatch import evidence as ev
 from certipatch.certificate import Certificate
 from certipatch.defenses.base import Defense, Evidence
+from certipatch.relation import Sees, sees
 from certipatch.rules import Vote
-from certipatch.sees import Sees, sees
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views import Views
 
@@ -60,9 +60,11 @@ class DerandomizedSmoothing(Defense):
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
         """The measured rounding of a score for pictures of this size; runs the model check the first time."""
-        key = (*images.shape[1:], images.dtype, images.device, self.model.training)
+        first = next(self.model.parameters(), images)
+        autocast = torch.is_autocast_enabled(images.device.type)
+        key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
         if key not in self._tolerance:
-            self._tolerance[key] = ev.check_model(self.model, self.views, images)
+            self._tolerance[key] = ev.check_model(self.model, self.views, images, self.batch_size)
         return self._tolerance[key]
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:

@@ -90,7 +90,8 @@ def _count(shown: Bool[Tensor, "L V"], votes: Shaped[Tensor, "B V K"]) -> Float[
     if votes.shape[1] >= 2**24:
         raise ValueError(f"{votes.shape[1]} views cannot be counted exactly; use fewer than {2**24}")
     flat = votes.transpose(0, 1).float().flatten(1)
-    return (shown.float() @ flat).unflatten(1, (len(votes), votes.shape[2]))
+    with torch.autocast(votes.device.type, enabled=False):  # which would round counts to eight bits
+        return (shown.float() @ flat).unflatten(1, (len(votes), votes.shape[2]))
 
 
 def _smallest_lead(counts: Shaped[Tensor, "L B K"], label: Int64[Tensor, " B"]) -> Int64[Tensor, "L B"]:

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -17,7 +18,7 @@ from certipatch.data import Pictures, load
 from certipatch.defenses import card as cards
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.errors import InputError
-from certipatch.sees import sees
+from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, objectives
 from certipatch.training.recipe import Recipe
@@ -68,8 +69,9 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     )
     fabric = Fabric(accelerator="auto", devices="auto", precision=recipe.precision)
     fabric.launch()
-    torch.manual_seed(recipe.seed)
-    network = blank.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = blank.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(recipe, network)
     first = checkpoint.load(out / "checkpoint.safetensors", network, optimizer, identity)
     module, optimizer = fabric.setup(network, optimizer)
@@ -234,7 +236,7 @@ def _words(held: dict[str, float]) -> str:
     return f"held out: clean {held['clean_accuracy']:.1%}, certified {held['certified_accuracy']:.1%}"
 
 
-def _log(out: Path, line: dict[str, float]) -> None:
+def _log(out: Path, line: dict[str, Any]) -> None:
     with (out / "log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -23,7 +23,7 @@ class PixelSets(Views):
             raise InputError(
                 f"pixel sets are a bool tensor (V, H, W) with at least one view, not {visible.dtype} {tuple(visible.shape)}"
             )
-        self._visible = visible
+        self._visible = visible.detach().cpu().clone()
 
     def number(self, image_size: tuple[int, int]) -> int:
         if tuple(image_size) != tuple(self._visible.shape[1:]):

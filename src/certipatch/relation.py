@@ -1,4 +1,7 @@
-"""sees: which view shows a pixel of which patch location. Geometry from pixel sets; no closed formula."""
+"""The relation ``sees``: which view shows a pixel of which patch location. Geometry from pixel sets, no closed formula.
+
+(The file is not called sees.py, because importing it would then put the module in the place of ``certipatch.sees``.)
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import certipatch as cp
 from certipatch import views as vw
 from certipatch.errors import InputError
-from certipatch.sees import sees
+from certipatch.relation import sees
 from certipatch.threats import PatchThreat, SparseThreat
 
 
@@ -126,7 +126,7 @@ def test_errors():
 BIG = """
 import resource
 from certipatch import views as vw
-from certipatch.sees import sees
+from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 for views, number in ((vw.Columns(25), 224), (vw.Blocks(25, stride=8), 784)):
     found = sees(views, PatchThreat("2%"), (224, 224))

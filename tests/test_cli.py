@@ -1,0 +1,303 @@
+"""The command line: what section 4 of the design promises, and one line with exit code 2 for every bad input."""
+
+import errno
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support import png, stripes, write_parquet, write_recipe
+
+import certipatch as cp
+from certipatch import cli
+from certipatch.training import read, train
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    write_parquet(folder / "stripes")
+    write_recipe(folder / "r.yaml", data=str(folder / "stripes"), epochs=4)
+    train(read(folder / "r.yaml"), folder / "model")
+    (folder / "good.png").write_bytes(stripes(2, 5)[1][0])
+    return folder
+
+
+@pytest.fixture
+def certipatch(monkeypatch, capsys, home):
+    """Run a command in the home folder; gives (exit code, stdout, stderr)."""
+    monkeypatch.chdir(home)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["certipatch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err  # type: ignore[return-value]
+
+    return run
+
+
+def refused(answer: tuple[int, str, str]) -> str:
+    """The one line of an answer with exit code 2."""
+    code, out, err = answer
+    lines = [line for line in err.splitlines() if line.startswith("certipatch: ")]
+    assert code == 2, answer
+    assert out == ""
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_certify_json_is_one_object_as_in_the_contract(certipatch, home):
+    code, out, err = certipatch("certify", "good.png", "--defense", "model", "--patch", "2", "--json")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert answer.keys() == {"defense", "threat", "results"}
+    (result,) = answer["results"]
+    assert result.keys() == {"image", "label", "name", "certified", "margin", "largest_patch", "weakest"}
+    pixels = torch.from_numpy(np.array(Image.open(home / "good.png")))[None, None].float() / 255
+    found = cp.load(str(home / "model")).certify(pixels, cp.PatchThreat(2))
+    assert result["label"] == int(found.label[0]) == 1
+    assert result["certified"] == bool(found.certified[0])
+    assert result["margin"] == found.margin.amin().item()
+    assert (result["largest_patch"] >= 2) == result["certified"]
+    assert result["weakest"].keys() == {"top", "left", "height", "width"}
+
+
+def test_certify_writes_a_report(certipatch, tmp_path):
+    code, out, _ = certipatch(
+        "certify", "good.png", "good.png", "--defense", "model", "--patch", "3x2", "--out", tmp_path / "run"
+    )
+    assert code == 0
+    assert out.count("good.png") == 2
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"config.yaml", "summary.json", "report.html"}
+    assert "good.png" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_evaluate_then_again(certipatch, tmp_path):
+    command = ("evaluate", "--defense", "model", "--data", "stripes", "--patch", "2%", "--out", tmp_path / "run", "--json")
+    code, out, _ = certipatch(*command)
+    assert code == 0
+    summary = json.loads(out)
+    assert summary["images"] == 40
+    assert certipatch(*command)[:2] == (0, out)
+
+
+@pytest.mark.parametrize(
+    "threat",
+    [
+        ("--patch", "2", "--count", "2"),
+        ("--patch", "4", "--shape", "diamond"),
+        ("--patch", "2", "--where", "corners"),
+        ("--patch", "2", "--where", "0,0;5,7"),
+        ("--sparse", "2"),
+    ],
+)
+def test_every_kind_of_threat(certipatch, tmp_path, threat):
+    command = ("evaluate", "--defense", "model", "--data", "stripes", "--limit", "6", "--out", tmp_path / "run")
+    code, out, _ = certipatch(*command, *threat)
+    assert code == 0
+    assert "certified" in out
+
+
+def test_train_from_the_command_line_and_a_folder_of_class_folders(certipatch, tmp_path):
+    for split, seed in (("train", 1), ("test", 2)):
+        for number, (encoded, target) in enumerate(stripes(40, seed, (16, 12), colour=True)):
+            path = tmp_path / "photos" / split / f"class-{target}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded)
+    command = ("train", "r.yaml", "--data", tmp_path / "photos", "--out", tmp_path / "m", "--set", "epochs=8")
+    code, out, _ = certipatch(*command, "--set", "holdout=4")
+    assert code == 0, out
+    command = ("evaluate", "--defense", tmp_path / "m", "--data", tmp_path / "photos", "--patch", "2", "--json")
+    code, out, _ = certipatch(*command, "--out", tmp_path / "run")
+    assert code == 0
+    assert json.loads(out)["dataset"] == "photos"
+    assert json.loads(out)["clean_accuracy"] > 0.6
+
+
+def test_lists(certipatch):
+    for kind in ("defenses", "models", "datasets", "recipes"):
+        code, out, _ = certipatch("list", kind, "--json")
+        assert code == 0
+        assert json.loads(out)[kind]
+    assert "derandomized-smoothing" in certipatch("list")[1]
+
+
+@pytest.mark.parametrize("command", [(), ("--help",), *((name, "--help") for name in cli.COMMANDS)])
+def test_help_has_examples(certipatch, command):
+    code, out, _ = certipatch(*command)
+    assert code == 0
+    assert "certipatch" in out
+    if command and command[0] != "--help":
+        assert "Example" in out
+
+
+BAD_THREATS = [
+    (("--patch", "5x"), "5x"),
+    (("--patch", "-3"), "-3"),
+    (("--patch", "0"), "0"),
+    (("--patch", "0%"), "0%"),
+    (("--patch", "13"), "13x13"),
+    (("--patch", "2x13"), "2x13"),
+    (("--patch", "2", "--shape", "star"), "star"),
+    (("--patch", "2", "--count", "0"), "0"),
+    (("--patch", "2", "--where", "11,11"), "leaves the picture"),
+    (("--patch", "2", "--where", "middle"), "middle"),
+    (("--sparse", "-1"), "-1"),
+    (("--sparse", "200"), "200"),
+    (("--patch", "2", "--sparse", "2"), "either"),
+    ((), "--patch"),
+]
+
+
+@pytest.mark.parametrize(("threat", "said"), BAD_THREATS)
+def test_bad_threats(certipatch, tmp_path, threat, said):
+    line = refused(certipatch("certify", "good.png", "--defense", "model", *threat))
+    assert said in line
+    line = refused(certipatch("evaluate", "--defense", "model", "--data", "stripes", "--out", tmp_path / "r", *threat))
+    assert said in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_pictures(certipatch, tmp_path):
+    good = stripes(1, 0)[0][0]
+    files = {
+        "no-picture.png": b"this is no picture",
+        "empty.png": b"",
+        "truncated.png": good[: len(good) // 2],
+        "large.png": png(np.zeros((13, 12), np.uint8)),
+        "colour.png": png(np.zeros((12, 12, 3), np.uint8)),
+    }
+    said = {"large.png": "13x12", "colour.png": "RGB"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        line = refused(certipatch("certify", tmp_path / name, "--defense", "model", "--patch", "2"))
+        assert name in line
+        assert said.get(name, "") in line
+    for name in ("missing.png", "."):
+        refused(certipatch("certify", tmp_path / name, "--defense", "model", "--patch", "2"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.5, float("inf")])
+def test_bad_pixel_values(home, value):
+    images = torch.full((1, 1, 12, 12), 0.5)
+    images[0, 0, 3, 3] = value
+    with pytest.raises(cp.InputError, match=r"NaN|\[0, 1\]"):
+        cp.load(str(home / "model")).certify(images, cp.PatchThreat(2))
+
+
+def test_unknown_names_suggest_the_nearest(certipatch, tmp_path):
+    assert "mnist-columns" in refused(certipatch("certify", "good.png", "--defense", "mnist-colums", "--patch", "2"))
+    command = ("evaluate", "--defense", "model", "--patch", "2", "--out", tmp_path / "r", "--data")
+    assert "mnist" in refused(certipatch(*command, "mnits"))
+    line = refused(certipatch(*command, "stripes", "--split", "validation"))
+    assert "test" in line
+    assert "train" in line
+    assert "mnist-columns" in refused(certipatch("train", "mnist-colums"))
+    assert "evaluate" in refused(certipatch("evalute"))
+    assert "--data" in refused(certipatch("evaluate", "--defense", "model"))
+
+
+def copy_of(model: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in model.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_bad_weights_and_cards(certipatch, home, tmp_path):
+    import hashlib
+
+    def command(folder: Path) -> str:
+        return refused(certipatch("certify", "good.png", "--defense", folder, "--patch", "2"))
+
+    truncated = copy_of(home / "model", tmp_path / "truncated")
+    weights = truncated / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "sha256" in command(truncated)
+    card = json.loads((truncated / "card.json").read_text())
+
+    def rename(folder: Path, **changes: object) -> None:
+        digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+        (folder / "card.json").write_text(json.dumps(card | changes | {"sha256": digest}))
+
+    rename(truncated)
+    assert "safetensors" in command(truncated)
+    foreign = copy_of(home / "model", tmp_path / "foreign")
+    save_file({"other": torch.zeros(3)}, foreign / "weights.safetensors")
+    rename(foreign)
+    assert "does not hold the weights" in command(foreign)
+    pickled = copy_of(home / "model", tmp_path / "pickled")
+    torch.save(load_file(home / "model" / "weights.safetensors"), pickled / "weights.safetensors")
+    rename(pickled)
+    assert "safetensors" in command(pickled)
+    greedy = copy_of(home / "model", tmp_path / "greedy")
+    rename(greedy, model={"name": "strip", "widths": [4096] * 8, "depth": 32})
+    assert "does not hold the weights" in command(greedy)
+    rename(greedy, model={"name": "strip", "widths": [10**9]})
+    assert "widths" in command(greedy)
+    rename(greedy, views={"name": "columns", "width": 99})
+    assert "99" in command(greedy)
+    (greedy / "card.json").write_text("{")
+    command(greedy)
+    (greedy / "card.json").unlink()
+    assert "no trained defense" in command(greedy)
+
+
+def test_a_run_of_another_configuration(certipatch, tmp_path):
+    command = ("evaluate", "--defense", "model", "--data", "stripes", "--limit", "4", "--out", tmp_path / "run")
+    assert certipatch(*command, "--patch", "2")[0] == 0
+    assert "threat" in refused(certipatch(*command, "--patch", "3"))
+
+
+def test_no_room_on_the_disk_loses_nothing(certipatch, tmp_path, monkeypatch):
+    from certipatch.evaluation import run
+
+    monkeypatch.setattr(run, "PART", 10)
+    write, written = pq.write_table, []
+
+    def full(table, path, **options):
+        written.append(path)
+        if len(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(table, path, **options)
+
+    command = ("evaluate", "--defense", "model", "--data", "stripes", "--patch", "2", "--out", tmp_path / "run")
+    monkeypatch.setattr(run.pq, "write_table", full)
+    assert "No space left" in refused(certipatch(*command))
+    kept = sorted((tmp_path / "run" / "records").glob("part-*.parquet"))
+    assert len(kept) == 2
+    times = [path.stat().st_mtime_ns for path in kept]
+    monkeypatch.setattr(run.pq, "write_table", write)
+    assert certipatch(*command)[0] == 0
+    assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_no_permission_to_write(certipatch, tmp_path, monkeypatch):
+    def forbidden(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    command = ("evaluate", "--defense", "model", "--data", "stripes", "--patch", "2", "--out", tmp_path / "run")
+    assert "Permission denied" in refused(certipatch(*command))
+    assert "Permission denied" in refused(certipatch("train", "r.yaml", "--out", tmp_path / "model"))
+
+
+def test_ctrl_c_exits_with_130(certipatch, tmp_path, monkeypatch):
+    from certipatch.evaluation import run
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "write_table", interrupted)
+    command = ("evaluate", "--defense", "model", "--data", "stripes", "--patch", "2", "--out", tmp_path / "run")
+    code, _, err = certipatch(*command)
+    assert code == 130
+    assert "Traceback" not in err

@@ -1,0 +1,120 @@
+"""Training: every network learns, a killed training ends with the same weights, bad recipes name the field."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import write_parquet, write_recipe
+
+from certipatch import defenses
+from certipatch.errors import InputError
+from certipatch.relation import sees
+from certipatch.rules import Vote
+from certipatch.threats import PatchThreat
+from certipatch.training import objectives, read, train
+from certipatch.views import Columns
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_parquet(tmp_path_factory.mktemp("data") / "stripes")
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "epochs"),
+    [
+        ({"name": "strip", "widths": [8, 8]}, {"views_per_step": "all", "vote_margin": 1.0, "patch": 2}, 6),
+        ({"name": "crop", "widths": [8, 8], "depth": 1}, {"views_per_step": 4}, 12),
+        ({"name": "resnet18", "widths": [8, 8], "depth": 1}, {"views_per_step": 1}, 25),
+    ],
+)
+def test_every_network_learns_and_loads(tmp_path, data, model, objective, epochs):
+    recipe = write_recipe(tmp_path / "r.yaml", data=str(data), model=model, objective=objective, epochs=epochs)
+    card = train(read(recipe), tmp_path / "out")
+    last = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["clean_accuracy"] > 0.9
+    defense, again = defenses.open_defense(str(tmp_path / "out"))
+    assert again == card
+    assert again.training["steps"] == epochs * 5
+    assert defense.predict(torch.rand(2, 1, 12, 12)).shape == (2,)
+
+
+def test_a_finished_training_is_left_alone_and_another_one_refused(tmp_path, data):
+    recipe = write_recipe(tmp_path / "r.yaml", data=str(data), epochs=1)
+    train(read(recipe), tmp_path / "out")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    train(read(recipe), tmp_path / "out")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(InputError, match="another training"):
+        train(read(recipe, ["seed=1"]), tmp_path / "out")
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, data):
+    recipe = write_recipe(tmp_path / "r.yaml", data=str(data), epochs=8)
+    train(read(recipe), tmp_path / "whole")
+    command = [sys.executable, "-m", "certipatch", "train", str(recipe), "--out", str(tmp_path / "killed")]
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        log = tmp_path / "killed" / "log.jsonl"
+        lines = len(log.read_text().splitlines()) if log.exists() else 0
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and len(log.read_text().splitlines()) > lines:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    whole, killed = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("epochs=0", "epochs"),
+        ("views.width=0", "views.width"),
+        ("views.colour=3", "views.colour"),
+        ("model.name=vgg", "model.name"),
+        ("objective.views_per_step=2", "vote_margin needs"),
+        ("epochs", "key=value"),
+        ("holdout=1000", "holdout"),
+        ("views.width=40", "does not fit"),
+        ("objective.patch=40", "does not fit"),
+        ("split=nothing", "test"),
+    ],
+)
+def test_bad_recipes_are_told_in_one_line(tmp_path, data, change, message):
+    recipe = write_recipe(tmp_path / "r.yaml", data=str(data))
+    with pytest.raises(InputError, match=message) as error:
+        train(read(recipe, [change]), tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_the_margin_of_true_votes_is_what_the_rule_certifies():
+    generator = torch.Generator().manual_seed(0)
+    votes = torch.rand(20, 12, 4, generator=generator) < 0.4
+    relation = sees(Columns(3), PatchThreat(2), (8, 12)).rows
+    verdict = Vote().certify(votes, relation)
+    margin = objectives.worst_vote_margin(votes.double(), verdict.label, relation)
+    earlier = (torch.arange(4) < verdict.label[:, None]).double()[:, None]
+    assert torch.equal((margin - earlier).amin(2) + 1, verdict.margin)
+
+
+def test_the_vote_margin_loss_falls_as_the_right_class_gains():
+    relation = sees(Columns(3), PatchThreat(2), (8, 12)).rows
+    target = torch.tensor([1])
+    losses = []
+    for strength in (0.0, 1.0, 3.0, 9.0):
+        logits = torch.zeros(1, 12, 3)
+        logits[..., 1] = strength
+        losses.append(objectives.vote_margin_loss(logits, target, relation, 0.3).item())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > losses[-1]
