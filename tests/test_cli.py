@@ -81,7 +81,18 @@ def test_certify_writes_a_report(certipatch, tmp_path):
 
 
 def test_evaluate_then_again(certipatch, tmp_path):
-    command = ("evaluate", "--defense", "model", "--data", "stripes", "--patch", "2%", "--out", tmp_path / "run", "--json")
+    command = (
+        "evaluate",
+        "--defense",
+        "model",
+        "--data",
+        "stripes",
+        "--patch",
+        "2%",
+        "--out",
+        tmp_path / "run",
+        "--json",
+    )
     code, out, _ = certipatch(*command)
     assert code == 0
     summary = json.loads(out)

@@ -15,7 +15,7 @@ from certipatch.errors import InputError
 from certipatch.views import Views
 from certipatch.views.render import render
 
-BATCH = 1024  # rendered views per forward pass
+PIXELS = 2**20  # of one forward pass, unless a batch size is given: 1024 views of 32x32, 20 of 224x224
 # By parameter type: the largest change of a logit, relative to 1 + the largest, that counts as rounding; the least
 # tolerance of a score.
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -41,18 +41,18 @@ def logits(
     views: Views,
     images: Float[Tensor, "B C H W"],
     index: Tensor | None = None,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
 ) -> Float[Tensor, "B v K"]:
     """The network's logits for views ``index`` (all V when None) of every picture.
 
-    A model whose ``encoding`` is ``all-views`` maps pictures to (B, V, K) itself; any other gets rendered views, in
-    forward passes of ``batch_size``. The default encoding is ``null``.
+    A model whose ``encoding`` is ``all-views`` maps pictures to (B, V, K) itself; any other gets rendered views. Forward
+    passes take ``batch_size`` pictures or views, by default 2²⁰ pixels of them. The default encoding is ``null``.
     """
     encoding = getattr(model, "encoding", "null")
     number = views.number((images.shape[2], images.shape[3]))
+    batch_size = batch_size or max(1, PIXELS // (images.shape[2] * images.shape[3]))
     if encoding == "all-views":
-        step = max(1, batch_size // number)
-        parts = [model(images[i : i + step].clone()) for i in range(0, len(images), step)]  # theirs to write into
+        parts = [model(part.clone()) for part in images.split(batch_size)]  # a copy: theirs to write into
         every = torch.cat(parts)
         if every.ndim != 3 or every.shape[1] != number:
             raise InputError(f"the model gives {tuple(every.shape)} where (B, V={number}, K) is needed")
@@ -112,11 +112,11 @@ def check_images(images: Tensor) -> None:
 
 @torch.inference_mode()
 def check_model(
-    model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], batch_size: int = BATCH, seed: int = 0
+    model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], batch_size: int | None = None, seed: int = 0
 ) -> Tolerance:
     """Refuse a model whose views leak or depend on their neighbours; measure the rounding of the others.
 
-    With up to two of ``images`` and a random picture, for up to eight views: the same view (a) twice, (b) beside
+    With up to two of ``images`` and a random picture, for up to eight views (four where each costs a pass): the same view (a) twice, (b) beside
     all-black, all-white and random pictures in batches of 1, 2, 5 and 9, (c) with its hidden pixels set to 0, 1 and
     random. The largest change of a logit, four times over, bounds the change of a score: the tolerance. (Logits, since a
     score that is saturated on the probes hides rounding that shows on other pictures.)
@@ -131,7 +131,9 @@ def check_model(
             buffer.copy_(buffers[name])
 
 
-def _checked(model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], batch_size: int, seed: int) -> Tolerance:
+def _checked(
+    model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], batch_size: int | None, seed: int
+) -> Tolerance:
     generator = torch.Generator().manual_seed(seed)
 
     def random_like(pictures: Tensor) -> Tensor:
@@ -140,7 +142,8 @@ def _checked(model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], b
     probes = torch.cat([images[:2], random_like(images[:1])])
     size = images.shape[2], images.shape[3]
     number = views.number(size)
-    index = torch.linspace(0, number - 1, min(number, 8)).round().long().unique()
+    probed = 8 if getattr(model, "encoding", "null") == "all-views" else 4  # rendered views cost a pass each
+    index = torch.linspace(0, number - 1, min(number, probed)).round().long().unique()
 
     def answer(pictures: Tensor, chosen: Tensor = index) -> Tensor:
         found = logits(model, views, pictures, chosen, batch_size).double()
@@ -168,8 +171,7 @@ def _checked(model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], b
     neighbours = torch.cat([torch.zeros_like(probes[:1]), torch.ones_like(probes[:1]), random_like(probes[:1])])
     for others in (1, 4, 8):
         batch = neighbours.repeat(3, 1, 1, 1)[:others]
-        beside = torch.cat([answer(torch.cat([batch, probe[None]]))[-1:] for probe in probes])
-        measure(beside, alone, coupled)
+        measure(answer(torch.cat([batch, probes[:1]]))[-1:], alone[:1], coupled)
     measure(answer(probes), alone, coupled)
     for position, view in enumerate(index):
         shown = views.visible(size, view[None])[0].to(images.device)

@@ -26,7 +26,7 @@ class DerandomizedSmoothing(Defense):
         views: the views, for example ``views.Columns(4)``.
         threshold: θ: a view votes for every class whose softmax confidence exceeds it; None: for its top class.
         margin: ``"location"`` (exact) or ``"paper"`` (Theorems 1 and 2).
-        batch_size: rendered views per forward pass; the check measures that it changes nothing.
+        batch_size: pictures or rendered views per forward pass (default: 2²⁰ pixels); the check measures what it changes.
 
     The first call with pictures of a new size runs the model check (``evidence.check_model``) and raises InputError
     for a model whose views leak or share statistics. Views whose vote rounding could turn count as attacked.
@@ -40,11 +40,11 @@ class DerandomizedSmoothing(Defense):
         views: Views,
         threshold: float | None = 0.3,
         margin: Literal["location", "paper"] = "location",
-        batch_size: int = ev.BATCH,
+        batch_size: int | None = None,
     ):
         if threshold is not None and not 0 <= threshold < 1:
             raise ValueError(f"threshold is a confidence in [0, 1) or None for the top class, not {threshold}")
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.model, self.views, self.threshold, self.batch_size = model, views, threshold, batch_size
         self.rule = Vote(margin)
