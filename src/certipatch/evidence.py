@@ -116,10 +116,10 @@ def check_model(
 ) -> Tolerance:
     """Refuse a model whose views leak or depend on their neighbours; measure the rounding of the others.
 
-    With up to two of ``images`` and a random picture, for up to eight views (four where each costs a pass): the same view (a) twice, (b) beside
-    all-black, all-white and random pictures in batches of 1, 2, 5 and 9, (c) with its hidden pixels set to 0, 1 and
-    random. The largest change of a logit, four times over, bounds the change of a score: the tolerance. (Logits, since a
-    score that is saturated on the probes hides rounding that shows on other pictures.)
+    With up to two of ``images`` and a random picture, for up to eight views (four where each costs a pass): the same
+    view (a) twice, (b) beside all-black, all-white and random pictures in batches of 1, 2, 5 and 9, (c) with its hidden
+    pixels set to 0, 1 and random. The largest change of a logit, four times over, bounds the change of a score: the
+    tolerance. (Logits, since a score that is saturated on the probes hides rounding that shows on other pictures.)
 
     Errors: InputError that says which of the three changed a logit by more than rounding can.
     """

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import yaml
 
+from certipatch import devices
 from certipatch.certificate import Certificate
 from certipatch.data import load, read_picture
 from certipatch.defenses import Card, Defense, locate, open_defense
@@ -41,7 +42,9 @@ def evaluate_into(
         raise InputError(
             f"{pictures.name} has {len(pictures.class_names)} classes, but {folder.name} knows {len(card.classes)}"
         )
-    job = run.Job(defense, folder.name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed)
+    device = devices.default()
+    defense.to(device)
+    job = run.Job(defense, folder.name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
     check_shape(job.pictures.pixels([0])[0].shape, card, pictures.name)
     summary = run.evaluate(job, out, progress)
     if not (out / "report.html").exists():

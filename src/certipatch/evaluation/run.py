@@ -30,6 +30,7 @@ from certipatch.evaluation.metrics import wilson
 from certipatch.threats import Threat
 from certipatch.versions import versions
 
+CPU = torch.device("cpu")
 PART = 250  # pictures per record file; the batch that a killed run loses
 Progress = Callable[[int, int, str], None]
 
@@ -67,6 +68,7 @@ class Job:
     pictures: Pictures
     threat: Threat
     seed: int = 0
+    device: torch.device = CPU
 
     def config(self) -> dict[str, Any]:
         """All settings, as plain values; ``source`` and ``versions`` tell where from and with what."""
@@ -223,7 +225,7 @@ def _evaluate_part(job: Job, out: Path, indices: range) -> pa.Table:
             f"{job.pictures.name} has pictures of {images.shape[2]}x{images.shape[3]} pixels, but {job.defense_name} "
             f"reads {job.image_size[0]}x{job.image_size[1]}"
         )
-    evidence = job.defense.evidence(images)
+    evidence = job.defense.evidence(images.to(job.device))
     found = job.defense.certificate(evidence, job.threat)
     records = _records(job, indices, found)
     largest = job.defense.largest_patch(evidence)
@@ -265,7 +267,7 @@ def _records(job: Job, indices: range, found: Certificate) -> pa.Table:
 def _timing(job: Job, images: int, seconds: float) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
-    probe = job.pictures.images(range(1))
+    probe = job.pictures.images(range(1)).to(job.device)
     with FlopCounterMode(display=False) as counter:
         job.defense.evidence(probe)
     return {

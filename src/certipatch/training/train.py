@@ -13,6 +13,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from certipatch import devices
 from certipatch import views as view_sets
 from certipatch.data import Pictures, load
 from certipatch.defenses import card as cards
@@ -67,7 +68,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         seed=recipe.seed,
         versions=versions(),
     )
-    fabric = Fabric(accelerator="auto", devices="auto", precision=recipe.precision)
+    fabric = Fabric(accelerator=devices.default().type, devices="auto", precision=recipe.precision)
     fabric.launch()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
