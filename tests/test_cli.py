@@ -269,7 +269,7 @@ def test_a_run_of_another_configuration(certipatch, tmp_path):
 
 
 def test_no_room_on_the_disk_loses_nothing(certipatch, tmp_path, monkeypatch):
-    from certipatch.evaluation import run
+    from certipatch.evaluation import files, run
 
     monkeypatch.setattr(run, "PART", 10)
     write, written = pq.write_table, []
@@ -281,12 +281,12 @@ def test_no_room_on_the_disk_loses_nothing(certipatch, tmp_path, monkeypatch):
         write(table, path, **options)
 
     command = ("evaluate", "--defense", "model", "--data", "stripes", "--patch", "2", "--out", tmp_path / "run")
-    monkeypatch.setattr(run.pq, "write_table", full)
+    monkeypatch.setattr(files.pq, "write_table", full)
     assert "No space left" in refused(certipatch(*command))
     kept = sorted((tmp_path / "run" / "records").glob("part-*.parquet"))
     assert len(kept) == 2
     times = [path.stat().st_mtime_ns for path in kept]
-    monkeypatch.setattr(run.pq, "write_table", write)
+    monkeypatch.setattr(files.pq, "write_table", write)
     assert certipatch(*command)[0] == 0
     assert [path.stat().st_mtime_ns for path in kept] == times
 

@@ -16,6 +16,7 @@ from certipatch.cli.work import evaluate_into
 from certipatch.errors import InputError
 from certipatch.evaluation import run
 from certipatch.evaluation.metrics import wilson
+from certipatch.evaluation.records import stored_evidence
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.training import read, train
 
@@ -80,7 +81,7 @@ def test_stored_evidence_gives_the_same_certificates(home, tmp_path):
     from certipatch import defenses
 
     defense = defenses.load(str(home / "model"))
-    stored = run.stored_evidence(run.read_evidence(tmp_path / "run"), 12, 3, (12, 12))
+    stored = stored_evidence(run.read_evidence(tmp_path / "run"), 12, 3, (12, 12))
     found = defense.certificate(stored, PatchThreat(2))
     assert found.label.tolist() == records["label"].to_pylist()
     assert found.margin.amin(1).tolist() == records["margin"].to_pylist()

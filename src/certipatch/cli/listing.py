@@ -6,7 +6,7 @@ import typer
 
 from certipatch.errors import InputError
 
-KINDS = ("defenses", "models", "datasets", "recipes")
+KINDS = ("defenses", "models", "attacks", "datasets", "recipes")
 
 
 def list_(
@@ -34,6 +34,10 @@ def list_(
         return
     console = Console()
     for kind, rows in found.items():
+        if not rows:
+            if what:
+                console.print(f"no {kind} yet")
+            continue
         table = Table(title=kind, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
         for name, text in rows.items():
             table.add_row(name, text)
@@ -46,6 +50,8 @@ def _rows(kind: str) -> dict[str, str]:
         from certipatch.data import names
 
         return names()
+    if kind == "attacks":
+        return {}
     if kind == "recipes":
         from certipatch import resources
 

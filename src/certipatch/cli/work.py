@@ -6,21 +6,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
-from certipatch import devices
+from certipatch import devices, report
 from certipatch.certificate import Certificate
 from certipatch.data import load, read_picture
 from certipatch.defenses import Card, Defense, locate, open_defense
 from certipatch.errors import InputError
-from certipatch.evaluation import run
-from certipatch.report import Shown, page
+from certipatch.evaluation import files, run
 from certipatch.threats import Threat
 from certipatch.versions import versions
 
-GALLERY = 40  # pictures in a report
+MAX_SHOWN = 400  # pictures in the report of certify
 
 
 def evaluate_into(
@@ -48,28 +46,8 @@ def evaluate_into(
     check_shape(job.pictures.pixels([0])[0].shape, card, pictures.name)
     summary = run.evaluate(job, out, progress)
     if not (out / "report.html").exists():
-        run.write_text(out / "report.html", report_of(job, out, summary))
+        files.write_text(out / "report.html", report.of_run(job, out, summary))
     return summary
-
-
-def report_of(job: run.Job, out: Path, summary: dict[str, Any]) -> str:
-    """The page of a finished run: of its first pictures, those with the smallest margins beside those with the largest."""
-    records, evidence = run.read_records(out), run.read_evidence(out)
-    chosen = np.unique(np.linspace(0, len(records) - 1, min(GALLERY, len(records))).round().astype(int))
-    views = job.defense.views.number(job.image_size)  # type: ignore[attr-defined]
-    stored = run.stored_evidence(evidence.take(chosen), views, len(job.class_names), job.image_size)
-    found = job.defense.certificate(stored, job.threat)
-    largest = evidence["largest_patch"].take(chosen).to_pylist()
-    pixels = job.pictures.pixels(chosen.tolist())
-    shown = [
-        shown_picture(
-            pixels[i], f"picture {index}", found, i, job.class_names, largest[i], int(job.pictures.labels[index])
-        )
-        for i, index in enumerate(chosen.tolist())
-    ]
-    shown.sort(key=lambda picture: -picture.margin)
-    timing = run.read_json(out / "timing.json") if (out / "timing.json").exists() else None
-    return page(run.read_config(out), summary, timing, shown)
 
 
 def certify_files(paths: list[Path], defense_name: str, threat: Threat, out: Path | None) -> dict[str, Any]:
@@ -92,8 +70,8 @@ def certify_files(paths: list[Path], defense_name: str, threat: Threat, out: Pat
             path = paths[start + i]
             results.append(result_of(str(path), found, i, card.classes, largest[i]))
             image = (pictures[start + i] * 255).round().byte().permute(1, 2, 0).numpy()
-            if len(shown) < 10 * GALLERY:
-                shown.append(shown_picture(image, path.name, found, i, card.classes, largest[i], None))
+            if len(shown) < MAX_SHOWN:
+                shown.append(report.shown_picture(image, path.name, found, i, card.classes, largest[i], None))
     answer = {"defense": folder.name, "threat": threat.to_dict(), "results": results}
     if out is not None:
         config = {
@@ -115,10 +93,10 @@ def certify_files(paths: list[Path], defense_name: str, threat: Threat, out: Pat
             "seed": card.seed,
         }
         out.mkdir(parents=True, exist_ok=True)
-        run.write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        run.write_json(out / "results.json", answer)
-        run.write_json(out / "summary.json", summary)
-        run.write_text(out / "report.html", page(config, summary, None, shown))
+        files.write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        files.write_json(out / "results.json", answer)
+        files.write_json(out / "summary.json", summary)
+        files.write_text(out / "report.html", report.page(config, summary, None, shown))
     return answer
 
 
@@ -156,31 +134,6 @@ def result_of(name: str, found: Certificate, i: int, classes: tuple[str, ...], l
         "largest_patch": largest,
         "weakest": None if box is None else dict(zip(("top", "left", "height", "width"), box, strict=True)),
     }
-
-
-def shown_picture(
-    image: np.ndarray,
-    title: str,
-    found: Certificate,
-    i: int,
-    classes: tuple[str, ...],
-    largest: int | None,
-    target: int | None,
-) -> Shown:
-    """One picture of a report's gallery."""
-    location = int(found.weakest[i])
-    single = found.sees is not None and found.sees.choices.shape[1] == 1
-    return Shown(
-        image=image,
-        title=title,
-        target=None if target is None else classes[target],
-        label=classes[int(found.label[i])],
-        certified=bool(found.certified[i]),
-        margin=found.margin[i, location].item(),
-        weakest=found.box(location),
-        largest_patch=largest,
-        map=found.map(i).numpy() if single else None,
-    )
 
 
 def threat_fits(threat: Threat, card: Card) -> None:

@@ -7,9 +7,6 @@ summary.json         deterministic results
 timing.json          speed of this machine
 """
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,35 +21,17 @@ import yaml
 
 from certipatch.certificate import Certificate
 from certipatch.data import Pictures
-from certipatch.defenses.base import Defense, Evidence
+from certipatch.defenses.base import Defense
 from certipatch.errors import InputError
+from certipatch.evaluation.files import read_config, read_json, write_json, write_table, write_text
 from certipatch.evaluation.metrics import wilson
+from certipatch.evaluation.records import EVIDENCE, RECORD, read_evidence, read_records
 from certipatch.threats import Threat
 from certipatch.versions import versions
 
 CPU = torch.device("cpu")
 PART = 250  # pictures per record file; the batch that a killed run loses
 Progress = Callable[[int, int, str], None]
-
-RECORD = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("sha256", pa.string()),
-        ("target", pa.int64()),
-        ("label", pa.int64()),
-        ("alarm", pa.bool_()),
-        ("certified", pa.bool_()),
-        ("margin", pa.float64()),
-        ("weakest_top", pa.int64()),
-        ("weakest_left", pa.int64()),
-        ("weakest_height", pa.int64()),
-        ("weakest_width", pa.int64()),
-        ("passes", pa.int64()),
-    ]
-)
-EVIDENCE = pa.schema(
-    [("index", pa.int64()), ("votes", pa.binary()), ("unsure", pa.binary()), ("largest_patch", pa.int64())]
-)
 
 
 @final
@@ -155,36 +134,6 @@ def summarize(config: dict[str, Any], out: Path, defense: Defense) -> dict[str, 
     return summary
 
 
-def read_records(out: Path) -> pa.Table:
-    """All records of a run, in the order of the pictures."""
-    return _read_all(out / "records", RECORD)
-
-
-def read_evidence(out: Path) -> pa.Table:
-    """The evidence behind all records of a run, in the order of the pictures."""
-    return _read_all(out / "evidence", EVIDENCE)
-
-
-def read_config(out: Path) -> dict[str, Any]:
-    """``config.yaml`` of a run folder. InputError if it is none."""
-    try:
-        values = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or "config.yaml cannot be read"
-        raise InputError(f"{out} is no run folder: {reason}") from None
-    if not isinstance(values, dict) or "command" not in values:
-        raise InputError(f"{out} is no run folder: config.yaml holds no settings of a run")
-    return values
-
-
-def stored_evidence(rows: pa.Table, views: int, classes: int, image_size: tuple[int, int]) -> Evidence:
-    """Evidence of some pictures, from the rows of ``read_evidence``."""
-    bits = [np.unpackbits(np.frombuffer(row, np.uint8), count=views * classes) for row in rows["votes"].to_pylist()]
-    unsure = [np.unpackbits(np.frombuffer(row, np.uint8), count=views) for row in rows["unsure"].to_pylist()]
-    votes = torch.from_numpy(np.stack(bits).reshape(-1, views, classes).astype(bool))
-    return Evidence(votes, torch.from_numpy(np.stack(unsure).astype(bool)), image_size)
-
-
 def _claim(job: Job, out: Path) -> dict[str, Any]:
     """Make the run folder, or see that it is this run's. Gives the configuration, as it comes back from the file."""
     config = yaml.safe_load(yaml.safe_dump(job.config()))
@@ -276,58 +225,3 @@ def _timing(job: Job, images: int, seconds: float) -> dict[str, Any]:
         "multiply_adds_per_image": counter.get_total_flops() // 2,
         "device": f"{probe.device.type}, {torch.get_num_threads()} threads",
     }
-
-
-def _read_all(folder: Path, schema: pa.Schema) -> pa.Table:
-    try:
-        parts = [pq.read_table(path, schema=schema) for path in sorted(folder.glob("part-*.parquet"))]
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read {folder}: {' '.join(str(error).split())}; run evaluate again") from None
-    if not parts:
-        raise InputError(f"{folder} holds no records; run evaluate again")
-    return pa.concat_tables(parts)
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a parquet file, whole or not at all."""
-    temporary = path.with_suffix(".part")
-    pq.write_table(table, temporary, compression="zstd")
-    _settle(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    _settle(temporary, path)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. InputError where the file holds none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return values
-
-
-def _settle(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Identity of a network that came from no file: a hash of its parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
