@@ -1,5 +1,6 @@
 """Training: every network learns, a killed training ends with the same weights, bad recipes name the field."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -74,6 +75,27 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, data):
     whole, killed = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+def test_a_full_disk_loses_only_the_last_minute(tmp_path, data, monkeypatch):
+    recipe = write_recipe(tmp_path / "r.yaml", data=str(data), epochs=3)
+    train(read(recipe), tmp_path / "whole")
+    write, written = Path.write_bytes, []
+
+    def full(self, content):
+        written.append(self)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(read(recipe), tmp_path / "full")
+    assert (tmp_path / "full" / "checkpoint.safetensors").exists()
+    train(read(recipe), tmp_path / "full")
+    assert (tmp_path / "full" / "weights.safetensors").read_bytes() == (
+        tmp_path / "whole" / "weights.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(

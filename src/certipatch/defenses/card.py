@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from certipatch import views
@@ -144,9 +144,13 @@ def write(folder: Path, card: Card) -> None:
 def save_weights(folder: Path, network: nn.Module, dtype: torch.dtype) -> str:
     """Write ``weights.safetensors`` with floating-point weights as ``dtype``; gives its sha256."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {n: w.detach().cpu() for n, w in network.state_dict().items()}
-    state = {n: (w.to(dtype) if w.is_floating_point() else w).contiguous() for n, w in state.items()}
-    temporary = folder / "weights.safetensors.part"
-    save_file(state, temporary)
-    temporary.replace(folder / "weights.safetensors")
+    state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in network.state_dict().items()}
+    write_tensors(folder / "weights.safetensors", state)
     return sha256(folder / "weights.safetensors")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all. OSError where there is no room or permission."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+    temporary.replace(path)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from certipatch.defenses.card import write_tensors
 from certipatch.errors import InputError
 
 
@@ -22,10 +22,7 @@ def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step:
         tensors |= {
             f"optimizer.{number}.{slot}": torch.as_tensor(value) for slot, value in slots.items() if value is not None
         }
-    temporary = path.with_suffix(".part")
-    metadata = {"training": json.dumps({"step": step, "recipe": recipe})}
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-    temporary.replace(path)
+    write_tensors(path, tensors, {"training": json.dumps({"step": step, "recipe": recipe})})
 
 
 def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, recipe: str) -> int:
