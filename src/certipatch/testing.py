@@ -123,7 +123,8 @@ def check_rule(
 
     Args:
         rule: the rule; it must accept V = ``views``.
-        views, classes: V and K; small, so that the adversary can be exhaustive.
+        views: V; small, so that the adversary can be exhaustive.
+        classes: K; small too.
         evidence: makes the evidence of a trial; the default makes 0/1 votes, ties among them.
         attacks: the adversary, ``extremes()`` by default. The worst case is only as exact as what it returns.
         exact: also fail where a margin is not positive and no attack changes the label.

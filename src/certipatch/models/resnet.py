@@ -9,7 +9,8 @@ class Residual(nn.Module):
     """Two convolutions around a shortcut (He et al. 2016), for kernels of any odd size.
 
     Args:
-        inputs, outputs: channels.
+        inputs: channels in.
+        outputs: channels out.
         kernel: (rows, columns); padding keeps the size at stride 1.
         stride: (rows, columns) of the first convolution and of the shortcut.
     """
@@ -54,7 +55,8 @@ class ResNet18(nn.Module):
     Args:
         in_channels: C of the pictures; the network reads 2C channels, ``[x, 1 − x]`` with zeros for hidden pixels.
         num_classes: K.
-        widths, depth: (64, 128, 256, 512) and 2 are ResNet-18 (11 million parameters).
+        widths: channels of each stage; (64, 128, 256, 512) is ResNet-18 (11 million parameters).
+        depth: residual blocks per stage; 2 is ResNet-18.
 
     ``forward`` maps rendered views (N, 2C, H, W) to logits (N, K).
     """

@@ -17,7 +17,9 @@ class ReceptiveFields(Views):
     """A grid of windows: cell (i, j) sees rows ``offset + i·stride … + size − 1``, columns likewise, cut at the border.
 
     Args:
-        size, stride, offset: pixels, per axis (rows, columns); the offset is negative where the network pads.
+        size: pixels per axis (rows, columns).
+        stride: pixels per axis.
+        offset: first pixel per axis; negative where the network pads.
         grid: cells per axis. View v is cell (v // columns, v % columns).
     """
 
