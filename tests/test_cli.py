@@ -205,7 +205,9 @@ def test_bad_pixel_values(home, value):
 
 
 def test_unknown_names_suggest_the_nearest(certipatch, tmp_path):
-    assert "fashion-columns" in refused(certipatch("certify", "good.png", "--defense", "fashion-colums", "--patch", "2"))
+    assert "fashion-columns" in refused(
+        certipatch("certify", "good.png", "--defense", "fashion-colums", "--patch", "2")
+    )
     command = ("evaluate", "--defense", "model", "--patch", "2", "--out", tmp_path / "r", "--data")
     assert "mnist" in refused(certipatch(*command, "mnits"))
     line = refused(certipatch(*command, "stripes", "--split", "validation"))

@@ -62,10 +62,10 @@ class Vote(Rule):
             votes = votes * ~unsure[..., None]
         if self.margin == "paper":
             lost = 2 * touched.amax() + (0 if unsure is None else unsure.sum(1))
-            lead = _smallest_lead(votes.sum(1, dtype=torch.int64)[None], label)[0] - lost
+            lead = _smallest_lead(votes.sum(1, dtype=torch.int64).T[None], label)[0] - lost
             return Verdict(label, (lead + 1).double()[:, None].repeat(1, len(sees)))
         if unsure is not None:
-            touched = touched + _count(~sees, unsure[..., None])[..., 0].long()
+            touched = touched + _count(~sees, unsure[..., None])[:, 0].long()
         step = max(1, CHUNK_BYTES // (8 * len(sees) * votes.shape[2]))
         leads = [
             _smallest_lead(_count(~sees, votes[i : i + step]), label[i : i + step])
@@ -85,19 +85,19 @@ def _checked_votes(evidence: Tensor) -> Tensor:
     return votes
 
 
-def _count(shown: Bool[Tensor, "L V"], votes: Shaped[Tensor, "B V K"]) -> Float[Tensor, "L B K"]:
+def _count(shown: Bool[Tensor, "L V"], votes: Shaped[Tensor, "B V K"]) -> Float[Tensor, "L K B"]:
     """Votes of the views in each row of ``shown``. Whole numbers, exact in float32 below 2²⁴ views."""
-    if votes.shape[1] >= 2**24:
-        raise ValueError(f"{votes.shape[1]} views cannot be counted exactly; use fewer than {2**24}")
-    flat = votes.transpose(0, 1).float().flatten(1)
+    batch, views, classes = votes.shape
+    if views >= 2**24:
+        raise ValueError(f"{views} views cannot be counted exactly; use fewer than {2**24}")
+    flat = votes.permute(1, 2, 0).float().reshape(views, classes * batch)
     with torch.autocast(votes.device.type, enabled=False):  # which would round counts to eight bits
-        return (shown.float() @ flat).unflatten(1, (len(votes), votes.shape[2]))
+        return (shown.float() @ flat).view(len(shown), classes, batch)
 
 
-def _smallest_lead(counts: Shaped[Tensor, "L B K"], label: Int64[Tensor, " B"]) -> Int64[Tensor, "L B"]:
+def _smallest_lead(counts: Shaped[Tensor, "L K B"], label: Int64[Tensor, " B"]) -> Int64[Tensor, "L B"]:
     """min over rivals k of n_y − n_k − [y > k], exact for whole numbers."""
-    own = counts.gather(2, label[None, :, None].expand(len(counts), -1, 1))[..., 0]
-    classes = torch.arange(counts.shape[2], device=counts.device)
-    ahead = (classes < label[:, None]).to(counts.dtype)  # ties that a rival wins
-    rivals = (counts + ahead).scatter(2, label[None, :, None].expand(len(counts), -1, 1), -1)
-    return (own - rivals.amax(2)).long()
+    own = counts.gather(1, label.expand(len(counts), 1, -1))[:, 0]
+    classes = torch.arange(counts.shape[1], device=counts.device)[:, None]
+    rivals = counts + (classes < label).to(counts.dtype)  # ties that a rival wins
+    return (own - rivals.masked_fill(classes == label, -1).amax(1)).long()
