@@ -78,6 +78,45 @@ def random_votes(generator: Generator, sees: Bool[Tensor, "L V"], classes: int) 
     return votes.to([torch.bool, torch.uint8, torch.int64, torch.float32][pick(4)])
 
 
+def random_scores(generator: Generator, sees: Bool[Tensor, "L V"], classes: int) -> Shaped[Tensor, "7 V K"]:
+    """Real evidence of seven pictures: even, one clear class, whole numbers with ties, 0/1, below zero, huge, none."""
+    shape = (sees.shape[1], classes)
+    scores = torch.rand(7, *shape, generator=generator, dtype=torch.float64)
+    favourite = int(torch.randint(classes, (1,), generator=generator))
+    scores[1, :, favourite] += 1.5
+    scores[2] = torch.randint(0, 4, shape, generator=generator).double()
+    scores[3] = (scores[3] < torch.tensor([0.9 if k == favourite else 0.15 for k in range(classes)])).double()
+    scores[4] = 4 * scores[4] - 2
+    scores[4, :, favourite] += 2
+    scores[5, torch.rand(shape, generator=generator) < 0.1] *= 1e8
+    scores[6] = 0
+    scores[6, :, favourite] = torch.rand(shape[0], generator=generator, dtype=torch.float64) < 0.5
+    return scores
+
+
+def anything(low: float, high: float, number: int = 400) -> Attacks:
+    """Attacks that give every class of the owned views a plan of its own: leave, least, largest, random, or a trickle.
+
+    The plans hold on a random part of the owned views; ``low`` and ``high`` bound the values. For rules with real
+    evidence, where the worst case lies between the extremes: there is no exact answer here, only a search.
+    """
+
+    def attacks(generator: Generator, evidence: Shaped[Tensor, "V K"], owned: Bool[Tensor, " V"]) -> Tensor:
+        views, classes = evidence.shape
+        shape = (number, views, classes)
+        base = evidence.double().expand(shape)
+        noise = torch.rand(shape, generator=generator, dtype=torch.float64)
+        largest = 3 * base.abs().amax()
+        size = largest * torch.rand((number, 1, classes), generator=generator, dtype=torch.float64) ** 3
+        plans = torch.stack([base, base * 0 + low, base * 0 + high, low + noise * (high - low), noise * size, base * 0 + size])
+        plan = torch.randint(len(plans), (number, 1, classes), generator=generator).expand(shape)
+        wanted = plans.gather(0, plan[None])[0].clamp(low, high)
+        part = torch.rand(shape, generator=generator) < torch.rand((number, 1, 1), generator=generator) * 2
+        return torch.where(owned[:, None] & part, wanted, base).to(evidence.dtype)
+
+    return attacks
+
+
 def extremes(low: float = 0.0, high: float = 1.0, budget: int = 4096) -> Attacks:
     """Attacks that give every score of an owned view its least or largest value.
 

@@ -1,6 +1,10 @@
 """Rules: evidence → label, each in one file with the theorem that bounds an attacker."""
 
 from certipatch.rules.base import Rule, Verdict
+from certipatch.rules.clipped_sum import ClippedSum
+from certipatch.rules.order_statistics import Median, TrimmedMean
+from certipatch.rules.robust_mask import RobustMask
 from certipatch.rules.vote import Vote
+from certipatch.rules.windows import Windows
 
-__all__ = ["Rule", "Verdict", "Vote"]
+__all__ = ["ClippedSum", "Median", "RobustMask", "Rule", "TrimmedMean", "Verdict", "Vote", "Windows"]

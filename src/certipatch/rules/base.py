@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float64, Int64, Shaped
 from torch import Tensor
 
+HUGE = 1e290  # stands for infinite evidence, so that sums of it stay finite
+
 
 @final
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ class Rule(ABC):
 
     @abstractmethod
     def certify(
-        self, evidence: Shaped[Tensor, "B V K"], sees: Bool[Tensor, "L V"], unsure: Bool[Tensor, "B V"] | None = None
+        self,
+        evidence: Shaped[Tensor, "B V K"],
+        sees: Bool[Tensor, "L V"],
+        unsure: Bool[Tensor, "B V"] | None = None,
+        error: Float64[Tensor, " B"] | None = None,
     ) -> Verdict:
         """The label of each picture and its margin at every location.
 
@@ -45,6 +51,8 @@ class Rule(ABC):
             evidence: what the network says about every view; any real or integer dtype.
             sees: ``sees[l, v]``: an attacker at l owns the evidence of view v.
             unsure: views whose evidence rounding may have changed: they belong to the attacker at every location.
+            error: how far every score of a picture may be off where it is served; margins shrink by what that can do.
+                Rules that count votes have ``unsure`` for it and take none.
 
         Errors: ValueError on L = 0, V = 0, K < 2, NaN or shapes that do not fit each other.
         """
@@ -64,8 +72,10 @@ def check_evidence(evidence: Tensor) -> None:
         raise ValueError("evidence contains NaN")
 
 
-def check_relation(evidence: Tensor, sees: Tensor, unsure: Tensor | None) -> None:
-    """ValueError unless ``sees`` is bool (L ≥ 1, V) and ``unsure`` is bool (B, V)."""
+def check_relation(
+    evidence: Tensor, sees: Tensor, unsure: Tensor | None, error: Float64[Tensor, " B"] | None = None
+) -> None:
+    """ValueError unless ``sees`` is bool (L ≥ 1, V), ``unsure`` bool (B, V) and ``error`` (B,), not negative."""
     if sees.dtype != torch.bool or sees.ndim != 2 or sees.shape[1] != evidence.shape[1] or len(sees) < 1:
         raise ValueError(
             f"sees must be bool with the shape (L ≥ 1, V={evidence.shape[1]}), not {sees.dtype} {tuple(sees.shape)}"
@@ -74,3 +84,24 @@ def check_relation(evidence: Tensor, sees: Tensor, unsure: Tensor | None) -> Non
         raise ValueError(
             f"unsure must be bool with the shape {tuple(evidence.shape[:2])}, not {unsure.dtype} {tuple(unsure.shape)}"
         )
+    if error is not None and (error.shape != evidence.shape[:1] or not bool((error >= 0).all())):
+        raise ValueError(f"error holds one number ≥ 0 for each of {len(evidence)} pictures, not {tuple(error.shape)}")
+
+
+def clipped(evidence: Shaped[Tensor, "B V K"], lo: float, hi: float) -> Float64[Tensor, "B V K"]:
+    """Evidence in float64, clipped to [lo, hi]; infinite scores become so large that sums of them stay finite."""
+    return evidence.double().clamp(max(lo, -HUGE), min(hi, HUGE))
+
+
+def outside_sums(scores: Float64[Tensor, "B V K"], sees: Bool[Tensor, "L V"]) -> Float64[Tensor, "B L K"]:
+    """Sums over the views that each location leaves alone: never a total less what was touched, which would cancel."""
+    shown = (~sees).double()
+    with torch.autocast(scores.device.type, enabled=False):
+        return shown @ scores
+
+
+def certified_lead(sums: Float64[Tensor, "B L K"], label: Int64[Tensor, " B"]) -> Float64[Tensor, "B L"]:
+    """Smallest difference between the label's sum and that of a rival."""
+    chosen = label[:, None, None].expand(-1, sums.shape[1], 1)
+    own = sums.gather(2, chosen)[..., 0]
+    return own - sums.scatter(2, chosen, -torch.inf).amax(2)

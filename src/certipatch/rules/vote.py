@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from certipatch.rules.base import Rule, Verdict, check_evidence, check_relation
@@ -52,10 +52,16 @@ class Vote(Rule):
         return _checked_votes(evidence).sum(1, dtype=torch.int64).argmax(1)
 
     def certify(
-        self, evidence: Shaped[Tensor, "B V K"], sees: Bool[Tensor, "L V"], unsure: Bool[Tensor, "B V"] | None = None
+        self,
+        evidence: Shaped[Tensor, "B V K"],
+        sees: Bool[Tensor, "L V"],
+        unsure: Bool[Tensor, "B V"] | None = None,
+        error: Float64[Tensor, " B"] | None = None,
     ) -> Verdict:
         votes = _checked_votes(evidence)
         check_relation(votes, sees, unsure)
+        if error is not None:
+            raise ValueError("votes are whole numbers without error; pass the views that may turn as unsure")
         label = votes.sum(1, dtype=torch.int64).argmax(1)
         touched = sees.sum(1)[:, None]  # |A|, (L, 1) or (L, B)
         if unsure is not None:

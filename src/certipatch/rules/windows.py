@@ -1,0 +1,99 @@
+"""Windows of views, and sums outside of them: products of row sets and column sets of a grid of views.
+
+Boxes of a feature map are products of runs of rows and runs of columns; bands are runs in a grid of one row; any list
+of windows is a list of column sets in a grid of one row. Sums over a product need no product of all windows with all
+views: first the rows are summed, then the columns.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """W = n·m windows: every row set with every column set of a grid of R x C views; view v is (v // C, v % C).
+
+    Make them with ``boxes``, ``runs`` or ``any_of``.
+    """
+
+    rows: Bool[Tensor, "n R"]
+    columns: Bool[Tensor, "m C"]
+
+    @staticmethod
+    def boxes(grid: tuple[int, int], size: tuple[int, int]) -> "Windows":
+        """Every box of ``size`` views that fits a grid of ``grid`` views; one as large as the grid where it is larger."""
+        return Windows(*(_runs(length, width, circular=False) for length, width in zip(grid, size, strict=True)))
+
+    @staticmethod
+    def runs(length: int, width: int, circular: bool = False) -> "Windows":
+        """Every run of ``width`` neighbours among ``length`` views in a row, or in a circle."""
+        return Windows(torch.ones(1, 1, dtype=torch.bool), _runs(length, width, circular))
+
+    @staticmethod
+    def any_of(members: Bool[Tensor, "W V"]) -> "Windows":
+        """Any windows. ValueError unless bool, at least one, over at least one view."""
+        if members.dtype != torch.bool or members.ndim != 2 or 0 in members.shape:
+            raise ValueError(f"windows are bool (W ≥ 1, V ≥ 1), not {members.dtype} {tuple(members.shape)}")
+        return Windows(torch.ones(1, 1, dtype=torch.bool), members)
+
+    @property
+    def number_of_views(self) -> int:
+        return self.rows.shape[1] * self.columns.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    @cached_property
+    def members(self) -> Bool[Tensor, "W V"]:
+        """Window w's views."""
+        return (self.rows[:, None, :, None] & self.columns[None, :, None, :]).flatten(0, 1).flatten(1)
+
+    def outside(self, scores: Float64[Tensor, "B V K"]) -> Float64[Tensor, "B W K"]:
+        """Sums over the views outside of every window, added up directly: nothing large is subtracted."""
+        batch, _, classes = scores.shape
+        shape = (self.rows.shape[1], self.columns.shape[1])
+        grid = scores.reshape(batch, *shape, classes)
+        rows, columns = self.rows.to(scores), self.columns.to(scores)
+        inside = (rows @ grid.reshape(batch, shape[0], shape[1] * classes)).view(batch * len(rows), shape[1], classes)
+        result = ((1 - columns) @ inside).view(batch, len(rows), len(columns), classes)
+        if not bool(self.rows.all()):
+            result += ((1 - rows) @ grid.sum(2))[:, :, None]
+        return result.flatten(1, 2)
+
+    def factor(self, sees: Bool[Tensor, "L V"]) -> "tuple[Windows, Int64[Tensor, 'L']] | None":
+        """Rows of ``sees`` as products in this grid, and which product each row is; None where one is no product."""
+        grid = sees.view(len(sees), self.rows.shape[1], self.columns.shape[1])
+        rows, columns = grid.any(2), grid.any(1)
+        if not torch.equal(rows[:, :, None] & columns[:, None, :], grid):
+            return None
+        rows, row = torch.unique(rows, dim=0, return_inverse=True)
+        columns, column = torch.unique(columns, dim=0, return_inverse=True)
+        return Windows(rows, columns), row * len(columns) + column
+
+    def overlap_sums(self, other: "Windows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L W"]:
+        """Sums over the views that window w shares with window l of ``other``, for all pairs; exact for whole numbers."""
+        batch, shape = len(scores), (self.rows.shape[1], self.columns.shape[1])
+        rows = (other.rows[:, None] & self.rows).flatten(0, 1).to(scores)  # (l w) of the row sets
+        inside = rows @ scores.view(batch, *shape)  # (B, n_l·n_w, C)
+        columns, others = self.columns.to(scores), other.columns.to(scores)
+        if len(rows) > 1:
+            both = (others[:, None] * columns).flatten(0, 1)
+            sums = inside @ both.T
+        else:  # bands and lists of windows: no table of all pairs of column sets
+            sums = (inside * others) @ columns.T
+        sums = sums.view(batch, len(other.rows), len(self.rows), len(others), len(columns))
+        return sums.transpose(2, 3).reshape(batch, len(other), len(self))
+
+
+def _runs(length: int, width: int, circular: bool) -> Bool[Tensor, "n length"]:
+    if length < 1 or width < 1:
+        raise ValueError(f"windows of {width} among {length} views; both must be at least 1")
+    width = min(width, length)
+    starts = torch.arange(length if circular else length - width + 1)[:, None]
+    return (torch.arange(length) - starts) % length < width
