@@ -189,7 +189,7 @@ def test_pictures_of_any_make_and_any_batch_size():
 def test_one_check_per_size_and_one_relation_per_threat(monkeypatch):
     calls = []
     real = ev.check_model
-    monkeypatch.setattr(ev, "check_model", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(ev, "check_model", lambda *a, **k: calls.append(1) or real(*a, **k))
     smoothing = defense("crop", vw.Rows(2))
     for _ in range(2):
         smoothing.certify(pictures(), PatchThreat(2))

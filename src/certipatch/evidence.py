@@ -112,7 +112,12 @@ def check_images(images: Tensor) -> None:
 
 @torch.inference_mode()
 def check_model(
-    model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], batch_size: int | None = None, seed: int = 0
+    model: nn.Module,
+    views: Views,
+    images: Float[Tensor, "B C H W"],
+    batch_size: int | None = None,
+    seed: int = 0,
+    raw: bool = False,
 ) -> Tolerance:
     """Refuse a model whose views leak or depend on their neighbours; measure the rounding of the others.
 
@@ -120,19 +125,20 @@ def check_model(
     view (a) twice, (b) beside all-black, all-white and random pictures in batches of 1, 2, 5 and 9, (c) with its hidden
     pixels set to 0, 1 and random. The largest change of a logit, four times over, bounds the change of a score: the
     tolerance. (Logits, since a score that is saturated on the probes hides rounding that shows on other pictures.)
+    With ``raw`` the logits themselves are the scores.
 
     Errors: InputError that says which of the three changed a logit by more than rounding can.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        return _checked(model, views, images, batch_size, seed)
+        return _checked(model, views, images, batch_size, seed, raw)
     finally:  # a BatchNorm in training mode has moved its statistics
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
 
 
 def _checked(
-    model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], batch_size: int | None, seed: int
+    model: nn.Module, views: Views, images: Float[Tensor, "B C H W"], batch_size: int | None, seed: int, raw: bool
 ) -> Tolerance:
     generator = torch.Generator().manual_seed(seed)
 
@@ -147,7 +153,8 @@ def _checked(
 
     def answer(pictures: Tensor, chosen: Tensor = index) -> Tensor:
         found = logits(model, views, pictures, chosen, batch_size).double()
-        return found - found.mean(-1, keepdim=True)  # what softmax sees; an offset of all classes could hide a leak
+        # Softmax sees differences only; an offset of all classes could hide a leak.
+        return found if raw else found - found.mean(-1, keepdim=True)
 
     alone = torch.cat([answer(probe[None]) for probe in probes])
     if alone.shape[-1] < 2:
@@ -179,4 +186,4 @@ def _checked(
             changed = answer(torch.where(shown, probes, fill), view[None])
             measure(changed[:, 0], alone[:, position], f"view {int(view)} leaks: its answer depends on hidden pixels")
     floor = FLOORS.get(dtype, 1e-6)
-    return Tolerance(atol=max(4 * worst / 2, floor), rtol=floor)  # |Δ softmax| ≤ max |Δ logit| / 2
+    return Tolerance(atol=max(4 * worst / (1 if raw else 2), floor), rtol=floor)  # |Δ softmax| ≤ max |Δ logit| / 2

@@ -8,6 +8,7 @@ import typer
 from certipatch.cli.options import (
     CountOption,
     DefenseOption,
+    ModelOption,
     OutOption,
     PatchOption,
     ShapeOption,
@@ -20,6 +21,7 @@ from certipatch.cli.options import (
 def certify(
     images: Annotated[list[Path], typer.Argument(help="Picture files.", metavar="IMAGE…")],
     defense: DefenseOption,
+    model: ModelOption = None,
     patch: PatchOption = None,
     shape: ShapeOption = None,
     count: CountOption = 1,
@@ -41,7 +43,7 @@ def certify(
     threat = threat_from(patch, shape, count, where, sparse)
     from certipatch.cli.work import certify_files
 
-    found = certify_files(images, defense, threat, out)
+    found = certify_files(images, defense, threat, out, model)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, allow_nan=False))
         return

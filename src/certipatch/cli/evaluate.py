@@ -9,6 +9,7 @@ from certipatch.cli.options import (
     CountOption,
     DataOption,
     DefenseOption,
+    ModelOption,
     PatchOption,
     ShapeOption,
     SparseOption,
@@ -21,6 +22,7 @@ def evaluate(
     defense: DefenseOption,
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="Run folder: written here, resumed from here.")],
+    model: ModelOption = None,
     patch: PatchOption = None,
     shape: ShapeOption = None,
     count: CountOption = 1,
@@ -36,6 +38,8 @@ def evaluate(
 
       certipatch evaluate --defense fashion-columns --data fashion-sample --patch 5 --out runs/fashion
 
+      certipatch evaluate --defense patchguard --model fashion-columns --data fashion-sample --patch 5 --out runs/mask-ds
+
       certipatch evaluate --defense models/m --data path/to/mnist --split test --patch 2% --out runs/m
     """
     import json
@@ -46,7 +50,7 @@ def evaluate(
     from certipatch.cli.work import evaluate_into
 
     with progress_bar("evaluate") as progress:
-        summary = evaluate_into(out, defense, data, threat, split, limit, progress)
+        summary = evaluate_into(out, defense, data, threat, split, limit, progress, model)
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
         return

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from certipatch.threats import Threat
 
 DefenseOption = Annotated[
-    str, typer.Option("--defense", help="A zoo model (certipatch list models) or the folder that train wrote.")
+    str,
+    typer.Option(
+        "--defense",
+        help="A zoo model (certipatch list models), the folder that train wrote, or with --model a method "
+        "(certipatch list defenses).",
+    ),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="The network that a method goes around: a zoo model or a trained folder.")
 ]
 DataOption = Annotated[
     str,

@@ -12,7 +12,7 @@ import yaml
 from certipatch import devices, report
 from certipatch.certificate import Certificate
 from certipatch.data import load, read_picture
-from certipatch.defenses import Card, Defense, locate, open_defense
+from certipatch.defenses import METHODS, Card, Defense, locate, open_defense, read_card
 from certipatch.errors import InputError
 from certipatch.evaluation import files, run
 from certipatch.threats import Threat
@@ -29,20 +29,19 @@ def evaluate_into(
     split: str | None,
     limit: int | None,
     progress: Callable[[int, int, str], None],
+    model_name: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate into a run folder, with its report; gives the summary. A finished run is left as it is."""
-    folder = locate(defense_name)
-    defense, card = open_defense(defense_name)
-    threat_fits(threat, card)
+    defense, card, name = _open(defense_name, model_name, threat)
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, limit=limit)
     if len(pictures.class_names) != len(card.classes):
         raise InputError(
-            f"{pictures.name} has {len(pictures.class_names)} classes, but {folder.name} knows {len(card.classes)}"
+            f"{pictures.name} has {len(pictures.class_names)} classes, but {name} knows {len(card.classes)}"
         )
     device = devices.default()
     defense.to(device)
-    job = run.Job(defense, folder.name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
+    job = run.Job(defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
     check_shape(job.pictures.pixels([0])[0].shape, card, pictures.name)
     summary = run.evaluate(job, out, progress)
     if not (out / "report.html").exists():
@@ -50,11 +49,11 @@ def evaluate_into(
     return summary
 
 
-def certify_files(paths: list[Path], defense_name: str, threat: Threat, out: Path | None) -> dict[str, Any]:
+def certify_files(
+    paths: list[Path], defense_name: str, threat: Threat, out: Path | None, model_name: str | None = None
+) -> dict[str, Any]:
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
-    folder = locate(defense_name)
-    defense, card = open_defense(defense_name)
-    threat_fits(threat, card)
+    defense, card, name = _open(defense_name, model_name, threat)
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; give a new --out")
     images = []
@@ -72,11 +71,11 @@ def certify_files(paths: list[Path], defense_name: str, threat: Threat, out: Pat
             image = (pictures[start + i] * 255).round().byte().permute(1, 2, 0).numpy()
             if len(shown) < MAX_SHOWN:
                 shown.append(report.shown_picture(image, path.name, found, i, card.classes, largest[i], None))
-    answer = {"defense": folder.name, "threat": threat.to_dict(), "results": results}
+    answer = {"defense": name, "threat": threat.to_dict(), "results": results}
     if out is not None:
         config = {
             "command": "certify",
-            "defense": folder.name,
+            "defense": name,
             "method": defense.name,
             "settings": defense.settings(),
             "model_sha256": card.sha256,
@@ -98,6 +97,16 @@ def certify_files(paths: list[Path], defense_name: str, threat: Threat, out: Pat
         files.write_json(out / "summary.json", summary)
         files.write_text(out / "report.html", report.page(config, summary, None, shown))
     return answer
+
+
+def _open(defense_name: str, model_name: str | None, threat: Threat) -> tuple[Defense, Card, str]:
+    """A defense built for ``threat``, its card, and what it is called in results."""
+    if model_name is None and defense_name in METHODS:
+        open_defense(defense_name)  # which says what is missing
+    folder = locate(model_name or defense_name)
+    threat_fits(threat, read_card(folder))
+    defense, card = open_defense(defense_name, model_name, threat)
+    return defense, card, folder.name if model_name is None else f"{defense_name}:{folder.name}"
 
 
 def certify_sample(defense_name: str, data: str, threat: Threat, indices: Iterable[int]) -> list[str]:

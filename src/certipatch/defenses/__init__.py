@@ -4,20 +4,46 @@ import difflib
 from pathlib import Path
 
 from certipatch import resources
+from certipatch.defenses.bagcert import BagCert
 from certipatch.defenses.base import Defense, Evidence
-from certipatch.defenses.card import Card, load_folder, read
+from certipatch.defenses.card import Card, load_folder
+from certipatch.defenses.card import read as read_card
+from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+from certipatch.defenses.patchguard import PatchGuard
+from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
+from certipatch.defenses.undefended import Undefended
 from certipatch.errors import InputError
+from certipatch.threats import Threat
 
-__all__ = ["METHODS", "Card", "Defense", "DerandomizedSmoothing", "Evidence", "load", "locate", "open_defense", "zoo"]
+__all__ = [
+    "METHODS",
+    "BagCert",
+    "Card",
+    "ClippedBagNet",
+    "Defense",
+    "DerandomizedSmoothing",
+    "Evidence",
+    "PatchGuard",
+    "PatchGuardPlusPlus",
+    "Undefended",
+    "load",
+    "locate",
+    "open_defense",
+    "read_card",
+    "zoo",
+]
 
-METHODS: dict[str, type[Defense]] = {DerandomizedSmoothing.name: DerandomizedSmoothing}
+METHODS: dict[str, type[Defense]] = {
+    method.name: method
+    for method in (DerandomizedSmoothing, PatchGuard, ClippedBagNet, BagCert, PatchGuardPlusPlus, Undefended)
+}
 
 
 def zoo() -> dict[str, Card]:
     """The shipped models by name."""
     names = resources.names("zoo", "*/card.json")
-    return {name: read(folder) for name in names if (folder := resources.find("zoo", name))}
+    return {name: read_card(folder) for name in names if (folder := resources.find("zoo", name))}
 
 
 def locate(name: str) -> Path:
@@ -34,11 +60,28 @@ def locate(name: str) -> Path:
     raise InputError(f"unknown defense {name!r}; {hint}")
 
 
-def open_defense(name: str) -> tuple[Defense, Card]:
-    """A trained defense and its card, from the zoo or a folder; its model is checked."""
-    return load_folder(locate(name))
+def open_defense(name: str, model: str | None = None, threat: Threat | None = None) -> tuple[Defense, Card]:
+    """A trained defense and its card, from the zoo or a folder; its model is checked.
+
+    Args:
+        name: a zoo name or folder; with ``model`` a method, which is put around that model's network.
+        model: a zoo name or folder.
+        threat: what defenses whose answers depend on the patch are built for; None for the one in their card.
+    """
+    if model is None:
+        if name in METHODS:
+            raise InputError(f"--defense {name} is a method; name the network it goes around with --model, as a zoo name")
+        return load_folder(locate(name), threat)
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"methods are {', '.join(METHODS)}"
+        raise InputError(f"--defense {name!r} is no method to put around --model; {hint}")
+    return load_folder(locate(model), threat, name)
 
 
-def load(name: str) -> Defense:
-    """A trained defense, from the zoo or a folder, ready to ``predict`` and ``certify``."""
-    return open_defense(name)[0]
+def load(name: str, threat: Threat | None = None) -> Defense:
+    """A trained defense, from the zoo or a folder, ready to ``predict`` and ``certify``.
+
+    ``threat`` is the patch that PatchGuard and its kin are built for; without, the one that their card names.
+    """
+    return open_defense(name, threat=threat)[0]

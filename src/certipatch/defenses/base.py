@@ -5,11 +5,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor, nn
 
+from certipatch import evidence as ev
 from certipatch.certificate import Certificate, Notion
-from certipatch.threats import Threat
+from certipatch.errors import InputError
+from certipatch.models import receptive_fields
+from certipatch.relation import Sees, sees
+from certipatch.rules import Rule
+from certipatch.threats import PatchThreat, SparseThreat, Threat
+from certipatch.views import Views
 
 
 @final
@@ -21,6 +27,8 @@ class Evidence:
     """(B, V, K): votes, logits or confidences."""
     unsure: Bool[Tensor, "B V"] | None
     image_size: tuple[int, int]
+    error: Float64[Tensor, " B"] | None = None
+    """How far a score of each picture may be off; None for votes, which have ``unsure`` for it."""
 
 
 class Defense(ABC):
@@ -55,6 +63,10 @@ class Defense(ABC):
     def forward_passes(self, image_size: tuple[int, int]) -> int:
         """Network calls per picture."""
 
+    def number_of_views(self, image_size: tuple[int, int]) -> int:
+        """V for pictures of (H, W) pixels; 1 without views."""
+        return 1
+
     def largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"] | None:
         """Side of the largest certified square, anywhere, per picture; 0 if none; None where predict depends on it."""
         return None
@@ -69,4 +81,110 @@ class Defense(ABC):
 
     def to(self, device: str | torch.device) -> "Defense":
         """Move the network; defenses without one stay where they are."""
+        return self
+
+
+class ViewDefense(Defense):
+    """A defense made of a network, views and a rule: everything but how logits become evidence, and the rule.
+
+    Args:
+        model: an ``nn.Module`` in eval mode; its ``encoding`` says what it reads (see ``evidence.logits``).
+        views: its views; None for a network of local logits, whose receptive fields are derived from its layers.
+        batch_size: pictures or rendered views per forward pass (default: 2²⁰ pixels).
+    """
+
+    raw: ClassVar[bool] = False
+    """Whether logits themselves are evidence; their rounding is then measured without centring."""
+
+    def __init__(self, model: nn.Module, views: Views | None, batch_size: int | None = None):
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.model, self.views, self.batch_size = model, views, batch_size
+        self._views: dict[tuple[int, int], Views] = {}
+        self._tolerance: dict[tuple[Any, ...], ev.Tolerance] = {}
+        self._sees: dict[tuple[Threat, tuple[int, int]], Sees] = {}
+
+    @abstractmethod
+    def rule(self, image_size: tuple[int, int]) -> Rule:
+        """The rule for pictures of (H, W) pixels."""
+
+    @abstractmethod
+    def values(
+        self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance
+    ) -> tuple[Tensor, Bool[Tensor, "B V"] | None, Float64[Tensor, " B"] | None]:
+        """Evidence from logits: values, unsure views or None, error or None."""
+
+    def views_of(self, image_size: tuple[int, int]) -> Views:
+        """The views of pictures of (H, W) pixels."""
+        if self.views is not None:
+            return self.views
+        if image_size not in self._views:
+            self._views[image_size] = receptive_fields(self.model, image_size)
+        return self._views[image_size]
+
+    def number_of_views(self, image_size: tuple[int, int]) -> int:
+        return self.views_of(image_size).number(image_size)
+
+    def check(self, images: Float[Tensor, "B C H W"]) -> None:
+        self.tolerance(images)
+
+    def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
+        """The measured rounding of a score for pictures of this size; runs the model check the first time."""
+        first = next(self.model.parameters(), images)
+        autocast = torch.is_autocast_enabled(images.device.type)
+        key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
+        if key not in self._tolerance:
+            views = self.views_of((images.shape[2], images.shape[3]))
+            self._tolerance[key] = ev.check_model(self.model, views, images, self.batch_size, raw=self.raw)
+        return self._tolerance[key]
+
+    def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
+        ev.check_images(images)
+        tolerance, size = self.tolerance(images), (images.shape[2], images.shape[3])
+        logits = ev.logits(self.model, self.views_of(size), images, batch_size=self.batch_size)
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError("the model's answers are not finite; a certificate needs finite logits")
+        values, unsure, error = self.values(logits, tolerance)
+        return Evidence(values, unsure, size, error)
+
+    def label(self, evidence: Evidence) -> Int64[Tensor, " B"]:
+        return self.rule(evidence.image_size).predict(evidence.values)
+
+    def certificate(self, evidence: Evidence, threat: Threat) -> Certificate:
+        relation, rule = self.relation(threat, evidence.image_size), self.rule(evidence.image_size)
+        rows = relation.rows.to(evidence.values.device)
+        verdict = rule.certify(evidence.values, rows, evidence.unsure, evidence.error)
+        if isinstance(threat, SparseThreat):
+            margin, relation = verdict.margin.amin(1, keepdim=True), None
+        else:
+            margin = verdict.margin[:, relation.row_of.to(verdict.margin.device)]
+        return Certificate(verdict.label, margin, threat, rule.theorem, relation, self.notion, verdict.alarm)
+
+    def relation(self, threat: Threat, image_size: tuple[int, int]) -> Sees:
+        """``sees`` for these views, computed once per threat and picture size."""
+        key = (threat, image_size)
+        if key not in self._sees:
+            self._sees[key] = sees(self.views_of(image_size), threat, image_size)
+        return self._sees[key]
+
+    def _largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"]:
+        """Side of the largest certified square. Certificates nest, so the search stops at the first size that fails."""
+        largest = torch.zeros(len(evidence.values), dtype=torch.int64, device=evidence.values.device)
+        left = torch.arange(len(evidence.values), device=evidence.values.device)
+        for side in range(1, min(evidence.image_size) + 1):
+            relation = self.relation(PatchThreat(side), evidence.image_size)
+            unsure, error = (None if t is None else t[left] for t in (evidence.unsure, evidence.error))
+            rows = relation.rows[relation.undominated].to(left.device)
+            verdict = self.rule(evidence.image_size).certify(evidence.values[left], rows, unsure, error)
+            left = left[verdict.certified]
+            if len(left) == 0:
+                break
+            largest[left] = side
+        return largest
+
+    def forward_passes(self, image_size: tuple[int, int]) -> int:
+        return ev.forward_passes(self.model, self.views_of(image_size), image_size)
+
+    def to(self, device: str | torch.device) -> "ViewDefense":
+        self.model.to(device)
         return self

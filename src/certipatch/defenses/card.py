@@ -6,20 +6,28 @@ that a card cannot ask for more than the weights beside it.
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from certipatch import views
+from certipatch import views as view_sets
+from certipatch.defenses.bagcert import BagCert
 from certipatch.defenses.base import Defense
+from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+from certipatch.defenses.patchguard import PatchGuard
+from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
+from certipatch.defenses.undefended import Undefended
 from certipatch.errors import InputError
-from certipatch.models import ModelSettings, create
+from certipatch.models import LOCAL, ModelSettings, create
+from certipatch.threats import PatchThreat, Threat
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 
@@ -36,25 +44,93 @@ class ViewSettings(BaseModel):
     count: int = Field(default=1, ge=1, le=8)
 
 
-class SmoothingSettings(BaseModel):
-    """Settings of derandomized smoothing in a recipe or card."""
+class Settings(BaseModel):
+    """Settings of a defense in a recipe or card."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SmoothingSettings(Settings):
+    """Derandomized smoothing."""
 
     threshold: float | None = Field(default=0.3, ge=0, lt=1)
     margin: Literal["location", "paper"] = "location"
 
 
-class Card(BaseModel):
+class PatchGuardSettings(Settings):
+    """PatchGuard. ``patch`` is what it is built for where no threat is given."""
+
+    evidence: Literal["logits", "confidence", "prediction"] | None = None
+    threshold: float = Field(default=0.0, ge=0, le=1)
+    clip: float | None = Field(default=None, gt=0)
+    patch: Side = 5
+
+
+class ClippedBagNetSettings(Settings):
+    """Clipped BagNet."""
+
+    scale: float = Field(default=0.05, gt=0)
+    shift: float = 1.0
+
+
+class BagCertSettings(Settings):
+    """BagCert."""
+
+    threshold: float = Field(default=0.3, ge=0, lt=1)
+
+
+class DetectionSettings(Settings):
+    """PatchGuard++."""
+
+    threshold: float = Field(default=0.5, ge=0, lt=1)
+    patch: Side = 5
+
+
+SETTINGS: dict[str, type[Settings]] = {
+    "derandomized-smoothing": SmoothingSettings,
+    "patchguard": PatchGuardSettings,
+    "clipped-bagnet": ClippedBagNetSettings,
+    "bagcert": BagCertSettings,
+    "patchguard-plus-plus": DetectionSettings,
+    "undefended": Settings,
+}
+Method = Literal[
+    "derandomized-smoothing", "patchguard", "clipped-bagnet", "bagcert", "patchguard-plus-plus", "undefended"
+]
+
+
+class Described(BaseModel):
+    """What recipes and cards both say: a defense with its settings, its views, and its network."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    defense: Method = "derandomized-smoothing"
+    settings: dict[str, Any] = {}
+    views: ViewSettings | None = None
+    """Bands or blocks; none for networks of local logits, whose views are their receptive fields, and for plain ones."""
+    model: ModelSettings
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        settings = SETTINGS[self.defense].model_validate(self.settings)
+        object.__setattr__(self, "settings", settings.model_dump(mode="json"))
+        local = self.model.name in LOCAL
+        if local == (self.views is not None) and self.defense != "undefended":
+            needs = "has receptive fields of its own; leave views out" if local else "needs views"
+            raise ValueError(f"{self.defense} with the network {self.model.name} {needs}")
+        if self.defense == "undefended" and (self.views is not None or local):
+            raise ValueError(f"undefended reads whole pictures, without views; {self.model.name} cannot")
+        return self
+
+    def created_views(self) -> view_sets.Views | None:
+        """The bands or blocks, or None."""
+        return None if self.views is None else view_sets.create(self.views.model_dump())
+
+
+class Card(Described):
     """What a trained defense is and where it comes from."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str = Field(max_length=100)
-    defense: Literal["derandomized-smoothing"]
-    settings: SmoothingSettings
-    views: ViewSettings
-    model: ModelSettings
     image_size: tuple[Side, Side]
     channels: int = Field(ge=1, le=16)
     classes: tuple[str, ...] = Field(min_length=2, max_length=100_000)
@@ -73,9 +149,35 @@ class Card(BaseModel):
 
     def network(self) -> nn.Module:
         """The network of this card, with fresh weights."""
-        return create(
-            self.model, views.create(self.views.model_dump()), self.channels, len(self.classes), self.image_size
-        )
+        return create(self.model, self.created_views(), self.channels, len(self.classes), self.image_size)
+
+
+def build(card: Described, network: nn.Module, threat: Threat | None = None) -> Defense:
+    """The defense that ``card`` describes around ``network``.
+
+    Args:
+        threat: the patch that PatchGuard and PatchGuard++ are built for; None for the one in their settings. Where it is
+            a sparse threat they are built for a patch of so many pixels a side, which never certifies more.
+    """
+    settings = dict(card.settings)
+    found = card.created_views()
+    if card.defense == "undefended":
+        return Undefended(network)
+    if card.defense in ("patchguard", "patchguard-plus-plus"):
+        patch = settings.pop("patch")
+        settings["threat"] = threat if isinstance(threat, PatchThreat) else PatchThreat(patch)
+    if card.defense == "patchguard":
+        settings["clip"] = math.inf if settings["clip"] is None else settings["clip"]
+    return BUILDERS[card.defense](network, views=found, **settings)
+
+
+BUILDERS: dict[str, Callable[..., Defense]] = {
+    "derandomized-smoothing": DerandomizedSmoothing,
+    "patchguard": PatchGuard,
+    "clipped-bagnet": ClippedBagNet,
+    "bagcert": BagCert,
+    "patchguard-plus-plus": PatchGuardPlusPlus,
+}
 
 
 def sha256(path: Path) -> str:
@@ -99,13 +201,22 @@ def read(folder: Path) -> Card:
         raise InputError(f"{path}: {place}: {first['msg']}") from None
 
 
-def load_folder(folder: Path) -> tuple[Defense, Card]:
+def load_folder(folder: Path, threat: Threat | None = None, method: str | None = None) -> tuple[Defense, Card]:
     """The trained defense in ``folder``, in eval mode, in float32, its model checked.
+
+    Args:
+        threat: what defenses whose answers depend on the patch are built for; None for the one in their card.
+        method: another defense to put around the network, with its default settings.
 
     Errors: InputError where a file is missing, truncated, foreign or does not match the card, or where the model
     check refuses the network.
     """
     card = read(folder)
+    if method is not None and method != card.defense:
+        try:
+            card = Card.model_validate(card.model_dump() | {"defense": method, "settings": {}})
+        except ValidationError as error:
+            raise InputError(f"--defense {method} --model {folder.name}: {error.errors()[0]['msg']}") from None
     path = folder / "weights.safetensors"
     try:
         if sha256(path) != card.sha256:
@@ -128,8 +239,7 @@ def load_folder(folder: Path) -> tuple[Defense, Card]:
     network = card.network()
     network.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()})
     network.eval().requires_grad_(False)
-    settings = card.settings.model_dump()
-    defense = DerandomizedSmoothing(network, views.create(card.views.model_dump()), **settings)
+    defense = build(card, network, threat)
     defense.check(torch.rand((1, card.channels, *card.image_size), generator=torch.Generator().manual_seed(0)))
     return defense, card
 

@@ -2,7 +2,7 @@
 
 config.yaml          all settings; a folder belongs to one configuration
 records/part-*.parquet    one row per picture, written atomically, part by part
-evidence/part-*.parquet   the votes behind each row, for re-checking
+evidence/part-*.parquet   the votes or scores behind each row, for re-checking
 summary.json         deterministic results
 timing.json          speed of this machine
 """
@@ -25,7 +25,7 @@ from certipatch.defenses.base import Defense
 from certipatch.errors import InputError
 from certipatch.evaluation.files import read_config, read_json, write_json, write_table, write_text
 from certipatch.evaluation.metrics import wilson
-from certipatch.evaluation.records import EVIDENCE, RECORD, read_evidence, read_records
+from certipatch.evaluation.records import RECORD, evidence_rows, read_evidence, read_records
 from certipatch.threats import Threat
 from certipatch.versions import versions
 
@@ -178,14 +178,8 @@ def _evaluate_part(job: Job, out: Path, indices: range) -> pa.Table:
     found = job.defense.certificate(evidence, job.threat)
     records = _records(job, indices, found)
     largest = job.defense.largest_patch(evidence)
-    assert evidence.unsure is not None
-    rows = {
-        "index": list(indices),
-        "votes": [row.tobytes() for row in np.packbits(evidence.values.flatten(1).cpu().numpy(), axis=1)],
-        "unsure": [row.tobytes() for row in np.packbits(evidence.unsure.cpu().numpy(), axis=1)],
-        "largest_patch": [None] * len(indices) if largest is None else largest.tolist(),
-    }
-    write_table(_part(out, "evidence", indices[0]), pa.table(rows, EVIDENCE))
+    sides = [None] * len(indices) if largest is None else largest.tolist()
+    write_table(_part(out, "evidence", indices[0]), evidence_rows(list(indices), evidence, sides))
     write_table(_part(out, "records", indices[0]), records)
     return records
 

@@ -1,4 +1,4 @@
-"""Networks. Each says with ``encoding`` what it reads: ``null``, ``fill``, ``crop``, or ``all-views``."""
+"""Networks. Each says with ``encoding`` what it reads: ``null``, ``fill``, ``crop``, ``all-views`` or ``picture``."""
 
 from typing import Annotated, Literal
 
@@ -6,14 +6,37 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from certipatch.errors import InputError
+from certipatch.models.bagnet import BagNet, SmallBagNet
+from certipatch.models.conv import ConvNet
 from certipatch.models.crop import CropNet
+from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
 from certipatch.models.strip import StripNet
 from certipatch.views import Bands, Blocks, Views
 
-__all__ = ["CropNet", "ModelSettings", "ResNet18", "StripNet", "create", "descriptions"]
+__all__ = [
+    "LOCAL",
+    "BagNet",
+    "ConvNet",
+    "CropNet",
+    "ModelSettings",
+    "ResNet18",
+    "SmallBagNet",
+    "StripNet",
+    "create",
+    "descriptions",
+    "receptive_fields",
+]
 
-NETWORKS = {"strip": StripNet, "crop": CropNet, "resnet18": ResNet18}
+NETWORKS = {
+    "strip": StripNet,
+    "crop": CropNet,
+    "conv": ConvNet,
+    "resnet18": ResNet18,
+    "bagnet": BagNet,
+    "small-bagnet": SmallBagNet,
+}
+LOCAL = ("bagnet", "small-bagnet")  # networks of local logits, whose views are their receptive fields
 
 
 class ModelSettings(BaseModel):
@@ -21,23 +44,37 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["strip", "crop", "resnet18"]
+    name: Literal["strip", "crop", "conv", "resnet18", "bagnet", "small-bagnet"]
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(default=None, min_length=1, max_length=8)
     depth: int | None = Field(default=None, ge=1, le=32)
+    """Residual blocks per stage."""
+    depths: tuple[Annotated[int, Field(ge=1, le=32)], ...] | None = Field(default=None, min_length=4, max_length=4)
+    """Of a BagNet: blocks of each stage."""
+    field: int | None = Field(default=None, ge=1, le=64)
+    """Of a BagNet: receptive field in pixels."""
+    resize: int | None = Field(default=None, ge=1, le=1024)
+    """Of a BagNet: side in pixels that pictures are resized to inside the network."""
 
 
 def create(
-    settings: ModelSettings, views: Views, in_channels: int, num_classes: int, image_size: tuple[int, int]
+    settings: ModelSettings, views: Views | None, in_channels: int, num_classes: int, image_size: tuple[int, int]
 ) -> nn.Module:
     """The network that ``settings`` describe, with fresh weights. ValueError where it cannot read such views."""
     sizes = settings.model_dump(exclude={"name"}, exclude_none=True)
-    if settings.name == "resnet18":
-        return ResNet18(in_channels, num_classes, **sizes)
-    if not isinstance(views, Bands | Blocks):
-        raise InputError(f"the {settings.name} network reads columns, rows or blocks; use resnet18 for other views")
-    if settings.name == "crop":
-        return CropNet(views, in_channels, num_classes, **sizes)
-    return StripNet(views, in_channels, num_classes, image_size, **sizes)
+    try:
+        if settings.name in LOCAL:
+            return NETWORKS[settings.name](in_channels, num_classes, **sizes)
+        if settings.name == "conv":
+            return ConvNet(views, in_channels, num_classes, image_size, **sizes)
+        if settings.name == "resnet18":
+            return ResNet18(in_channels, num_classes, **sizes)
+        if not isinstance(views, Bands | Blocks):
+            raise InputError(f"the {settings.name} network reads columns, rows or blocks; use resnet18 for other views")
+        if settings.name == "crop":
+            return CropNet(views, in_channels, num_classes, **sizes)
+        return StripNet(views, in_channels, num_classes, image_size, **sizes)
+    except TypeError as error:
+        raise InputError(f"model {settings.name}: {str(error).split('() ')[-1]}") from None
 
 
 def descriptions() -> dict[str, str]:

@@ -19,8 +19,10 @@ def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
     """The page of a finished run, with pictures taken evenly from it, those of largest margin first."""
     records, evidence = read_records(out), read_evidence(out)
     chosen = np.unique(np.linspace(0, len(records) - 1, min(GALLERY, len(records))).round().astype(int))
-    views = job.defense.views.number(job.image_size)  # type: ignore[attr-defined]
+    views = job.defense.number_of_views(job.image_size)
     stored = stored_evidence(evidence.take(chosen), views, len(job.class_names), job.image_size)
+    if stored is None:
+        stored = job.defense.evidence(job.pictures.images(chosen.tolist()).to(job.device))
     found = job.defense.certificate(stored, job.threat)
     largest = evidence["largest_patch"].take(chosen).to_pylist()
     pixels = job.pictures.pixels(chosen.tolist())

@@ -18,6 +18,8 @@ class Verdict:
 
     label: Int64[Tensor, " B"]
     margin: Float64[Tensor, "B L"]
+    alarm: Bool[Tensor, " B"] | None = None
+    """Pictures that raise an alarm as they are (detection only)."""
 
     @property
     def certified(self) -> Bool[Tensor, " B"]:

@@ -50,3 +50,47 @@ def vote_margin_loss(
     """
     margin = worst_vote_margin(soft_votes(logits, threshold, width), target, sees)
     return F.softplus(torch.logsumexp(-margin.flatten(1) / temperature, dim=1)).mean()
+
+
+def without_heaviest_window(
+    logits: Float[Tensor, "B V K"], target: Int64[Tensor, " B"], windows: Bool[Tensor, "W V"]
+) -> Float[Tensor, "B K"]:
+    """Mean logits over the views outside the window in which the true class has most positive evidence."""
+    own = logits.gather(2, target[:, None, None].expand(-1, logits.shape[1], 1))[..., 0].clamp(min=0)
+    heaviest = (own @ windows.to(own.dtype).T).argmax(1)
+    shown = (~windows)[heaviest].to(logits.dtype)
+    return (logits * shown[..., None]).sum(1) / shown.sum(1, keepdim=True).clamp(min=1)
+
+
+def worst_mask_margin(
+    scores: Float[Tensor, "B V K"],
+    target: Int64[Tensor, " B"],
+    sees: Bool[Tensor, "L V"],
+    windows: Bool[Tensor, "W V"],
+) -> Float[Tensor, "B L K"]:
+    """What ``rules.RobustMask`` certifies at T = 0 where windows hold all of A, as a share of the views: L_y − t_k.
+
+    Scores are ≥ 0. +inf at k = y.
+    """
+    outside = (~sees).to(scores.dtype)
+    sums = outside @ scores
+    index = target[:, None, None]
+    own = scores.gather(2, index.expand(-1, scores.shape[1], 1))[..., 0]
+    held = (own[:, None] * outside) @ windows.to(scores.dtype).T
+    lower = sums.gather(2, index.expand(-1, len(sees), 1))[..., 0] - held.amax(2)
+    lead = (lower[..., None] - sums) / scores.shape[1]
+    return lead.masked_fill(F.one_hot(target, scores.shape[2]).bool()[:, None], torch.inf)
+
+
+def mask_margin_loss(
+    logits: Float[Tensor, "B V K"],
+    target: Int64[Tensor, " B"],
+    sees: Bool[Tensor, "L V"],
+    windows: Bool[Tensor, "W V"],
+    temperature: float,
+    scale: float,
+) -> Float[Tensor, ""]:
+    """Softplus of minus the smallest mask margin of the confidences, smooth over locations and rivals."""
+    margin = worst_mask_margin(logits.softmax(-1), target, sees, windows).flatten(1)
+    worst = -temperature * torch.logsumexp(-margin / temperature, dim=1)
+    return F.softplus(-scale * worst).mean()

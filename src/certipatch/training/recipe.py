@@ -7,9 +7,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from certipatch.defenses.card import Side, SmoothingSettings, ViewSettings
+from certipatch.defenses.card import Described, Side
 from certipatch.errors import InputError
-from certipatch.models import ModelSettings
+from certipatch.models import LOCAL
 
 
 class Objective(BaseModel):
@@ -29,16 +29,28 @@ class Objective(BaseModel):
     vote_width: float = Field(default=0.1, gt=0)
     temperature: float = Field(default=2.0, gt=0)
     margin_from: float = Field(default=0.1, ge=0, le=1)
-    """Share of the training after which the vote margin counts."""
+    """Share of the training after which margins count."""
+    pooled_cross_entropy: float = Field(default=0.0, ge=0)
+    """Weight of the cross entropy of the mean logits."""
+    masked_cross_entropy: float = Field(default=0.0, ge=0)
+    """Weight of the same without the true class's heaviest window."""
+    mask_margin: float = Field(default=0.0, ge=0)
+    """Weight of the certificate of robust masking itself, on confidences, at its worst location and rival."""
+    mask_temperature: float = Field(default=0.02, gt=0)
+    """Of the smooth worst case, as a share of the views."""
+    mask_scale: float = Field(default=10.0, gt=0)
+    """Steepness of the loss of a margin, per share of the views."""
 
     @model_validator(mode="after")
     def _check(self) -> "Objective":
-        if self.vote_margin > 0 and self.views_per_step != "all":
-            raise ValueError("vote_margin needs views_per_step: all")
+        for name in ("vote_margin", "mask_margin", "masked_cross_entropy", "pooled_cross_entropy"):
+            if getattr(self, name) > 0 and self.views_per_step != "all":
+                raise ValueError(f"{name} needs views_per_step: all")
         if self.views_per_step != "all" and self.views_per_step < 1:
             raise ValueError("views_per_step is at least 1, or all")
-        if self.vote_margin == 0 and self.cross_entropy == 0:
-            raise ValueError("cross_entropy and vote_margin are both 0; nothing would be trained")
+        weights = ("cross_entropy", "vote_margin", "pooled_cross_entropy", "masked_cross_entropy", "mask_margin")
+        if all(getattr(self, name) == 0 for name in weights):
+            raise ValueError(f"{', '.join(weights)} are all 0; nothing would be trained")
         return self
 
 
@@ -53,13 +65,10 @@ class Augment(BaseModel):
     """Mirror half of the pictures left to right."""
 
 
-class Recipe(BaseModel):
+class Recipe(Described):
     """A training, from data to a certified defense on disk."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str = Field(pattern=r"[A-Za-z0-9_.-]{1,64}")
-    defense: Literal["derandomized-smoothing"] = "derandomized-smoothing"
     data: str
     split: str = "train"
     resize: tuple[Side, Side] | None = None
@@ -67,9 +76,6 @@ class Recipe(BaseModel):
     limit: int | None = Field(default=None, ge=1)
     holdout: int = Field(default=1000, ge=0)
     """Last pictures of the split, kept out of the training to watch it."""
-    settings: SmoothingSettings = SmoothingSettings()
-    views: ViewSettings
-    model: ModelSettings
     objective: Objective = Objective()
     augment: Augment = Augment()
     epochs: int = Field(ge=1, le=10_000)
@@ -83,6 +89,17 @@ class Recipe(BaseModel):
     weights: Literal["float32", "float16"] = "float32"
     """How the trained weights are stored and served."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Recipe":
+        asked = self.objective
+        if self.model.name in LOCAL and asked.views_per_step != "all":
+            raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
+        if self.defense == "undefended" and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):
+            raise ValueError("a network without views has no margin to raise; use cross_entropy alone")
+        if self.views is not None and (asked.mask_margin or asked.masked_cross_entropy) and self.views.count != 1:
+            raise ValueError("masking needs views of one band or block")
+        return self
 
 
 def read(path: Path, changes: list[str] | None = None) -> Recipe:

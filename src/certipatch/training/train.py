@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from certipatch import devices
-from certipatch import views as view_sets
 from certipatch.data import Pictures, load
 from certipatch.defenses import card as cards
-from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
+from certipatch.models import receptive_fields
 from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, objectives
@@ -76,7 +77,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     optimizer = _optimizer(recipe, network)
     first = checkpoint.load(out / "checkpoint.safetensors", network, optimizer, identity)
     module, optimizer = fabric.setup(network, optimizer)
-    loss_of = _loss(recipe, blank, module, fabric.device)
+    loss_of = _loss(recipe, blank, network, module, fabric.device)
     train_count = len(every) - recipe.holdout
     per_epoch = math.ceil(train_count / recipe.batch_size)
     total = per_epoch * recipe.epochs
@@ -136,7 +137,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
 
 
 def _identity(recipe: Recipe, pictures: Pictures) -> str:
-    values = {"recipe": recipe.model_dump(mode="json", exclude={"data"}), "data": pictures.fingerprint()}
+    values = {"recipe": recipe.model_dump(mode="json", exclude={"data"}, exclude_defaults=True), "data": pictures.fingerprint()}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -178,22 +179,30 @@ def _augment(images: Tensor, recipe: Recipe, draw: torch.Generator) -> Tensor:
 
 
 def _loss(
-    recipe: Recipe, card: cards.Card, module: nn.Module, device: torch.device
+    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device
 ) -> Callable[[Tensor, Tensor, float, torch.Generator], Tensor]:
     """The recipe's loss as a function of (images, targets, share of the training done, generator)."""
-    asked = recipe.objective
-    views = view_sets.create(recipe.views.model_dump())
-    number = views.number(card.image_size)
-    encoding = getattr(card.network(), "encoding", "null")
-    relation = None
-    if asked.vote_margin:
-        found = sees(views, PatchThreat(asked.patch), card.image_size)
+    asked, encoding = recipe.objective, getattr(network, "encoding", "null")
+    threat = PatchThreat(asked.patch)
+    views = card.created_views()
+    if views is None and encoding == "all-views":
+        views = receptive_fields(network.eval(), card.image_size)
+        network.train()
+    relation = windows = None
+    if asked.vote_margin or asked.mask_margin:
+        assert views is not None
+        found = sees(views, threat, card.image_size)
         relation = found.rows[found.undominated].to(device)
+    if asked.mask_margin or asked.masked_cross_entropy:
+        assert views is not None
+        windows = malicious_windows(views, threat, card.image_size).members.to(device)
 
     def logits_of(images: Tensor, draw: torch.Generator) -> Tensor:
-        index = torch.arange(number)
+        if views is None:
+            return module(images)[:, None].float()
+        index = torch.arange(views.number(card.image_size))
         if asked.views_per_step != "all":
-            index = torch.randperm(number, generator=draw)[: asked.views_per_step]
+            index = torch.randperm(len(index), generator=draw)[: asked.views_per_step]
         if encoding == "all-views":
             return module(images)[:, index.to(device)].float()
         rendered = render(encoding, images, views, index)
@@ -201,12 +210,27 @@ def _loss(
 
     def loss(images: Tensor, targets: Tensor, share: float, draw: torch.Generator) -> Tensor:
         logits = logits_of(images, draw)
-        result = asked.cross_entropy * objectives.cross_entropy(logits, targets)
-        if relation is not None and share >= asked.margin_from:
-            result = result + asked.vote_margin * objectives.vote_margin_loss(
-                logits, targets, relation, recipe.settings.threshold, asked.vote_width, asked.temperature
-            )
-        return result
+        terms = [asked.cross_entropy * objectives.cross_entropy(logits, targets)] if asked.cross_entropy else []
+        if asked.pooled_cross_entropy:
+            terms.append(asked.pooled_cross_entropy * cross_entropy(logits.mean(1), targets))
+        if asked.masked_cross_entropy:
+            assert windows is not None
+            rest = objectives.without_heaviest_window(logits, targets, windows)
+            terms.append(asked.masked_cross_entropy * cross_entropy(rest, targets))
+        if relation is not None and (share >= asked.margin_from or not terms):
+            if asked.vote_margin:
+                threshold = recipe.settings.get("threshold")
+                found = objectives.vote_margin_loss(
+                    logits, targets, relation, threshold, asked.vote_width, asked.temperature
+                )
+                terms.append(asked.vote_margin * found)
+            if asked.mask_margin:
+                assert windows is not None
+                found = objectives.mask_margin_loss(
+                    logits, targets, relation, windows, asked.mask_temperature, asked.mask_scale
+                )
+                terms.append(asked.mask_margin * found)
+        return torch.stack(terms).sum()
 
     return loss
 
@@ -217,10 +241,9 @@ def _held_out(
     """Clean and certified accuracy on held-out pictures with the weights as they are now."""
     if len(images) == 0:
         return {}
-    views = view_sets.create(recipe.views.model_dump())
     network.eval()
-    defense = DerandomizedSmoothing(network, views, **recipe.settings.model_dump())
     threat = PatchThreat(min(recipe.objective.patch, *card.image_size))
+    defense = cards.build(card, network, threat)
     label, certified = [], []
     for part in images.split(250):
         found = defense.certify(part.to(device).float().div(255), threat)

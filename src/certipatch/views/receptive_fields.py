@@ -21,12 +21,15 @@ class ReceptiveFields(Views):
         stride: pixels per axis.
         offset: first pixel per axis; negative where the network pads.
         grid: cells per axis. View v is cell (v // columns, v % columns).
+        resized: (H, W) that pictures are resized to (bicubic) before the windows are cut; a window then shows every
+            pixel that its resized pixels are made of, up to two beyond on each side.
     """
 
     size: tuple[int, int]
     stride: tuple[int, int]
     offset: tuple[int, int]
     grid: tuple[int, int]
+    resized: tuple[int, int] | None = None
     name: ClassVar[str] = "receptive-fields"
 
     def __post_init__(self):
@@ -41,11 +44,21 @@ class ReceptiveFields(Views):
         return {"name": self.name, **asdict(self)}
 
     def _axis(self, axis: int, length: int) -> Bool[Tensor, "n length"]:
-        starts = self.offset[axis] + torch.arange(self.grid[axis]) * self.stride[axis]
+        first = self.offset[axis] + torch.arange(self.grid[axis]) * self.stride[axis]
+        last = first + self.size[axis] - 1
+        if self.resized is not None:
+            side = self.resized[axis]
+            first = _source(first.clamp(0, side - 1), side, length) - 1
+            last = _source(last.clamp(0, side - 1), side, length, up=1e-6) + 2
         pixel = torch.arange(length)
-        return (pixel >= starts[:, None]) & (pixel < starts[:, None] + self.size[axis])
+        return (pixel >= first[:, None]) & (pixel <= last[:, None])
 
     def visible(self, image_size: tuple[int, int], index: Int[Tensor, " v"] | None = None) -> Bool[Tensor, "v H W"]:
         rows, columns = self._axis(0, image_size[0]), self._axis(1, image_size[1])
         cell = torch.arange(self.number(image_size)) if index is None else index
         return rows[cell // self.grid[1]][:, :, None] & columns[cell % self.grid[1]][:, None, :]
+
+
+def _source(pixel: Int[Tensor, " n"], side: int, length: int, up: float = -1e-6) -> Int[Tensor, " n"]:
+    """The pixel at or before which a resized pixel lies; rounding is resolved towards more pixels."""
+    return ((pixel.double() + 0.5) * length / side - 0.5 + up).floor().long()

@@ -1,0 +1,100 @@
+"""PatchGuard (Xiang et al. 2021): robust masking of local evidence, with the certificate of ``rules.RobustMask``."""
+
+import math
+from typing import Any, ClassVar, Literal, final
+
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor, nn
+
+from certipatch import evidence as ev
+from certipatch.defenses.base import ViewDefense
+from certipatch.relation import sees
+from certipatch.rules import RobustMask, Windows
+from certipatch.threats import PatchThreat
+from certipatch.views import Bands, Blocks, ReceptiveFields, Views
+
+Kind = Literal["logits", "confidence", "prediction"]
+
+
+def malicious_windows(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Windows:
+    """The windows that one patch can touch: the undominated rows of ``sees``, as boxes or runs where they are some.
+
+    For receptive fields of r pixels at stride s these are the windows of ⌈(p + r − 1)/s⌉ cells of the paper's
+    equation 2, cut at the border and around the end of bands that wrap.
+    """
+    relation = sees(views, threat, image_size)
+    rows = relation.rows[relation.undominated]
+    grid = (1, rows.shape[1])
+    if isinstance(views, ReceptiveFields):
+        grid = views.grid
+    elif isinstance(views, Blocks) and views.count == 1:
+        tops, lefts = views.starts(image_size)
+        grid = (len(tops), len(lefts))
+    found = Windows.boxes(grid, (1, 1)).factor(rows)
+    return Windows.any_of(rows) if found is None else found[0]
+
+
+@final
+class PatchGuard(ViewDefense):
+    """Every class loses its heaviest window of evidence; windows are as large as the patch's reach.
+
+    Args:
+        model: a network of local logits (Mask-BN), or one that reads bands or blocks (Mask-DS).
+        threat: the patch that it is built for: masking, and so the answer, depends on it.
+        views: for Mask-DS the bands or blocks; None for a network of local logits.
+        evidence: ``logits``, ``confidence`` (softmax) or ``prediction`` (one vote for the top class).
+        threshold: T in [0, 1]; 0 always masks, 1 never.
+        clip: largest logit that counts; confidences and predictions end at 1. Negative evidence counts as 0.
+        batch_size: pictures or rendered views per forward pass.
+
+    Certificates for any other threat keep the label; a patch that reaches beyond every window is seldom certified.
+    """
+
+    name: ClassVar[str] = "patchguard"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        threat: PatchThreat,
+        views: Views | None = None,
+        evidence: Kind | None = None,
+        threshold: float = 0.0,
+        clip: float = math.inf,
+        batch_size: int | None = None,
+    ):
+        super().__init__(model, views, batch_size)
+        if not isinstance(threat, PatchThreat):
+            raise ValueError(f"PatchGuard is built for a patch, not for {threat}")
+        self.threat = threat
+        self.kind: Kind = evidence or ("confidence" if isinstance(views, Bands | Blocks) else "logits")
+        if self.kind not in ("logits", "confidence", "prediction"):
+            raise ValueError(f"evidence is logits, confidence or prediction, not {evidence!r}")
+        self.threshold, self.clip = threshold, clip
+        self.raw = self.kind == "logits"  # type: ignore[misc]
+        self._rules: dict[tuple[int, int], RobustMask] = {}
+        self.theorem = RobustMask(Windows.runs(1, 1), threshold, clip).theorem
+
+    def settings(self) -> dict[str, Any]:
+        clip = None if math.isinf(self.clip) else self.clip
+        return {"evidence": self.kind, "threshold": self.threshold, "clip": clip, "threat": self.threat.to_dict()}
+
+    def rule(self, image_size: tuple[int, int]) -> RobustMask:
+        if image_size not in self._rules:
+            windows = malicious_windows(self.views_of(image_size), self.threat, image_size)
+            self._rules[image_size] = RobustMask(windows, self.threshold, self.clip)
+        return self._rules[image_size]
+
+    def values(
+        self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance
+    ) -> tuple[Tensor, Bool[Tensor, "B V"] | None, Float64[Tensor, " B"] | None]:
+        return local_evidence(self.kind, logits, tolerance)
+
+
+def local_evidence(
+    kind: Kind, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance
+) -> tuple[Tensor, Bool[Tensor, "B V"] | None, Float64[Tensor, " B"] | None]:
+    """Evidence of a kind, with the views whose prediction rounding could turn, or how far its scores may be off."""
+    if kind == "prediction":
+        return *ev.votes(ev.scores(logits), None, tolerance), None
+    values = logits if kind == "logits" else ev.scores(logits)
+    return values, None, tolerance.of(values).flatten(1).amax(1).double()

@@ -1,0 +1,64 @@
+"""No defense: a plain network, to compare with. It certifies nothing."""
+
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from certipatch import evidence as ev
+from certipatch.certificate import Certificate
+from certipatch.defenses.base import Defense, Evidence
+from certipatch.errors import InputError
+from certipatch.relation import sees
+from certipatch.threats import PatchThreat, Threat
+
+
+@final
+class Undefended(Defense):
+    """The class of largest logit of a network (B, C, H, W) → (B, K); every location has margin −inf.
+
+    Args:
+        model: an ``nn.Module`` in eval mode.
+        batch_size: pictures per forward pass (default: 2²⁰ pixels).
+    """
+
+    name: ClassVar[str] = "undefended"
+    theorem = "none: nothing is certified"
+
+    def __init__(self, model: nn.Module, batch_size: int | None = None):
+        self.model, self.batch_size = model, batch_size
+
+    def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
+        ev.check_images(images)
+        batch = self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
+        with torch.inference_mode():
+            logits = torch.cat([self.model(part) for part in images.split(batch)])
+        if logits.ndim != 2 or not bool(torch.isfinite(logits).all()):
+            raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
+        return Evidence(logits[:, None], None, (images.shape[2], images.shape[3]))
+
+    def label(self, evidence: Evidence) -> Int64[Tensor, " B"]:
+        return evidence.values[:, 0].argmax(1)
+
+    def certificate(self, evidence: Evidence, threat: Threat) -> Certificate:
+        label = self.label(evidence)
+        whole = torch.ones(1, *evidence.image_size, dtype=torch.bool)
+        relation = sees(whole, threat, evidence.image_size) if isinstance(threat, PatchThreat) else None
+        places = 1 if relation is None else len(relation.row_of)
+        margin = torch.full((len(label), places), -torch.inf, dtype=torch.float64, device=label.device)
+        return Certificate(label, margin, threat, self.theorem, relation)
+
+    def check(self, images: Float[Tensor, "B C H W"]) -> None:
+        if self.model.training:
+            raise InputError("model refused: it is in training mode, call model.eval()")
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def forward_passes(self, image_size: tuple[int, int]) -> int:
+        return 1
+
+    def to(self, device: str | torch.device) -> "Undefended":
+        self.model.to(device)
+        return self

@@ -1,0 +1,63 @@
+"""A plain convolutional network that learns fast on small pictures: pairs of convolutions with pooling in between.
+
+The layout follows what works at small budgets on CIFAR-10 (wide late stages, max pooling, GELU, no residuals).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from certipatch.views import Bands, Blocks, Views
+
+
+class ConvNet(nn.Module):
+    """Logits of small pictures, whole or cropped to a band or block.
+
+    Args:
+        views: the bands or blocks that it reads one at a time, cropped, with their position as channels; None for
+            whole pictures.
+        in_channels: C of the pictures.
+        num_classes: K.
+        image_size: (H, W) of the pictures.
+        widths: channels of each stage. A stage halves an axis while it has more than 4 pixels, or 2 once both are so
+            short.
+
+    ``forward`` maps what is read (N, C + positions, h, w) to logits (N, K).
+    """
+
+    def __init__(
+        self,
+        views: Views | None,
+        in_channels: int,
+        num_classes: int,
+        image_size: tuple[int, int],
+        widths: tuple[int, ...] = (64, 128, 256),
+    ):
+        super().__init__()
+        self.encoding = "picture" if views is None else "crop"
+        size, channels = image_size, in_channels
+        if isinstance(views, Bands):
+            length = image_size[0] if views.name == "columns" else image_size[1]
+            size, channels = (length, views.width), in_channels + 1
+        elif isinstance(views, Blocks):
+            size, channels = (views.width, views.width), in_channels + 2
+        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0] // 2, 3, 1, 1), nn.GELU()]
+        inputs = widths[0] // 2
+        for outputs in widths:
+            pool = tuple(2 if side > 4 or (max(size) <= 8 and side > 1) else 1 for side in size)
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False),
+                nn.MaxPool2d(pool, ceil_mode=True),
+                nn.BatchNorm2d(outputs),
+                nn.GELU(),
+                nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.GELU(),
+            ]
+            size = tuple(-(-side // step) for side, step in zip(size, pool, strict=True))
+            inputs = outputs
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(inputs, num_classes)
+
+    def forward(self, views: Float[Tensor, "N C1 h w"]) -> Float[Tensor, "N K"]:
+        return self.head(torch.amax(self.body(views), dim=(2, 3)))
