@@ -33,7 +33,9 @@ def test_no_attack_breaks_a_margin(windows, threshold, clip):
         rule, views=6, classes=3, evidence=random_scores, attacks=anything(0.0, high, 150), slack=1e-4, trials=16
     )
     assert tried.changed > 1000
-    check_rule(rule, views=6, classes=2, evidence=random_scores, attacks=extremes(0.0, high), slack=1e-4, trials=16, seed=1)
+    check_rule(
+        rule, views=6, classes=2, evidence=random_scores, attacks=extremes(0.0, high), slack=1e-4, trials=16, seed=1
+    )
 
 
 def literal_label(e, windows, threshold, clip):

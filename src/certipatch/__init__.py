@@ -12,30 +12,49 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from certipatch import rules, testing, views
     from certipatch.certificate import Certificate
-    from certipatch.defenses import Defense, DerandomizedSmoothing, load
+    from certipatch.defenses import (
+        BagCert,
+        ClippedBagNet,
+        Defense,
+        DerandomizedSmoothing,
+        PatchGuard,
+        PatchGuardPlusPlus,
+        load,
+    )
     from certipatch.errors import InputError
+    from certipatch.models import receptive_fields
     from certipatch.relation import sees
     from certipatch.threats import PatchThreat, SparseThreat
 
 _HOME = {
+    "BagCert": "certipatch.defenses",
     "Certificate": "certipatch.certificate",
+    "ClippedBagNet": "certipatch.defenses",
     "Defense": "certipatch.defenses",
     "DerandomizedSmoothing": "certipatch.defenses",
     "InputError": "certipatch.errors",
+    "PatchGuard": "certipatch.defenses",
+    "PatchGuardPlusPlus": "certipatch.defenses",
     "PatchThreat": "certipatch.threats",
     "SparseThreat": "certipatch.threats",
     "load": "certipatch.defenses",
+    "receptive_fields": "certipatch.models",
     "sees": "certipatch.relation",
 }
 _MODULES = ("data", "rules", "testing", "views")
 __all__ = [
+    "BagCert",
     "Certificate",
+    "ClippedBagNet",
     "Defense",
     "DerandomizedSmoothing",
     "InputError",
+    "PatchGuard",
+    "PatchGuardPlusPlus",
     "PatchThreat",
     "SparseThreat",
     "load",
+    "receptive_fields",
     "rules",
     "sees",
     "testing",

@@ -108,7 +108,9 @@ def anything(low: float, high: float, number: int = 400) -> Attacks:
         noise = torch.rand(shape, generator=generator, dtype=torch.float64)
         largest = 3 * base.abs().amax()
         size = largest * torch.rand((number, 1, classes), generator=generator, dtype=torch.float64) ** 3
-        plans = torch.stack([base, base * 0 + low, base * 0 + high, low + noise * (high - low), noise * size, base * 0 + size])
+        plans = torch.stack(
+            [base, base * 0 + low, base * 0 + high, low + noise * (high - low), noise * size, base * 0 + size]
+        )
         plan = torch.randint(len(plans), (number, 1, classes), generator=generator).expand(shape)
         wanted = plans.gather(0, plan[None])[0].clamp(low, high)
         part = torch.rand(shape, generator=generator) < torch.rand((number, 1, 1), generator=generator) * 2

@@ -11,9 +11,11 @@ from certipatch.cli.options import (
     ModelOption,
     OutOption,
     PatchOption,
+    SetOption,
     ShapeOption,
     SparseOption,
     WhereOption,
+    changes_from,
     threat_from,
 )
 
@@ -22,6 +24,7 @@ def certify(
     images: Annotated[list[Path], typer.Argument(help="Picture files.", metavar="IMAGE…")],
     defense: DefenseOption,
     model: ModelOption = None,
+    settings: SetOption = None,
     patch: PatchOption = None,
     shape: ShapeOption = None,
     count: CountOption = 1,
@@ -43,7 +46,7 @@ def certify(
     threat = threat_from(patch, shape, count, where, sparse)
     from certipatch.cli.work import certify_files
 
-    found = certify_files(images, defense, threat, out, model)
+    found = certify_files(images, defense, threat, out, model, changes_from(settings))
     if as_json:
         print(json.dumps(found, ensure_ascii=False, allow_nan=False))
         return

@@ -11,9 +11,11 @@ from certipatch.cli.options import (
     DefenseOption,
     ModelOption,
     PatchOption,
+    SetOption,
     ShapeOption,
     SparseOption,
     WhereOption,
+    changes_from,
     threat_from,
 )
 
@@ -23,6 +25,7 @@ def evaluate(
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="Run folder: written here, resumed from here.")],
     model: ModelOption = None,
+    settings: SetOption = None,
     patch: PatchOption = None,
     shape: ShapeOption = None,
     count: CountOption = 1,
@@ -50,7 +53,7 @@ def evaluate(
     from certipatch.cli.work import evaluate_into
 
     with progress_bar("evaluate") as progress:
-        summary = evaluate_into(out, defense, data, threat, split, limit, progress, model)
+        summary = evaluate_into(out, defense, data, threat, split, limit, progress, model, changes_from(settings))
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
         return

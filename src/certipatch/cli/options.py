@@ -21,6 +21,10 @@ DefenseOption = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="The network that a method goes around: a zoo model or a trained folder.")
 ]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of the defense: threshold=0.2 (repeatable).", metavar="KEY=VALUE"),
+]
 DataOption = Annotated[
     str,
     typer.Option("--data", help="A dataset name, a Hub dataset, a folder of class folders, or of parquet files."),
@@ -50,3 +54,19 @@ def threat_from(patch: str | None, shape: str | None, count: int, where: str, sp
             raise InputError("--shape, --count and --where belong to --patch, not to --sparse")
         return SparseThreat(sparse)
     return PatchThreat(parse_patch(patch), shape=shape, count=count, where=parse_where(where))
+
+
+def changes_from(settings: list[str] | None) -> dict:
+    """Settings of a defense from ``key=value`` texts. InputError on anything else."""
+    import yaml
+
+    changes = {}
+    for text in settings or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {text!r} is not understood; write key=value, as threshold=0.2")
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {text!r}: {value!r} is not a value") from None
+    return changes

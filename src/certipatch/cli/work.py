@@ -30,9 +30,10 @@ def evaluate_into(
     limit: int | None,
     progress: Callable[[int, int, str], None],
     model_name: str | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate into a run folder, with its report; gives the summary. A finished run is left as it is."""
-    defense, card, name = _open(defense_name, model_name, threat)
+    defense, card, name = _open(defense_name, model_name, threat, changes)
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, limit=limit)
     if len(pictures.class_names) != len(card.classes):
@@ -50,10 +51,15 @@ def evaluate_into(
 
 
 def certify_files(
-    paths: list[Path], defense_name: str, threat: Threat, out: Path | None, model_name: str | None = None
+    paths: list[Path],
+    defense_name: str,
+    threat: Threat,
+    out: Path | None,
+    model_name: str | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
-    defense, card, name = _open(defense_name, model_name, threat)
+    defense, card, name = _open(defense_name, model_name, threat, changes)
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; give a new --out")
     images = []
@@ -99,13 +105,15 @@ def certify_files(
     return answer
 
 
-def _open(defense_name: str, model_name: str | None, threat: Threat) -> tuple[Defense, Card, str]:
+def _open(
+    defense_name: str, model_name: str | None, threat: Threat, changes: dict[str, Any] | None
+) -> tuple[Defense, Card, str]:
     """A defense built for ``threat``, its card, and what it is called in results."""
     if model_name is None and defense_name in METHODS:
         open_defense(defense_name)  # which says what is missing
     folder = locate(model_name or defense_name)
     threat_fits(threat, read_card(folder))
-    defense, card = open_defense(defense_name, model_name, threat)
+    defense, card = open_defense(defense_name, model_name, threat, changes)
     return defense, card, folder.name if model_name is None else f"{defense_name}:{folder.name}"
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 from pathlib import Path
+from typing import Any
 
 from certipatch import resources
 from certipatch.defenses.bagcert import BagCert
@@ -60,23 +61,28 @@ def locate(name: str) -> Path:
     raise InputError(f"unknown defense {name!r}; {hint}")
 
 
-def open_defense(name: str, model: str | None = None, threat: Threat | None = None) -> tuple[Defense, Card]:
+def open_defense(
+    name: str, model: str | None = None, threat: Threat | None = None, changes: dict[str, Any] | None = None
+) -> tuple[Defense, Card]:
     """A trained defense and its card, from the zoo or a folder; its model is checked.
 
     Args:
         name: a zoo name or folder; with ``model`` a method, which is put around that model's network.
         model: a zoo name or folder.
         threat: what defenses whose answers depend on the patch are built for; None for the one in their card.
+        changes: settings of the defense that differ from its card's, or from the method's defaults.
     """
     if model is None:
         if name in METHODS:
-            raise InputError(f"--defense {name} is a method; name the network it goes around with --model, as a zoo name")
-        return load_folder(locate(name), threat)
+            raise InputError(
+                f"--defense {name} is a method; name the network it goes around with --model, as a zoo name"
+            )
+        return load_folder(locate(name), threat, None, changes)
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"methods are {', '.join(METHODS)}"
         raise InputError(f"--defense {name!r} is no method to put around --model; {hint}")
-    return load_folder(locate(model), threat, name)
+    return load_folder(locate(model), threat, name, changes)
 
 
 def load(name: str, threat: Threat | None = None) -> Defense:

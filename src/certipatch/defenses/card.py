@@ -201,22 +201,30 @@ def read(folder: Path) -> Card:
         raise InputError(f"{path}: {place}: {first['msg']}") from None
 
 
-def load_folder(folder: Path, threat: Threat | None = None, method: str | None = None) -> tuple[Defense, Card]:
+def load_folder(
+    folder: Path, threat: Threat | None = None, method: str | None = None, changes: dict[str, Any] | None = None
+) -> tuple[Defense, Card]:
     """The trained defense in ``folder``, in eval mode, in float32, its model checked.
 
     Args:
         threat: what defenses whose answers depend on the patch are built for; None for the one in their card.
         method: another defense to put around the network, with its default settings.
+        changes: settings of the defense that differ from the card's, or from the defaults of ``method``.
 
     Errors: InputError where a file is missing, truncated, foreign or does not match the card, or where the model
     check refuses the network.
     """
     card = read(folder)
-    if method is not None and method != card.defense:
+    if changes or (method is not None and method != card.defense):
+        kept = card.settings if method in (None, card.defense) else {}
         try:
-            card = Card.model_validate(card.model_dump() | {"defense": method, "settings": {}})
+            card = Card.model_validate(
+                card.model_dump() | {"defense": method or card.defense, "settings": kept | (changes or {})}
+            )
         except ValidationError as error:
-            raise InputError(f"--defense {method} --model {folder.name}: {error.errors()[0]['msg']}") from None
+            first = error.errors()[0]
+            place = "".join(f"{part}: " for part in first["loc"])
+            raise InputError(f"{method or card.defense} around {folder.name}: {place}{first['msg']}") from None
     path = folder / "weights.safetensors"
     try:
         if sha256(path) != card.sha256:

@@ -178,7 +178,9 @@ def _evaluate_part(job: Job, out: Path, indices: range) -> pa.Table:
     found = job.defense.certificate(evidence, job.threat)
     records = _records(job, indices, found)
     largest = job.defense.largest_patch(evidence)
-    sides = [None] * len(indices) if largest is None else largest.tolist()
+    sides: list[int | None] = [None] * len(indices)
+    if largest is not None:
+        sides = largest.tolist()
     write_table(_part(out, "evidence", indices[0]), evidence_rows(list(indices), evidence, sides))
     write_table(_part(out, "records", indices[0]), records)
     return records

@@ -46,7 +46,8 @@ def receptive_fields(model: nn.Module, image_size: tuple[int, int]) -> Receptive
 
     Errors: InputError that names the layer that is unknown or unfit, and where the map would be empty.
     """
-    network = model.local if isinstance(getattr(model, "local", None), nn.Module) else model
+    local = getattr(model, "local", None)
+    network = local if isinstance(local, nn.Module) else model
     try:
         traced = _Tracer().trace(network)
     except Exception as error:
@@ -66,9 +67,9 @@ def receptive_fields(model: nn.Module, image_size: tuple[int, int]) -> Receptive
             fields[node] = tuple(Axis(layer.side) for _ in image_size)
         elif node.op == "call_module":
             fields[node] = _layer(modules[node.target], node.target, inputs)
-        elif node.op == "call_function" and node.target in POINTWISE_FUNCTIONS and len(inputs) == 1:
-            fields[node] = inputs[0]
-        elif node.op == "call_method" and node.target in POINTWISE_METHODS:
+        elif (node.op == "call_function" and node.target in POINTWISE_FUNCTIONS and len(inputs) == 1) or (
+            node.op == "call_method" and node.target in POINTWISE_METHODS
+        ):
             fields[node] = inputs[0]
         elif node.op == "call_function" and node.target in SUMS and len(inputs) == 2:
             fields[node] = _union(*inputs)
@@ -96,7 +97,9 @@ def _union(one: Field, two: Field) -> Field:
     result = []
     for a, b in zip(one, two, strict=True):
         if (a.cells, a.stride) != (b.cells, b.stride):
-            raise InputError(f"receptive fields: a map of {a.cells} cells is added to one of {b.cells}; crop one of them")
+            raise InputError(
+                f"receptive fields: a map of {a.cells} cells is added to one of {b.cells}; crop one of them"
+            )
         offset = min(a.offset, b.offset)
         result.append(replace(a, offset=offset, size=max(a.offset + a.size, b.offset + b.size) - offset))
     return result[0], result[1]

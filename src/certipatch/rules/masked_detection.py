@@ -1,5 +1,4 @@
-"""Attack detection: an alarm when hiding some window of evidence gives another answer (PatchGuard++, Xiang & Mittal 2021).
-"""
+"""Attack detection: an alarm when hiding some window of evidence gives another answer (PatchGuard++, Xiang & Mittal 2021)."""
 
 from dataclasses import dataclass
 from typing import final
@@ -86,11 +85,15 @@ class MaskedDetection(Rule):
             scores = clipped(evidence[here], -torch.inf, torch.inf)
             means = windows.outside(scores) / left.clamp(min=1)[:, None]
             confidence = means.softmax(2)
-            rounding = 8 * evidence.shape[1] * EPSILON * (1 + scores.abs().amax((1, 2))) + 2 * off[here].to(scores.device)
+            rounding = 8 * evidence.shape[1] * EPSILON * (1 + scores.abs().amax((1, 2))) + 2 * off[here].to(
+                scores.device
+            )
             own = confidence.gather(2, label[here, None, None].expand(-1, len(windows), 1))[..., 0]
             others = confidence.scatter(2, label[here, None, None].expand(-1, len(windows), 1), -1.0).amax(2)
             empty = left == 0
-            alarm = ((others > self.threshold - rounding[:, None]) & (others >= own - rounding[:, None]) & ~empty).any(1)
+            alarm = ((others > self.threshold - rounding[:, None]) & (others >= own - rounding[:, None]) & ~empty).any(
+                1
+            )
             says = torch.where((own > others + rounding[:, None]) & ~empty, own, -torch.inf)
             best = torch.full((len(scores), len(sees)), -torch.inf, dtype=torch.float64, device=scores.device)
             for w in range(len(windows)):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float64, Int64, Shaped
 from torch import Tensor
 
-from certipatch.rules.base import Rule, Verdict, certified_lead, check_evidence, check_relation, clipped
+from certipatch.rules.base import Rule, Verdict, check_evidence, check_relation, clipped
 
 EPSILON = torch.finfo(torch.float64).eps
 CHUNK_BYTES = 128 * 2**20  # working memory of one step

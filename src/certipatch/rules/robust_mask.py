@@ -95,7 +95,9 @@ class RobustMask(Rule):
                 owned = sees | unsure[here, None]
                 margin = torch.cat(
                     [
-                        self._margin(part[[b]], label[[b]], None if outside is None else outside[[b]], owned[b], off[[b]])
+                        self._margin(
+                            part[[b]], label[[b]], None if outside is None else outside[[b]], owned[b], off[[b]]
+                        )
                         for b in range(len(part))
                     ]
                 )
@@ -171,7 +173,10 @@ class RobustMask(Rule):
         size: Float64[Tensor, " P"],
     ) -> Float64[Tensor, "b P"]:
         """The largest U_k of a rival at every place."""
-        keep, rivals = 1 - self.threshold, torch.ones_like(scores[:, 0], dtype=torch.bool).scatter_(1, label[:, None], 0)
+        keep, rivals = (
+            1 - self.threshold,
+            torch.ones_like(scores[:, 0], dtype=torch.bool).scatter_(1, label[:, None], 0),
+        )
         reach = torch.where(size > 0, size * self.clip, 0.0)
         bound = None
         if not math.isinf(self.clip) or bool((size == 0).any()) or outside is None:
@@ -206,7 +211,9 @@ class RobustMask(Rule):
             best[left] = torch.maximum(best[left], torch.minimum(limit, least))
             if step + 2 > bound.shape[2] - 1:
                 break
-            following = bound[left].gather(2, order[left, step + 1 :, None].transpose(1, 2).expand(-1, bound.shape[1], -1))
+            following = bound[left].gather(
+                2, order[left, step + 1 :, None].transpose(1, 2).expand(-1, bound.shape[1], -1)
+            )
             left = left[(following.amax(2) > best[left]).any(1)]
             if len(left) == 0:
                 break

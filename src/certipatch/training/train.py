@@ -137,7 +137,10 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
 
 
 def _identity(recipe: Recipe, pictures: Pictures) -> str:
-    values = {"recipe": recipe.model_dump(mode="json", exclude={"data"}, exclude_defaults=True), "data": pictures.fingerprint()}
+    values = {
+        "recipe": recipe.model_dump(mode="json", exclude={"data"}, exclude_defaults=True),
+        "data": pictures.fingerprint(),
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -24,7 +24,8 @@ def create(settings: dict[str, Any]) -> Views:
         if name in _BY_NAME:
             return _BY_NAME[name](**rest)
         if name == ReceptiveFields.name:
-            return ReceptiveFields(**{key: None if value is None else tuple(value) for key, value in rest.items()})
+            values: dict[str, Any] = {key: None if value is None else tuple(value) for key, value in rest.items()}
+            return ReceptiveFields(**values)
         if name == "pixel-sets":
             return PixelSets(torch.tensor(rest["visible"], dtype=torch.bool))
     except TypeError as error:
