@@ -62,6 +62,19 @@ class Rule(ABC):
 
 def check_evidence(evidence: Tensor) -> None:
     """ValueError unless evidence is a real tensor (B, V ≥ 1, K ≥ 2) without NaN."""
+    check_shape(evidence)
+    if evidence.is_floating_point():
+        check_numbers(evidence)
+
+
+def check_numbers(values: Tensor) -> None:
+    """ValueError where evidence, or a sum of it, is NaN."""
+    if bool(torch.isnan(values).any()):
+        raise ValueError("evidence contains NaN")
+
+
+def check_shape(evidence: Tensor) -> None:
+    """ValueError unless evidence is a real tensor (B, V ≥ 1, K ≥ 2)."""
     if evidence.ndim != 3:
         raise ValueError(f"evidence has the shape (B, V, K), not {tuple(evidence.shape)}")
     if evidence.shape[1] < 1 or evidence.shape[2] < 2:
@@ -70,8 +83,6 @@ def check_evidence(evidence: Tensor) -> None:
         )
     if evidence.is_complex():
         raise ValueError("evidence must be real, not complex")
-    if evidence.is_floating_point() and bool(torch.isnan(evidence).any()):
-        raise ValueError("evidence contains NaN")
 
 
 def check_relation(

@@ -1,6 +1,7 @@
 """Robust masking: the rule of PatchGuard (Xiang et al. 2021), with a certificate that holds."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -8,11 +9,12 @@ import torch
 from jaxtyping import Bool, Float64, Int64, Shaped
 from torch import Tensor
 
-from certipatch.rules.base import Rule, Verdict, check_evidence, check_relation, clipped
+from certipatch.rules.base import Rule, Verdict, check_numbers, check_relation, check_shape, clipped
 from certipatch.rules.windows import Windows
 
 EPSILON = torch.finfo(torch.float64).eps
 CHUNK_BYTES = 128 * 2**20  # working memory of one step
+CLASSES = 64  # looked at together; most of many classes have too little evidence to matter
 
 
 @final
@@ -72,7 +74,7 @@ class RobustMask(Rule):
 
     def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
         self._check(evidence)
-        return torch.cat([self._label(part)[0] for part in self._parts(evidence)])
+        return torch.cat([_Scored(self, part).label for part in self._parts(evidence)])
 
     def certify(
         self,
@@ -83,141 +85,191 @@ class RobustMask(Rule):
     ) -> Verdict:
         self._check(evidence)
         check_relation(evidence, sees, unsure, error)
+        if error is None:
+            error = torch.zeros(len(evidence), dtype=torch.float64, device=evidence.device)
+        factored = None if unsure is not None and bool(unsure.any()) else self._places(sees)
         labels, margins, first = [], [], 0
-        for part in self._parts(evidence, len(sees)):  # at least one, also of no pictures
-            label, outside = self._label(part)
-            here = slice(first, first + len(part))
-            off = torch.zeros(len(part), dtype=torch.float64) if error is None else error[here]
-            off = off.to(part.device)
-            if unsure is None or not bool(unsure[here].any()):
-                margin = self._margin(part, label, outside, sees, off)
+        for part in self._parts(evidence, len(sees)):
+            scored = _Scored(self, part)
+            labels.append(scored.label)
+            if factored is not None:
+                margins.append(self._margin(scored, *factored, error[first : first + len(part)]))
             else:  # the attacker of each picture owns other views
-                owned = sees | unsure[here, None]
-                margin = torch.cat(
-                    [
-                        self._margin(
-                            part[[b]], label[[b]], None if outside is None else outside[[b]], owned[b], off[[b]]
-                        )
-                        for b in range(len(part))
-                    ]
-                )
-            labels.append(label)
-            margins.append(margin)
+                assert unsure is not None
+                margins += [
+                    self._margin(_Scored(self, part[[b]]), *self._places(sees | unsure[first + b]), error[[first + b]])
+                    for b in range(len(part))
+                ]
             first += len(part)
         return Verdict(torch.cat(labels), torch.cat(margins))
 
+    def _places(self, sees: Bool[Tensor, "L V"]) -> tuple[Windows, Windows, Int64[Tensor, " L"]]:
+        """The windows, the attacker's places as windows of the same grid, and which of these each location is."""
+        found = self._windows.factor(sees)
+        if found is not None:
+            return self._windows, *found
+        return Windows.any_of(self._windows.members), Windows.any_of(sees), torch.arange(len(sees), device=sees.device)
+
     def _check(self, evidence: Tensor) -> None:
-        check_evidence(evidence)
+        check_shape(evidence)
         if evidence.shape[1] != self._windows.number_of_views:
             raise ValueError(f"evidence has {evidence.shape[1]} views, the windows {self._windows.number_of_views}")
 
-    def _parts(self, evidence: Tensor, locations: int = 1) -> list[Float64[Tensor, "b V K"]]:
-        """Clipped evidence of as many pictures as fit the working memory."""
+    def _parts(self, evidence: Tensor, locations: int = 1) -> tuple[Tensor, ...]:
+        """Evidence of as many pictures as fit the working memory."""
         _, views, classes = evidence.shape
         each = 8 * (2 * classes * (views + len(self._windows) + locations) + 3 * locations * len(self._windows))
-        step = max(1, CHUNK_BYTES // each)
-        return [clipped(part, 0.0, self.clip) for part in evidence.split(step)]
-
-    def _label(self, scores: Tensor) -> tuple[Int64[Tensor, " b"], Float64[Tensor, "b W K"] | None]:
-        """Labels, and what every window leaves over of every class (None where nothing is ever masked)."""
-        total = scores.sum(1)
-        if self.threshold == 1:
-            return total.argmax(1), None
-        outside = self._windows.outside(scores)
-        least = outside.amin(1)
-        return torch.where(least < (1 - self.threshold) * total, least, total).argmax(1), outside
+        return evidence.split(max(1, CHUNK_BYTES // each))
 
     def _margin(
         self,
-        scores: Float64[Tensor, "b V K"],
-        label: Int64[Tensor, " b"],
-        outside: Float64[Tensor, "b W K"] | None,
-        sees: Bool[Tensor, "L V"],
+        scored: "_Scored",
+        windows: Windows,
+        places: Windows,
+        row: Int64[Tensor, " L"],
         error: Float64[Tensor, " b"],
     ) -> Float64[Tensor, "b L"]:
-        windows, keep = self._windows, 1 - self.threshold
-        found = windows.factor(sees)
-        places, row = (Windows.any_of(sees), torch.arange(len(sees))) if found is None else found
-        if found is None:  # no products: windows and places become lists
-            windows = Windows.any_of(windows.members)
-        shared = windows.overlap_sums(places, torch.ones(1, scores.shape[1], dtype=torch.float64))[0]
-        size = places.members.sum(1).double()
-        slack = 4 * scores.shape[1] * EPSILON
-        off = scores.shape[1] * error[:, None]
-
-        own = scores.gather(2, label[:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
-        beside = places.outside(own[..., None])[..., 0]  # V, (b, places)
-        if outside is None:
-            lower = beside
-        else:
-            inside = own @ windows.members.double().T
-            held = inside[:, None] - windows.overlap_sums(places, own)  # v(w)
+        keep = 1 - self.threshold
+        own, views = scored.own, scored.own.shape[1]
+        shared = windows.overlap_sums(places, torch.ones(1, views, dtype=torch.float64))[0]
+        slack, off = 4 * views * EPSILON, views * error[:, None]
+        lower = places.outside(own[..., None])[..., 0]  # V, (b, places)
+        if self.threshold == 0:  # any window may be masked
+            lower = lower - windows.heaviest_beside(places, own).clamp(min=0)
+        elif self.threshold < 1:
+            held = (own @ windows.members.to(own).T)[:, None] - windows.overlap_sums(places, own)  # v(w)
             doubt = slack * own.sum(1) + 2 * off[:, 0]
             reach = torch.where(shared > 0, shared * self.clip, 0.0) * keep
-            possible = held + reach >= (self.threshold * beside - doubt[:, None])[..., None]
+            possible = held + reach >= (self.threshold * lower - doubt[:, None])[..., None]
             possible &= (shared > 0) | (held > -doubt[:, None, None])
-            lower = beside - held.clamp_(min=0).mul_(possible).amax(2)
-        upper = self._rivals(scores, label, outside, windows, places, shared, size)
-        rounding = slack * (2 * scores.sum(1).amax(1)[:, None] + torch.where(upper.isfinite(), upper.abs(), 0))
+            lower = lower - held.clamp_(min=0).mul_(possible).amax(2)
+        upper = self._rivals(scored, windows, places, shared)
+        rounding = slack * (2 * scored.total.amax(1)[:, None] + torch.where(upper.isfinite(), upper.abs(), 0))
         rounding += off * (1 + 1 / keep if keep > 0 else 2)
         return (lower - upper - rounding)[:, row]
 
     def _rivals(
+        self, scored: "_Scored", windows: Windows, places: Windows, shared: Float64[Tensor, "P W"]
+    ) -> Float64[Tensor, "b P"]:
+        """The largest U_k of a rival at every place."""
+        keep, size = 1 - self.threshold, places.members.sum(1).double()
+        reach = torch.where(size > 0, size * self.clip, 0.0)
+        covering = shared == size[:, None]  # windows that hold all of A
+        best = torch.full((len(scored.label), len(places)), -torch.inf, dtype=torch.float64)
+        for block in scored.blocks():
+            rivals = block.classes != scored.label[:, None]
+            bound = None
+            if not math.isinf(self.clip) or bool((size == 0).any()) or block.outside is None:
+                bound = places.outside(block.scores) + reach[:, None]
+            if block.outside is not None:
+                covered = _least(block.outside, covering) / keep
+                bound = covered if bound is None else torch.minimum(bound, covered)
+            assert bound is not None
+            bound = bound.masked_fill(~rivals[:, None], -torch.inf)
+            if block.outside is None or math.isinf(self.clip):
+                best = torch.maximum(best, bound.amax(2))
+            else:
+                best = self._refined(best, bound, block.scores, windows, places, shared, size)
+            limit = block.rest[:, None] / keep if math.isinf(self.clip) and keep > 0 else block.rest[:, None] + reach
+            if bool((limit <= best).all()):  # no class of the blocks to come reaches what was found
+                break
+        return best
+
+    def _refined(
         self,
-        scores: Float64[Tensor, "b V K"],
-        label: Int64[Tensor, " b"],
-        outside: Float64[Tensor, "b W K"] | None,
+        best: Float64[Tensor, "b P"],
+        bound: Float64[Tensor, "b P k"],
+        scores: Float64[Tensor, "b V k"],
         windows: Windows,
         places: Windows,
         shared: Float64[Tensor, "P W"],
         size: Float64[Tensor, " P"],
     ) -> Float64[Tensor, "b P"]:
-        """The largest U_k of a rival at every place."""
-        keep, rivals = (
-            1 - self.threshold,
-            torch.ones_like(scores[:, 0], dtype=torch.bool).scatter_(1, label[:, None], 0),
-        )
-        reach = torch.where(size > 0, size * self.clip, 0.0)
-        bound = None
-        if not math.isinf(self.clip) or bool((size == 0).any()) or outside is None:
-            bound = places.outside(scores) + reach[:, None]
-        if outside is not None:
-            covering = shared == size[:, None]  # windows that hold all of A
-            covered = _least(outside, covering) / keep
-            bound = covered if bound is None else torch.minimum(bound, covered)
-        assert bound is not None
-        bound = bound.masked_fill(~rivals[:, None], -torch.inf)
-        if outside is None or math.isinf(self.clip):
-            return bound.amax(2)
-        return self._refined(bound, scores, windows, places, shared, size)
-
-    def _refined(
-        self, bound: Tensor, scores: Tensor, windows: Windows, places: Windows, shared: Tensor, size: Tensor
-    ) -> Float64[Tensor, "b P"]:
-        """The largest exact U_k, with windows that hold only a part of A too, for finite c.
+        """``best`` raised to the exact U_k, with windows that hold only a part of A too, for finite c.
 
         ``bound`` is at least U_k. Classes are refined in order of it, until no other can exceed what was found.
         """
         order = bound.amax(1).argsort(1, descending=True)
-        best = torch.full_like(bound[..., 0], -torch.inf)
-        left = torch.arange(len(bound))
-        for step in range(bound.shape[2] - 1):
-            chosen = order[left, step]
-            limit = bound[left].gather(2, chosen[:, None, None].expand(-1, bound.shape[1], 1))[..., 0]
-            rival = scores[left].gather(2, chosen[:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
-            aside = places.outside(rival[..., None])[..., 0]  # t_k
-            held = (rival @ windows.members.double().T)[:, None] - windows.overlap_sums(places, rival)
-            least = (aside[..., None] - held + (size[:, None] - shared) * self.clip).amin(2) / (1 - self.threshold)
-            best[left] = torch.maximum(best[left], torch.minimum(limit, least))
-            if step + 2 > bound.shape[2] - 1:
-                break
-            following = bound[left].gather(
-                2, order[left, step + 1 :, None].transpose(1, 2).expand(-1, bound.shape[1], -1)
-            )
+        best, left = best.clone(), torch.arange(len(bound))
+        members = windows.members.to(scores)
+        for step in range(bound.shape[2]):
+            following = bound[left].gather(2, order[left, None, step:].expand(-1, bound.shape[1], -1))
             left = left[(following.amax(2) > best[left]).any(1)]
             if len(left) == 0:
                 break
+            chosen = order[left, step, None, None]
+            limit = bound[left].gather(2, chosen.expand(-1, bound.shape[1], 1))[..., 0]
+            rival = scores[left].gather(2, chosen.expand(-1, scores.shape[1], 1))[..., 0]
+            aside = places.outside(rival[..., None])  # t_k
+            held = (rival @ members.T)[:, None] - windows.overlap_sums(places, rival)
+            least = (aside - held + (size[:, None] - shared) * self.clip).amin(2) / (1 - self.threshold)
+            best[left] = torch.maximum(best[left], torch.minimum(limit, least))
         return best
+
+
+@dataclass
+class _Block:
+    """Some classes of every picture."""
+
+    classes: Int64[Tensor, "b k"]
+    scores: Float64[Tensor, "b V k"]
+    """Clipped evidence."""
+    outside: Float64[Tensor, "b W k"] | None
+    """What every window leaves over; None where nothing is ever masked."""
+    rest: Float64[Tensor, " b"]
+    """No class of a later block has more evidence in total; −inf after the last."""
+
+
+class _Scored:
+    """Labels of some pictures, from as few classes as decide them: a class scores at most its total."""
+
+    def __init__(self, rule: RobustMask, evidence: Shaped[Tensor, "b V K"]):
+        self.rule, self.evidence = rule, evidence
+        classes = evidence.shape[2]
+        self.total = _totals(evidence, rule.clip)
+        check_numbers(self.total)
+        everything = torch.arange(classes, device=evidence.device).expand(len(evidence), -1)
+        self.order = everything if classes <= CLASSES else self.total.argsort(1, descending=True)
+        self._known: list[_Block] = []
+        score = torch.full_like(self.total, -torch.inf)
+        for block in self.blocks():
+            found = block.scores.sum(1)
+            if block.outside is not None:
+                least = block.outside.amin(1)
+                found = torch.where(least < (1 - rule.threshold) * found, least, found)
+            score.scatter_(1, block.classes, found)
+            if bool((block.rest < score.amax(1)).all()):
+                break
+        self.label = score.argmax(1)
+        chosen = self.label[:, None, None].expand(-1, evidence.shape[1], 1)
+        self.own = clipped(evidence.gather(2, chosen), 0.0, rule.clip)[..., 0]
+
+    def blocks(self) -> Iterator[_Block]:
+        """Classes in blocks, those of largest total first; each is computed once."""
+        for number, first in enumerate(range(0, self.order.shape[1], CLASSES)):
+            if number == len(self._known):
+                self._known.append(self._compute(first))
+            yield self._known[number]
+
+    def _compute(self, first: int) -> _Block:
+        classes = self.order[:, first : first + CLASSES]
+        evidence, after = self.evidence, first + CLASSES
+        rest = torch.full_like(self.total[:, 0], -torch.inf)
+        if evidence.shape[2] > CLASSES:
+            evidence = evidence.gather(2, classes[:, None].expand(-1, evidence.shape[1], -1))
+        if after < self.order.shape[1]:
+            rest = self.total.gather(1, self.order[:, after, None])[:, 0] * (1 + 1e-3)
+        scores = clipped(evidence, 0.0, self.rule.clip)
+        outside = None if self.rule.threshold == 1 else self.rule._windows.outside(scores)
+        return _Block(classes, scores, outside, rest)
+
+
+def _totals(evidence: Shaped[Tensor, "b V K"], clip: float) -> Float64[Tensor, "b K"]:
+    """Sums over the views of clipped evidence, to 1 in 1,000 (up to 10,000 views): they rank classes and bound them."""
+    wide = evidence.dtype == torch.float64 or not evidence.is_floating_point() or evidence.element_size() < 4
+    if wide or evidence.shape[1] > 10_000:
+        return clipped(evidence, 0.0, clip).sum(1)
+    return evidence.clamp(0.0, min(clip, 1e30)).sum(1).double()
 
 
 def _least(outside: Float64[Tensor, "b W K"], covering: Bool[Tensor, "P W"]) -> Float64[Tensor, "b P K"]:

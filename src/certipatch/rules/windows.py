@@ -46,6 +46,10 @@ class Windows:
     def number_of_views(self) -> int:
         return self.rows.shape[1] * self.columns.shape[1]
 
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.rows.shape[1], self.columns.shape[1]
+
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
 
@@ -57,7 +61,7 @@ class Windows:
     def outside(self, scores: Float64[Tensor, "B V K"]) -> Float64[Tensor, "B W K"]:
         """Sums over the views outside of every window, added up directly: nothing large is subtracted."""
         batch, _, classes = scores.shape
-        shape = (self.rows.shape[1], self.columns.shape[1])
+        shape = self._shape
         grid = scores.reshape(batch, *shape, classes)
         rows, columns = self.rows.to(scores), self.columns.to(scores)
         inside = (rows @ grid.reshape(batch, shape[0], shape[1] * classes)).view(batch * len(rows), shape[1], classes)
@@ -78,17 +82,26 @@ class Windows:
 
     def overlap_sums(self, other: "Windows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L W"]:
         """Sums over the views that window w shares with window l of ``other``, for all pairs; exact for whole numbers."""
-        batch, shape = len(scores), (self.rows.shape[1], self.columns.shape[1])
-        rows = (other.rows[:, None] & self.rows).flatten(0, 1).to(scores)  # (l w) of the row sets
-        inside = rows @ scores.view(batch, *shape)  # (B, n_l·n_w, C)
-        columns, others = self.columns.to(scores), other.columns.to(scores)
+        batch = len(scores)
+        sums = self._overlaps(other, scores).view(batch, len(self.rows), len(other.rows), len(self.columns), -1)
+        return sums.permute(0, 2, 4, 1, 3).reshape(batch, len(other), len(self))
+
+    def heaviest_beside(self, other: "Windows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L"]:
+        """The largest sum of a window over its views outside of window l of ``other``."""
+        batch, n, m = len(scores), len(self.rows), len(self.columns)
+        sums = self._overlaps(other, scores).view(batch, n, len(other.rows), m, len(other.columns))
+        inside = self.rows.to(scores) @ scores.view(batch, *self._shape) @ self.columns.to(scores).T
+        beside = torch.sub(inside.view(batch, n, 1, m, 1), sums, out=sums)
+        return beside.amax(3).amax(1).view(batch, len(other))
+
+    def _overlaps(self, other: "Windows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B n_nl m_ml"]:
+        """Shared sums by (row set, other row set) and (column set, other column set)."""
+        rows = (self.rows[:, None] & other.rows).flatten(0, 1).to(scores)
+        inside = rows @ scores.view(len(scores), *self._shape)
         if len(rows) > 1:
-            both = (others[:, None] * columns).flatten(0, 1)
-            sums = inside @ both.T
-        else:  # bands and lists of windows: no table of all pairs of column sets
-            sums = (inside * others) @ columns.T
-        sums = sums.view(batch, len(other.rows), len(self.rows), len(others), len(columns))
-        return sums.transpose(2, 3).reshape(batch, len(other), len(self))
+            return inside @ (self.columns[:, None] & other.columns).flatten(0, 1).to(scores).T
+        # Bands and lists of windows: no table of all pairs of column sets.
+        return ((inside * self.columns.to(scores)) @ other.columns.to(scores).T).flatten(1)[:, None]
 
 
 def _runs(length: int, width: int, circular: bool) -> Bool[Tensor, "n length"]:
