@@ -47,7 +47,7 @@ def confident(network, views):
 
 def bagnet():
     torch.manual_seed(0)
-    return confident(SmallBagNet(1, 3, 10, (4, 6, 8, 8)), None)
+    return confident(SmallBagNet(1, 3, SIZE, 10, (4, 6, 8, 8)), None)
 
 
 def strip(views):

@@ -40,8 +40,8 @@ SMALL = {
     "bagnet 9": (BagNet(2, 3, 9, (2, 2, 2, 2), (1, 1, 1, 1)), (40, 43)),
     "bagnet 17": (BagNet(2, 3, 17, (2, 2, 2, 2), (2, 1, 1, 1)), (41, 40)),
     "bagnet 33": (BagNet(2, 3, 33, (2, 2, 2, 2), (1, 1, 1, 1)), (49, 50)),
-    "small bagnet 12": (SmallBagNet(2, 3, 12, (2, 3, 4, 5)), (16, 18)),
-    "small bagnet 10": (SmallBagNet(2, 3, 10, (2, 3, 4, 5)), (15, 14)),
+    "small bagnet 12": (SmallBagNet(2, 3, (16, 18), 12, (2, 3, 4, 5)), (16, 18)),
+    "small bagnet 10": (SmallBagNet(2, 3, (15, 14), 10, (2, 3, 4, 5)), (15, 14)),
     "strides and padding": (
         nn.Sequential(
             nn.Conv2d(2, 3, (3, 2), (2, 1), (2, 0), dilation=(2, 1)),

@@ -62,8 +62,10 @@ def create(
     """The network that ``settings`` describe, with fresh weights. ValueError where it cannot read such views."""
     sizes = settings.model_dump(exclude={"name"}, exclude_none=True)
     try:
-        if settings.name in LOCAL:
-            return NETWORKS[settings.name](in_channels, num_classes, **sizes)
+        if settings.name == "bagnet":
+            return BagNet(in_channels, num_classes, **sizes)
+        if settings.name == "small-bagnet":
+            return SmallBagNet(in_channels, num_classes, image_size, **sizes)
         if settings.name == "conv":
             return ConvNet(views, in_channels, num_classes, image_size, **sizes)
         if settings.name == "resnet18":

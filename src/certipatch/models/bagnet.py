@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certipatch.errors import InputError
-from certipatch.models.layers import Crop, Resize
+from certipatch.models.layers import Crop, Position, Resize
 
 
 class _Local(nn.Module):
@@ -106,6 +106,7 @@ class SmallBagNet(_Local):
     Args:
         in_channels: C of the pictures.
         num_classes: K.
+        image_size: (H, W) in pixels; every cell knows its position, so that one network serves one size.
         field: receptive field in pixels, 10 or 12 (stride 2); one 3x3 convolution more makes the difference.
         widths: channels before pooling, of the first and the second stage after it, and of the 1x1 layers.
 
@@ -116,6 +117,7 @@ class SmallBagNet(_Local):
         self,
         in_channels: int,
         num_classes: int,
+        image_size: tuple[int, int],
         field: int = 12,
         widths: tuple[int, ...] = (64, 128, 256, 512),
     ):
@@ -124,10 +126,16 @@ class SmallBagNet(_Local):
             raise InputError(f"a small BagNet's receptive field is 10 or 12 pixels, not {field}")
         if len(widths) != 4:
             raise InputError(f"a small BagNet has four widths, not {len(widths)}")
-        layers = [_conv(in_channels, widths[0], 3), _conv(widths[0], widths[1], 3)]
+        layers: list[nn.Module] = [_conv(in_channels, widths[0], 3), _conv(widths[0], widths[1], 3)]
         if field == 12:
             layers.append(_conv(widths[1], widths[1], 3))
-        layers += [nn.MaxPool2d(2), _conv(widths[1], widths[2], 3)]
+        cells = (image_size[0] // 2, image_size[1] // 2)
+        layers += [
+            nn.MaxPool2d(2),
+            nn.Conv2d(widths[1], widths[2], 3, padding=1, bias=False),
+            Position(widths[2], *cells),
+        ]
+        layers += [nn.BatchNorm2d(widths[2]), nn.GELU()]
         layers += [_conv(widths[2], widths[3], 1), _conv(widths[3], widths[3], 1), nn.Conv2d(widths[3], num_classes, 1)]
         self.local = nn.Sequential(*layers)
 

@@ -1,5 +1,6 @@
 """Layers that torch has no module for."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,3 +33,14 @@ class Resize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"side={self.side}"
+
+
+class Position(nn.Module):
+    """Add a learned value to every cell of a map, so that a network of small windows knows where each one lies."""
+
+    def __init__(self, channels: int, height: int, width: int):
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(1, channels, height, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.value

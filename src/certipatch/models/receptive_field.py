@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from certipatch.errors import InputError
-from certipatch.models.layers import Crop, Resize
+from certipatch.models.layers import Crop, Position, Resize
 from certipatch.views import ReceptiveFields
 
 
@@ -86,7 +86,7 @@ def receptive_fields(model: nn.Module, image_size: tuple[int, int]) -> Receptive
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, Crop | Resize) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Crop | Position | Resize) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _name(target: object) -> str:
@@ -170,6 +170,6 @@ LAYERS: dict[type, Callable[[nn.Module, str, Field], Field]] = {
     nn.BatchNorm2d: _batch_norm,
     Crop: _crop,
     **dict.fromkeys(
-        (nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout), _same
+        (Position, nn.ReLU, nn.GELU, nn.SiLU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Identity, nn.Dropout), _same
     ),
 }
