@@ -42,7 +42,10 @@ def evaluate_into(
         )
     device = devices.default()
     defense.to(device)
-    job = run.Job(defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
+    opened = model_name or defense_name
+    job = run.Job(
+        defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device, opened
+    )
     check_shape(job.pictures.pixels([0])[0].shape, card, pictures.name)
     summary = run.evaluate(job, out, progress)
     if not (out / "report.html").exists():

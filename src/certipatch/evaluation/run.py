@@ -48,9 +48,11 @@ class Job:
     threat: Threat
     seed: int = 0
     device: torch.device = CPU
+    opened: str | None = None
+    """What the user called the model: a zoo name or a folder."""
 
     def config(self) -> dict[str, Any]:
-        """All settings, as plain values; ``source`` and ``versions`` tell where from and with what."""
+        """All settings, as plain values; ``source``, ``model`` and ``versions`` tell where from and with what."""
         return {
             "command": "evaluate",
             "defense": self.defense_name,
@@ -68,6 +70,7 @@ class Job:
             "seed": self.seed,
             "part": PART,
             "source": self.pictures.source,
+            "model": self.opened,
             "versions": versions(),
         }
 
@@ -139,7 +142,7 @@ def _claim(job: Job, out: Path) -> dict[str, Any]:
     config = yaml.safe_load(yaml.safe_dump(job.config()))
     if (out / "config.yaml").exists():
         found = read_config(out)
-        free = {"source"} | ({"versions"} if (out / "summary.json").exists() else set())
+        free = {"source", "model"} | ({"versions"} if (out / "summary.json").exists() else set())
         for key in sorted((config.keys() | found.keys()) - free):
             if config.get(key) != found.get(key):
                 old, new = (str(values.get(key))[:60] for values in (found, config))
