@@ -37,7 +37,7 @@ class ViewSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["columns", "rows", "blocks"]
+    name: Literal["columns", "rows", "cross", "blocks"]
     width: Side
     stride: Side = 1
     wrap: bool = True
@@ -58,12 +58,13 @@ class SmoothingSettings(Settings):
 
 
 class PatchGuardSettings(Settings):
-    """PatchGuard. ``patch`` is what it is built for where no threat is given."""
+    """PatchGuard. ``patch`` is what it is built for where no threat is given, or where it is ``fixed``, always."""
 
-    evidence: Literal["logits", "confidence", "prediction"] | None = None
+    evidence: Literal["logits", "confidence", "sigmoid", "prediction"] | None = None
     threshold: float = Field(default=0.0, ge=0, le=1)
     clip: float | None = Field(default=None, gt=0)
     patch: Side = 5
+    fixed: bool = False
 
 
 class ClippedBagNetSettings(Settings):
@@ -165,7 +166,8 @@ def build(card: Described, network: nn.Module, threat: Threat | None = None) -> 
         return Undefended(network)
     if card.defense in ("patchguard", "patchguard-plus-plus"):
         patch = settings.pop("patch")
-        settings["threat"] = threat if isinstance(threat, PatchThreat) else PatchThreat(patch)
+        given = isinstance(threat, PatchThreat) and not settings.get("fixed")
+        settings["threat"] = threat if given else PatchThreat(patch)
     if card.defense == "patchguard":
         settings["clip"] = math.inf if settings["clip"] is None else settings["clip"]
     return BUILDERS[card.defense](network, views=found, **settings)

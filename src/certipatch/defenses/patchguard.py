@@ -1,19 +1,19 @@
 """PatchGuard (Xiang et al. 2021): robust masking of local evidence, with the certificate of ``rules.RobustMask``."""
 
 import math
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final, get_args
 
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from certipatch import evidence as ev
-from certipatch.defenses.base import ViewDefense
+from certipatch.defenses.base import Evidence, ViewDefense
 from certipatch.relation import sees
 from certipatch.rules import RobustMask, Windows
 from certipatch.threats import PatchThreat
-from certipatch.views import Bands, Blocks, ReceptiveFields, Views
+from certipatch.views import Bands, Blocks, Cross, ReceptiveFields, Views
 
-Kind = Literal["logits", "confidence", "prediction"]
+Kind = Literal["logits", "confidence", "sigmoid", "prediction"]
 
 
 def malicious_windows(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Windows:
@@ -42,9 +42,12 @@ class PatchGuard(ViewDefense):
         model: a network of local logits (Mask-BN), or one that reads bands or blocks (Mask-DS).
         threat: the patch that it is built for: masking, and so the answer, depends on it.
         views: for Mask-DS the bands or blocks; None for a network of local logits.
-        evidence: ``logits``, ``confidence`` (softmax) or ``prediction`` (one vote for the top class).
+        evidence: ``logits``, ``confidence`` (softmax), ``sigmoid`` (each class on its own, so that a view may speak for
+            several or none) or ``prediction`` (one vote for the top class).
         threshold: T in [0, 1]; 0 always masks, 1 never.
-        clip: largest logit that counts; confidences and predictions end at 1. Negative evidence counts as 0.
+        clip: largest logit that counts; all other evidence ends at 1. Negative evidence counts as 0.
+        fixed: it stays built for ``threat`` whatever it is evaluated against, so that one answer has certificates for
+            all sizes, and a largest certified patch.
         batch_size: pictures or rendered views per forward pass.
 
     Certificates for any other threat keep the label; a patch that reaches beyond every window is seldom certified.
@@ -60,23 +63,33 @@ class PatchGuard(ViewDefense):
         evidence: Kind | None = None,
         threshold: float = 0.0,
         clip: float = math.inf,
+        fixed: bool = False,
         batch_size: int | None = None,
     ):
         super().__init__(model, views, batch_size)
         if not isinstance(threat, PatchThreat):
             raise ValueError(f"PatchGuard is built for a patch, not for {threat}")
         self.threat = threat
-        self.kind: Kind = evidence or ("confidence" if isinstance(views, Bands | Blocks) else "logits")
-        if self.kind not in ("logits", "confidence", "prediction"):
-            raise ValueError(f"evidence is logits, confidence or prediction, not {evidence!r}")
-        self.threshold, self.clip = threshold, clip
-        self.raw = self.kind == "logits"  # type: ignore[misc]
+        self.kind: Kind = evidence or ("confidence" if isinstance(views, Bands | Blocks | Cross) else "logits")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"evidence is {', '.join(get_args(Kind))}, not {evidence!r}")
+        self.threshold, self.clip, self.fixed = threshold, clip, fixed
+        self.raw = self.kind in ("logits", "sigmoid")  # type: ignore[misc]
         self._rules: dict[tuple[int, int], RobustMask] = {}
         self.theorem = RobustMask(Windows.runs(1, 1), threshold, clip).theorem
 
     def settings(self) -> dict[str, Any]:
         clip = None if math.isinf(self.clip) else self.clip
-        return {"evidence": self.kind, "threshold": self.threshold, "clip": clip, "threat": self.threat.to_dict()}
+        return {
+            "evidence": self.kind,
+            "threshold": self.threshold,
+            "clip": clip,
+            "threat": self.threat.to_dict(),
+            "fixed": self.fixed,
+        }
+
+    def largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"] | None:
+        return self._largest_patch(evidence) if self.fixed else None
 
     def rule(self, image_size: tuple[int, int]) -> RobustMask:
         if image_size not in self._rules:
@@ -96,5 +109,5 @@ def local_evidence(
     """Evidence of a kind, with the views whose prediction rounding could turn, or how far its scores may be off."""
     if kind == "prediction":
         return *ev.votes(ev.scores(logits), None, tolerance), None
-    values = logits if kind == "logits" else ev.scores(logits)
+    values = logits if kind == "logits" else logits.float().sigmoid() if kind == "sigmoid" else ev.scores(logits)
     return values, None, tolerance.of(values).flatten(1).amax(1).double()

@@ -11,14 +11,15 @@ from certipatch.models.conv import ConvNet
 from certipatch.models.crop import CropNet
 from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
-from certipatch.models.strip import StripNet
-from certipatch.views import Bands, Blocks, Views
+from certipatch.models.strip import CrossNet, StripNet
+from certipatch.views import Bands, Blocks, Cross, Views
 
 __all__ = [
     "LOCAL",
     "BagNet",
     "ConvNet",
     "CropNet",
+    "CrossNet",
     "ModelSettings",
     "ResNet18",
     "SmallBagNet",
@@ -70,6 +71,8 @@ def create(
             return ConvNet(views, in_channels, num_classes, image_size, **sizes)
         if settings.name == "resnet18":
             return ResNet18(in_channels, num_classes, **sizes)
+        if settings.name == "strip" and isinstance(views, Cross):
+            return CrossNet(views, in_channels, num_classes, image_size, **sizes)
         if not isinstance(views, Bands | Blocks):
             raise InputError(f"the {settings.name} network reads columns, rows or blocks; use resnet18 for other views")
         if settings.name == "crop":

@@ -6,6 +6,8 @@ on its position, and on nothing else. No picture is ablated and no hidden pixel 
 all W column bands costs about one ordinary forward pass, where NULL-encoded pictures cost one pass per band.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 from certipatch.errors import InputError
 from certipatch.models.resnet import stages
-from certipatch.views import Bands, Blocks, Rows
+from certipatch.views import Bands, Blocks, Cross, Rows
 
 
 class StripNet(nn.Module):
@@ -83,3 +85,18 @@ class StripNet(nn.Module):
         x = F.relu(self.norm(x + self.position))
         x = self.collapse(self.body(x))
         return self.head(x.flatten(2).transpose(1, 2))
+
+
+class CrossNet(nn.Module):
+    """Two strip networks, one for the columns and one for the rows; arguments as for ``StripNet``."""
+
+    encoding = "all-views"
+
+    def __init__(self, views: Cross, in_channels: int, num_classes: int, image_size: tuple[int, int], **sizes: Any):
+        super().__init__()
+        self.strips = nn.ModuleList(
+            StripNet(part, in_channels, num_classes, image_size, **sizes) for part in views.parts
+        )
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V K"]:
+        return torch.cat([strip(images) for strip in self.strips], dim=1)

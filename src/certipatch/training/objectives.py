@@ -1,5 +1,7 @@
 """Training objectives on the evidence of views: pure functions of logits, labels and the relation ``sees``."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -83,14 +85,27 @@ def worst_mask_margin(
 
 
 def mask_margin_loss(
-    logits: Float[Tensor, "B V K"],
+    scores: Float[Tensor, "B V K"],
     target: Int64[Tensor, " B"],
-    sees: Bool[Tensor, "L V"],
-    windows: Bool[Tensor, "W V"],
+    families: Sequence[tuple[Bool[Tensor, "L v"], Bool[Tensor, "W v"]]],
     temperature: float,
     scale: float,
 ) -> Float[Tensor, ""]:
-    """Softplus of minus the smallest mask margin of the confidences, smooth over locations and rivals."""
-    margin = worst_mask_margin(logits.softmax(-1), target, sees, windows).flatten(1)
-    worst = -temperature * torch.logsumexp(-margin / temperature, dim=1)
+    """Softplus of minus the smallest mask margin, smooth over locations and rivals, as a share of the views.
+
+    Args:
+        scores: evidence ≥ 0.
+        families: ``sees`` and windows of each family of views, which follow each other along V. A place of one family
+            goes with every place of another (columns and rows do under a square patch), so that a margin is the sum of
+            one from each, and its smooth minimum is found per family.
+        temperature: of the smooth minimum.
+        scale: steepness of the loss of a margin.
+    """
+    parts = scores.split([sees.shape[1] for sees, _ in families], dim=1)
+    total = torch.zeros_like(scores[:, 0])
+    own = F.one_hot(target, scores.shape[2]).bool()
+    for part, (sees, windows) in zip(parts, families, strict=True):
+        margin = worst_mask_margin(part, target, sees, windows).masked_fill(own[:, None], 0.0)
+        total = total + torch.logsumexp(-margin / (temperature * len(families)), dim=1)
+    worst = -temperature * torch.logsumexp(total.masked_fill(own, -torch.inf), dim=1)
     return F.softplus(-scale * worst).mean()

@@ -25,6 +25,7 @@ from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, objectives
 from certipatch.training.recipe import Recipe
 from certipatch.versions import versions
+from certipatch.views import Cross, Views
 from certipatch.views.render import render
 
 CHECKPOINT_SECONDS = 60.0
@@ -192,13 +193,18 @@ def _loss(
         views = receptive_fields(network.eval(), card.image_size)
         network.train()
     relation = windows = None
-    if asked.vote_margin or asked.mask_margin:
+    families: list[tuple[Tensor, Tensor]] = []
+    if asked.vote_margin:
         assert views is not None
-        found = sees(views, threat, card.image_size)
-        relation = found.rows[found.undominated].to(device)
-    if asked.mask_margin or asked.masked_cross_entropy:
+        relation = _undominated(views, threat, card.image_size).to(device)
+    if asked.masked_cross_entropy:
         assert views is not None
         windows = malicious_windows(views, threat, card.image_size).members.to(device)
+    if asked.mask_margin:
+        assert views is not None
+        for part in views.parts if isinstance(views, Cross) else [views]:
+            reached = _undominated(part, threat, card.image_size).to(device)
+            families.append((reached, malicious_windows(part, threat, card.image_size).members.to(device)))
 
     def logits_of(images: Tensor, draw: torch.Generator) -> Tensor:
         if views is None:
@@ -220,22 +226,27 @@ def _loss(
             assert windows is not None
             rest = objectives.without_heaviest_window(logits, targets, windows)
             terms.append(asked.masked_cross_entropy * cross_entropy(rest, targets))
-        if relation is not None and (share >= asked.margin_from or not terms):
-            if asked.vote_margin:
+        if share >= asked.margin_from or not terms:
+            if relation is not None:
                 threshold = recipe.settings.get("threshold")
                 found = objectives.vote_margin_loss(
                     logits, targets, relation, threshold, asked.vote_width, asked.temperature
                 )
                 terms.append(asked.vote_margin * found)
-            if asked.mask_margin:
-                assert windows is not None
+            if families:
+                scores = logits.sigmoid() if recipe.settings.get("evidence") == "sigmoid" else logits.softmax(-1)
                 found = objectives.mask_margin_loss(
-                    logits, targets, relation, windows, asked.mask_temperature, asked.mask_scale
+                    scores, targets, families, asked.mask_temperature, asked.mask_scale
                 )
                 terms.append(asked.mask_margin * found)
         return torch.stack(terms).sum()
 
     return loss
+
+
+def _undominated(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Tensor:
+    found = sees(views, threat, image_size)
+    return found.rows[found.undominated]
 
 
 def _held_out(

@@ -8,12 +8,13 @@ from certipatch.errors import InputError
 from certipatch.views.bands import Bands, Columns, Rows
 from certipatch.views.base import Views
 from certipatch.views.blocks import Blocks
+from certipatch.views.cross import Cross
 from certipatch.views.masks import PixelSets, masked
 from certipatch.views.receptive_fields import ReceptiveFields
 
-__all__ = ["Bands", "Blocks", "Columns", "PixelSets", "ReceptiveFields", "Rows", "Views", "create", "masked"]
+__all__ = ["Bands", "Blocks", "Columns", "Cross", "PixelSets", "ReceptiveFields", "Rows", "Views", "create", "masked"]
 
-_BY_NAME = {view.name: view for view in (Columns, Rows, Blocks)}
+_BY_NAME = {view.name: view for view in (Columns, Rows, Cross, Blocks)}
 
 
 def create(settings: dict[str, Any]) -> Views:
