@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         DerandomizedSmoothing,
         PatchGuard,
         PatchGuardPlusPlus,
+        RandomizedAblation,
         load,
     )
     from certipatch.errors import InputError
@@ -35,6 +36,7 @@ _HOME = {
     "InputError": "certipatch.errors",
     "PatchGuard": "certipatch.defenses",
     "PatchGuardPlusPlus": "certipatch.defenses",
+    "RandomizedAblation": "certipatch.defenses",
     "PatchThreat": "certipatch.threats",
     "SparseThreat": "certipatch.threats",
     "load": "certipatch.defenses",
@@ -52,6 +54,7 @@ __all__ = [
     "PatchGuard",
     "PatchGuardPlusPlus",
     "PatchThreat",
+    "RandomizedAblation",
     "SparseThreat",
     "load",
     "receptive_fields",

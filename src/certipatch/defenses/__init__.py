@@ -13,6 +13,7 @@ from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
+from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.defenses.undefended import Undefended
 from certipatch.errors import InputError
 from certipatch.threats import Threat
@@ -27,6 +28,7 @@ __all__ = [
     "Evidence",
     "PatchGuard",
     "PatchGuardPlusPlus",
+    "RandomizedAblation",
     "Undefended",
     "load",
     "locate",
@@ -37,7 +39,15 @@ __all__ = [
 
 METHODS: dict[str, type[Defense]] = {
     method.name: method
-    for method in (DerandomizedSmoothing, PatchGuard, ClippedBagNet, BagCert, PatchGuardPlusPlus, Undefended)
+    for method in (
+        DerandomizedSmoothing,
+        RandomizedAblation,
+        PatchGuard,
+        ClippedBagNet,
+        BagCert,
+        PatchGuardPlusPlus,
+        Undefended,
+    )
 }
 
 

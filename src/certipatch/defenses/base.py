@@ -38,6 +38,8 @@ class Defense(ABC):
     notion: ClassVar[Notion] = "recovery"
     theorem: str
     """The condition behind its certificates, in one line."""
+    confidence: float = 1.0
+    """Of its certificates: exactly 1, or 1 − α where they rest on samples."""
 
     @abstractmethod
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -24,9 +24,11 @@ from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
+from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.defenses.undefended import Undefended
 from certipatch.errors import InputError
 from certipatch.models import LOCAL, ModelSettings, create
+from certipatch.rules.clopper_pearson import MAX_SAMPLES
 from certipatch.threats import PatchThreat, Threat
 
 Side = Annotated[int, Field(ge=1, le=4096)]
@@ -37,11 +39,36 @@ class ViewSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["columns", "rows", "cross", "blocks"]
-    width: Side
+    name: Literal["columns", "rows", "cross", "blocks", "random-pixels", "random-columns"]
+    width: Side | None = None
     stride: Side = 1
     wrap: bool = True
     count: int = Field(default=1, ge=1, le=8)
+    keep: int | None = Field(default=None, ge=1, le=4096**2)
+    """Of random views: how many pixels or columns are shown."""
+
+    @property
+    def random(self) -> bool:
+        """Whether views are drawn, not numbered."""
+        return self.name.startswith("random-")
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        needed, foreign = ("keep", self.width) if self.random else ("width", self.keep)
+        if getattr(self, needed) is None:
+            raise ValueError(f"{self.name} need a {needed}")
+        if foreign is not None or (self.random and (self.stride, self.wrap, self.count) != (1, True, 1)):
+            raise ValueError(
+                f"{self.name} are described by their {needed}, not by {'width' if self.random else 'keep'}"
+            )
+        return self
+
+    @model_serializer
+    def values(self) -> dict[str, Any]:
+        """The settings that ``views.create`` takes."""
+        if self.random:
+            return {"name": self.name, "keep": self.keep}
+        return {name: getattr(self, name) for name in ("name", "width", "stride", "wrap", "count")}
 
 
 class Settings(BaseModel):
@@ -55,6 +82,15 @@ class SmoothingSettings(Settings):
 
     threshold: float | None = Field(default=0.3, ge=0, lt=1)
     margin: Literal["location", "paper"] = "location"
+
+
+class RandomizedSettings(Settings):
+    """Randomized ablation; the paper's."""
+
+    samples: int = Field(default=10_000, ge=1, le=MAX_SAMPLES)
+    samples_to_pick: int = Field(default=1_000, ge=1, le=MAX_SAMPLES)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 class PatchGuardSettings(Settings):
@@ -89,6 +125,7 @@ class DetectionSettings(Settings):
 
 SETTINGS: dict[str, type[Settings]] = {
     "derandomized-smoothing": SmoothingSettings,
+    "randomized-ablation": RandomizedSettings,
     "patchguard": PatchGuardSettings,
     "clipped-bagnet": ClippedBagNetSettings,
     "bagcert": BagCertSettings,
@@ -96,7 +133,13 @@ SETTINGS: dict[str, type[Settings]] = {
     "undefended": Settings,
 }
 Method = Literal[
-    "derandomized-smoothing", "patchguard", "clipped-bagnet", "bagcert", "patchguard-plus-plus", "undefended"
+    "derandomized-smoothing",
+    "randomized-ablation",
+    "patchguard",
+    "clipped-bagnet",
+    "bagcert",
+    "patchguard-plus-plus",
+    "undefended",
 ]
 
 
@@ -121,11 +164,19 @@ class Described(BaseModel):
             raise ValueError(f"{self.defense} with the network {self.model.name} {needs}")
         if self.defense == "undefended" and (self.views is not None or local):
             raise ValueError(f"undefended reads whole pictures, without views; {self.model.name} cannot")
+        if self.views is not None and self.views.random and self.defense != "randomized-ablation":
+            raise ValueError(f"{self.defense} asks every view; {self.views.name} are for randomized-ablation")
         return self
 
     def created_views(self) -> view_sets.Views | None:
         """The bands or blocks, or None."""
-        return None if self.views is None else view_sets.create(self.views.model_dump())
+        found = None if self.views is None else view_sets.create(self.views.values())
+        return found if isinstance(found, view_sets.Views) else None
+
+    def random_views(self) -> view_sets.RandomViews | None:
+        """The random views, or None."""
+        found = None if self.views is None else view_sets.create(self.views.values())
+        return found if isinstance(found, view_sets.RandomViews) else None
 
 
 class Card(Described):
@@ -150,7 +201,8 @@ class Card(Described):
 
     def network(self) -> nn.Module:
         """The network of this card, with fresh weights."""
-        return create(self.model, self.created_views(), self.channels, len(self.classes), self.image_size)
+        views = self.random_views() or self.created_views()
+        return create(self.model, views, self.channels, len(self.classes), self.image_size)
 
 
 def build(card: Described, network: nn.Module, threat: Threat | None = None) -> Defense:
@@ -170,11 +222,12 @@ def build(card: Described, network: nn.Module, threat: Threat | None = None) -> 
         settings["threat"] = threat if given else PatchThreat(patch)
     if card.defense == "patchguard":
         settings["clip"] = math.inf if settings["clip"] is None else settings["clip"]
-    return BUILDERS[card.defense](network, views=found, **settings)
+    return BUILDERS[card.defense](network, views=card.random_views() or found, **settings)
 
 
 BUILDERS: dict[str, Callable[..., Defense]] = {
     "derandomized-smoothing": DerandomizedSmoothing,
+    "randomized-ablation": RandomizedAblation,
     "patchguard": PatchGuard,
     "clipped-bagnet": ClippedBagNet,
     "bagcert": BagCert,

@@ -12,7 +12,7 @@ from certipatch.models.crop import CropNet
 from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
 from certipatch.models.strip import CrossNet, StripNet
-from certipatch.views import Bands, Blocks, Cross, Views
+from certipatch.views import Bands, Blocks, Cross, RandomViews, Views
 
 __all__ = [
     "LOCAL",
@@ -58,7 +58,11 @@ class ModelSettings(BaseModel):
 
 
 def create(
-    settings: ModelSettings, views: Views | None, in_channels: int, num_classes: int, image_size: tuple[int, int]
+    settings: ModelSettings,
+    views: Views | RandomViews | None,
+    in_channels: int,
+    num_classes: int,
+    image_size: tuple[int, int],
 ) -> nn.Module:
     """The network that ``settings`` describe, with fresh weights. ValueError where it cannot read such views."""
     sizes = settings.model_dump(exclude={"name"}, exclude_none=True)

@@ -7,15 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from certipatch.views import Bands, Blocks, Views
+from certipatch.views import Bands, Blocks, RandomViews, Views
 
 
 class ConvNet(nn.Module):
-    """Logits of small pictures, whole or cropped to a band or block.
+    """Logits of small pictures: whole, cropped to a band or block, or NULL-encoded random views.
 
     Args:
-        views: the bands or blocks that it reads one at a time, cropped, with their position as channels; None for
-            whole pictures.
+        views: the bands or blocks that it reads one at a time, cropped, with their position as channels; random views,
+            as ``[x, 1 − x]`` with zeros for hidden pixels; None for whole pictures.
         in_channels: C of the pictures.
         num_classes: K.
         image_size: (H, W) of the pictures.
@@ -27,7 +27,7 @@ class ConvNet(nn.Module):
 
     def __init__(
         self,
-        views: Views | None,
+        views: Views | RandomViews | None,
         in_channels: int,
         num_classes: int,
         image_size: tuple[int, int],
@@ -41,6 +41,8 @@ class ConvNet(nn.Module):
             size, channels = (length, views.width), in_channels + 1
         elif isinstance(views, Blocks):
             size, channels = (views.width, views.width), in_channels + 2
+        elif isinstance(views, RandomViews):
+            self.encoding, channels = "null", 2 * in_channels
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0] // 2, 3, 1, 1), nn.GELU()]
         inputs = widths[0] // 2
         for outputs in widths:

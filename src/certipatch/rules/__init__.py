@@ -2,10 +2,22 @@
 
 from certipatch.rules.base import Rule, Verdict
 from certipatch.rules.clipped_sum import ClippedSum
+from certipatch.rules.clopper_pearson import ClopperPearson
 from certipatch.rules.masked_detection import MaskedDetection
 from certipatch.rules.order_statistics import Median, TrimmedMean
 from certipatch.rules.robust_mask import RobustMask
 from certipatch.rules.vote import Vote
 from certipatch.rules.windows import Windows
 
-__all__ = ["ClippedSum", "MaskedDetection", "Median", "RobustMask", "Rule", "TrimmedMean", "Verdict", "Vote", "Windows"]
+__all__ = [
+    "ClippedSum",
+    "ClopperPearson",
+    "MaskedDetection",
+    "Median",
+    "RobustMask",
+    "Rule",
+    "TrimmedMean",
+    "Verdict",
+    "Vote",
+    "Windows",
+]

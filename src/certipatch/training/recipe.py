@@ -97,6 +97,8 @@ class Recipe(Described):
             raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
         if self.defense == "undefended" and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):
             raise ValueError("a network without views has no margin to raise; use cross_entropy alone")
+        if self.views is not None and self.views.random and asked.views_per_step == "all":
+            raise ValueError(f"{self.views.name} cannot all be shown; use objective.views_per_step: 1")
         if self.views is not None and (asked.mask_margin or asked.masked_cross_entropy) and self.views.count != 1:
             raise ValueError("masking needs views of one band or block")
         return self

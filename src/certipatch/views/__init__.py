@@ -10,14 +10,30 @@ from certipatch.views.base import Views
 from certipatch.views.blocks import Blocks
 from certipatch.views.cross import Cross
 from certipatch.views.masks import PixelSets, masked
+from certipatch.views.random import OneOf, RandomColumns, RandomPixels, RandomViews
 from certipatch.views.receptive_fields import ReceptiveFields
 
-__all__ = ["Bands", "Blocks", "Columns", "Cross", "PixelSets", "ReceptiveFields", "Rows", "Views", "create", "masked"]
+__all__ = [
+    "Bands",
+    "Blocks",
+    "Columns",
+    "Cross",
+    "OneOf",
+    "PixelSets",
+    "RandomColumns",
+    "RandomPixels",
+    "RandomViews",
+    "ReceptiveFields",
+    "Rows",
+    "Views",
+    "create",
+    "masked",
+]
 
-_BY_NAME = {view.name: view for view in (Columns, Rows, Cross, Blocks)}
+_BY_NAME = {view.name: view for view in (Columns, Rows, Cross, Blocks, RandomPixels, RandomColumns)}
 
 
-def create(settings: dict[str, Any]) -> Views:
+def create(settings: dict[str, Any]) -> Views | RandomViews:
     """The views that ``views.settings()`` described. ValueError on an unknown name or setting."""
     rest = dict(settings)
     name = rest.pop("name", None)
@@ -29,6 +45,10 @@ def create(settings: dict[str, Any]) -> Views:
             return ReceptiveFields(**values)
         if name == "pixel-sets":
             return PixelSets(torch.tensor(rest["visible"], dtype=torch.bool))
+        if name == OneOf.name:
+            views = create(rest["views"])
+            assert isinstance(views, Views)
+            return OneOf(views)
     except TypeError as error:
         raise InputError(f"views {name!r} cannot be built: {error}") from None
     raise InputError(f"unknown views {name!r}; known: {', '.join([*_BY_NAME, ReceptiveFields.name, 'pixel-sets'])}")
