@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from certipatch.cli import certify, demo, evaluate, listing, train
+from certipatch.cli import certify, compare, demo, evaluate, listing, train
 from certipatch.errors import InputError
 
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # click's, which typer brings along under one name or another
@@ -24,6 +24,7 @@ COMMANDS = {
     "train": train.train,
     "evaluate": evaluate.evaluate,
     "certify": certify.certify,
+    "compare": compare.compare,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
