@@ -5,7 +5,8 @@ import sys
 
 import typer
 
-from certipatch.cli import certify, compare, demo, evaluate, listing, train
+from certipatch import workers
+from certipatch.cli import certify, compare, demo, evaluate, listing, report, reproduce, train
 from certipatch.errors import InputError
 
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # click's, which typer brings along under one name or another
@@ -25,6 +26,8 @@ COMMANDS = {
     "evaluate": evaluate.evaluate,
     "certify": certify.certify,
     "compare": compare.compare,
+    "report": report.report,
+    "reproduce": reproduce.reproduce,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
@@ -40,7 +43,8 @@ def main() -> None:
     except UsageError as error:
         code = _fail(f"{error.format_message()} (see certipatch --help)")
     except (typer.Abort, KeyboardInterrupt):
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        if workers.rank() == 0:
+            print("stopped; run the same command again to go on", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,5 +57,6 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"certipatch: {' '.join(message.split())}", file=sys.stderr)
+    if workers.speaks():
+        print(f"certipatch: {' '.join(message.split())}", file=sys.stderr)
     return 2

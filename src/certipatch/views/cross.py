@@ -9,7 +9,7 @@ from torch import Tensor
 
 from certipatch.errors import InputError
 from certipatch.views.bands import Bands, Columns, Rows
-from certipatch.views.base import Views
+from certipatch.views.base import Views, check_sizes
 
 
 @final
@@ -30,7 +30,7 @@ class Cross(Views):
     def __post_init__(self):
         if self.count != 1:
             raise InputError(f"a cross has one band per view, not {self.count}; use columns or rows for more")
-        assert self.parts
+        check_sizes(self.width, self.stride, self.count)
 
     @property
     def parts(self) -> tuple[Bands, Bands]:

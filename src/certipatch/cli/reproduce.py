@@ -1,0 +1,92 @@
+"""``certipatch reproduce``: a table or figure of a paper, ours beside theirs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from certipatch.errors import InputError
+
+
+def reproduce(
+    table: Annotated[str, typer.Argument(help="Its name, such as pg-table5; `certipatch reproduce list` shows all.")],
+    data: Annotated[str | None, typer.Option("--data", help="Other data than the paper's, or where they are.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N pictures.", metavar="N")] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="A model in one of the table's roles (repeatable).", metavar="ROLE=NAME"),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the table; kept counts are used again.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
+) -> None:
+    """Reproduce a table or figure of a paper from trained models; a cell without its model says what it takes.
+
+    Examples:
+
+      certipatch reproduce list
+
+      certipatch reproduce pg-table5 --data path/to/cifar10
+
+      certipatch reproduce pg-table17 --data path/to/cifar10 --limit 1000 --model bagnet=models/mine
+    """
+    import json
+
+    from certipatch import reproduce as tables
+    from certipatch.cli.progress import progress_bar
+    from certipatch.data import load
+    from certipatch.evaluation import files
+
+    if table == "list":
+        _list(tables.TABLES, as_json)
+        return
+    asked = tables.find(table)
+    roles = {}
+    for text in models or []:
+        role, equals, name = text.partition("=")
+        if not equals or not role or not name:
+            raise InputError(f"--model {text!r} is not understood; write ROLE=NAME, as bagnet=cifar10-bagnet")
+        roles[role] = name
+    if data is not None:
+        load(data, split, limit=limit)  # says what is wrong before anything is computed
+    folder = out or Path("runs") / "reproduce" / table
+    with progress_bar(table) as progress:
+        bench = tables.Bench(folder, data or asked.study.data, split, limit, roles, progress)
+        found = tables.run(table, bench)
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_text(folder / "table.md", found.markdown())
+    files.write_text(folder / "table.csv", found.csv())
+    files.write_json(folder / "table.json", found.to_json())
+    for name, content in found.figures.items():
+        (folder / name).write_bytes(content)
+    if as_json:
+        print(json.dumps(found.to_json(), ensure_ascii=False))
+        return
+    _print(found)
+    typer.echo(f"written    {folder}/table.md, .csv, .json{''.join(', ' + name for name in found.figures)}")
+
+
+def _print(table) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    drawn = Table(title=table.title, title_justify="left", show_lines=False)
+    for i, column in enumerate(["", "", *table.columns]):
+        drawn.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
+    for text in table.texts():
+        drawn.add_row(*text, style="dim" if text[1] == "paper" else None)
+    console.print(drawn)
+    for note in table.notes:
+        console.print(f"- {note}", markup=False, highlight=False)
+
+
+def _list(tables, as_json: bool) -> None:
+    import json
+
+    titles = {name: f"{found.source}: {found.title}" for name, found in tables.items()}
+    if as_json:
+        print(json.dumps(titles, ensure_ascii=False))
+        return
+    for name, title in titles.items():
+        typer.echo(f"{name:22}{title}")

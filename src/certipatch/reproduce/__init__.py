@@ -1,0 +1,141 @@
+"""Tables and figures of the papers, ours beside theirs: one command each."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import final
+
+from certipatch.errors import InputError
+from certipatch.reproduce import papers, patchguard
+from certipatch.reproduce.bench import Bench
+from certipatch.reproduce.fields import receptive_field_figure
+from certipatch.reproduce.papers import Numbers
+from certipatch.reproduce.studies import CIFAR10, IMAGENETTE, Study
+from certipatch.reproduce.table import Table
+
+__all__ = ["TABLES", "Bench", "Reproduction", "Table", "find", "run"]
+
+
+@final
+@dataclass(frozen=True)
+class Reproduction:
+    """A table or figure of a paper: how to make it, for which study, and what the paper has."""
+
+    make: Callable[[Bench, Study, Numbers], Table]
+    study: Study
+    paper: Numbers
+    source: str
+    title: str
+
+
+def _pg(
+    number: str, title: str, make: Callable[[Bench, Study, Numbers], Table], study: Study, paper: Numbers
+) -> Reproduction:
+    return Reproduction(make, study, paper, f"PatchGuard, {number}", title)
+
+
+TABLES: dict[str, Reproduction] = {
+    "pg-table3": _pg("Table III", "default parameters", patchguard.parameters, CIFAR10, papers.PARAMETERS),
+    "pg-table5": _pg(
+        "Table V, CIFAR-10",
+        "clean and certified accuracy of all defenses",
+        patchguard.comparison,
+        CIFAR10,
+        papers.COMPARISON_CIFAR10,
+    ),
+    "pg-table5-imagenette": _pg(
+        "Table V, ImageNette",
+        "clean and certified accuracy of all defenses",
+        patchguard.comparison,
+        IMAGENETTE,
+        papers.COMPARISON_IMAGENETTE,
+    ),
+    "pg-table7": _pg(
+        "Table VII",
+        "invariance of the prediction to masked windows",
+        patchguard.invariance,
+        IMAGENETTE,
+        papers.INVARIANCE_IMAGENETTE,
+    ),
+    "pg-table8": _pg(
+        "Table VIII",
+        "clipped local logits without a defense",
+        patchguard.clipping,
+        IMAGENETTE,
+        papers.CLIPPING_IMAGENETTE,
+    ),
+    "pg-table9": _pg(
+        "Table IX",
+        "size of the receptive field",
+        patchguard.receptive_field_sizes,
+        IMAGENETTE,
+        papers.FIELDS_IMAGENETTE,
+    ),
+    "pg-table10": _pg(
+        "Table X",
+        "detection threshold and causes of failure",
+        patchguard.thresholds,
+        IMAGENETTE,
+        papers.THRESHOLDS_IMAGENETTE,
+    ),
+    "pg-table11": _pg(
+        "Table XI", "evidence of a BagNet", patchguard.evidence_of_bagnet, IMAGENETTE, papers.BAGNET_EVIDENCE_IMAGENETTE
+    ),
+    "pg-table12": _pg(
+        "Table XII",
+        "evidence of column bands",
+        patchguard.evidence_of_bands,
+        IMAGENETTE,
+        papers.BAND_EVIDENCE_IMAGENETTE,
+    ),
+    "pg-table13": _pg("Table XIII", "inference time", patchguard.inference_time, IMAGENETTE, papers.TIME_IMAGENETTE),
+    "pg-table14": _pg(
+        "Table XIV",
+        "invariance of the prediction to masked windows",
+        patchguard.invariance,
+        CIFAR10,
+        papers.INVARIANCE_CIFAR10,
+    ),
+    "pg-table15": _pg(
+        "Table XV", "clipped local logits without a defense", patchguard.clipping, CIFAR10, papers.CLIPPING_CIFAR10
+    ),
+    "pg-table16": _pg(
+        "Table XVI", "size of the receptive field", patchguard.receptive_field_sizes, CIFAR10, papers.FIELDS_CIFAR10
+    ),
+    "pg-table17": _pg(
+        "Table XVII",
+        "detection threshold and causes of failure",
+        patchguard.thresholds,
+        CIFAR10,
+        papers.THRESHOLDS_CIFAR10,
+    ),
+    "pg-table18": _pg(
+        "Table XVIII", "evidence of a BagNet", patchguard.evidence_of_bagnet, CIFAR10, papers.BAGNET_EVIDENCE_CIFAR10
+    ),
+    "pg-table19": _pg(
+        "Table XIX", "evidence of column bands", patchguard.evidence_of_bands, CIFAR10, papers.BAND_EVIDENCE_CIFAR10
+    ),
+    "pg-table20": _pg("Table XX", "inference time", patchguard.inference_time, CIFAR10, papers.TIME_CIFAR10),
+    "pg-fig7": _pg("Figure 7", "attention within a receptive field", receptive_field_figure, CIFAR10, {}),
+}
+
+
+def find(name: str) -> Reproduction:
+    """A table by name. InputError with the nearest name."""
+    if name in TABLES:
+        return TABLES[name]
+    near = difflib.get_close_matches(name, TABLES, n=1)
+    raise InputError(
+        f"there is no table {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TABLES)}")
+    )
+
+
+def run(name: str, bench: Bench) -> Table:
+    """Make a table. InputError on data or models that do not fit."""
+    asked = find(name)
+    for role in bench.models:
+        roles = [wanted.role for wanted in asked.study.models]
+        if role not in roles:
+            raise InputError(f"{name} has no model {role!r}; its roles are {', '.join(roles)}")
+    table = asked.make(bench, asked.study, asked.paper)
+    return replace(table, name=name, title=f"{asked.source}: {asked.title}")

@@ -1,0 +1,115 @@
+"""A table as a paper prints it: rows of ours beside rows of the paper's, in text, Markdown, CSV and JSON."""
+
+import csv
+import io
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from certipatch.evaluation.metrics import wilson
+
+
+@final
+@dataclass(frozen=True)
+class Share:
+    """A measured share of n pictures, with its Wilson 95 % interval."""
+
+    count: int
+    n: int
+
+    def __str__(self) -> str:
+        low, high = wilson(self.count, self.n)
+        return f"{100 * self.count / self.n:.1f} ±{50 * (high - low):.1f}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"share": self.count / self.n, "ci95": wilson(self.count, self.n), "n": self.n}
+
+
+@final
+@dataclass(frozen=True)
+class Number:
+    """A measured number that is no share of pictures."""
+
+    value: float
+    unit: str = ""
+    digits: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.value:.{self.digits}f}{self.unit}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "unit": self.unit}
+
+
+@final
+@dataclass(frozen=True)
+class NotRun:
+    """A cell that nobody has measured, and what it takes."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return self.what
+
+    def to_json(self) -> dict[str, Any]:
+        return {"not_run": self.what}
+
+
+Cell = Share | Number | NotRun | str
+
+
+@final
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; a single ``NotRun`` stands for all its cells."""
+
+    label: str
+    cells: list[Cell]
+    source: str = "ours"
+    """``ours`` or ``paper``."""
+
+
+@final
+@dataclass(frozen=True)
+class Table:
+    """What ``certipatch reproduce`` prints and writes."""
+
+    columns: list[str]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+    """Data, n, what differs from the paper: one line each."""
+    figures: dict[str, bytes] = field(default_factory=dict)
+    """PNG files by name."""
+    name: str = ""
+    title: str = ""
+
+    def texts(self) -> list[list[str]]:
+        """Label, source and cells of every row, as texts."""
+        return [
+            [row.label, row.source, *map(str, row.cells), *[""] * (len(self.columns) - len(row.cells))]
+            for row in self.rows
+        ]
+
+    def markdown(self) -> str:
+        """A Markdown table under its title, its notes below."""
+        head = ["", "", *self.columns]
+        lines = [head, ["---"] * len(head), *self.texts()]
+        escaped = ("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+        notes = "".join(f"\n- {note}" for note in self.notes)
+        return f"## {self.title}\n\n" + "\n".join(escaped) + "\n" + (f"{notes}\n" if notes else "")
+
+    def csv(self) -> str:
+        """Label, source, and per column its text; shares in percent with half their interval."""
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows([["", "source", *self.columns], *self.texts()])
+        return file.getvalue()
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [
+            {
+                "label": row.label,
+                "source": row.source,
+                "cells": [cell if isinstance(cell, str) else cell.to_json() for cell in row.cells],
+            }
+            for row in self.rows
+        ]
+        return {"name": self.name, "title": self.title, "columns": self.columns, "rows": rows, "notes": self.notes}
