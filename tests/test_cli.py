@@ -309,7 +309,7 @@ def test_ctrl_c_exits_with_130(certipatch, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "write_table", interrupted)
+    monkeypatch.setattr(run, "write_part", interrupted)
     command = ("evaluate", "--defense", "model", "--data", "stripes", "--patch", "2", "--out", tmp_path / "run")
     code, _, err = certipatch(*command)
     assert code == 130

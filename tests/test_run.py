@@ -91,9 +91,9 @@ def test_killed_while_it_runs_it_resumes_to_the_same_bytes(home, tmp_path, monke
     monkeypatch.setattr(run, "PART", 3)
     whole = evaluate(home, tmp_path / "whole")
     script = (
-        "import sys, time; from certipatch.evaluation import run; run.PART = 3; write = run.write_table\n"
-        "def slow(path, table): time.sleep(0.05); write(path, table)\n"
-        "run.write_table = slow\n"
+        "import sys, time; from certipatch.evaluation import run; run.PART = 3; write = run.write_part\n"
+        "def slow(*part): time.sleep(0.1); write(*part)\n"
+        "run.write_part = slow\n"
         "from certipatch.cli import main; main()"
     )
     command = [sys.executable, "-c", script, "evaluate", "--defense", str(home / "model")]

@@ -1,9 +1,47 @@
 """Where networks run, unless the caller says."""
 
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
 import torch
+
+from certipatch import workers
+from certipatch.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
 
 
 def default() -> torch.device:
     """The accelerator that torch sees, if it knows float64, which margins need; else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None or found.type == "mps" else found
+
+
+def fabric(precision: Any = "32-true") -> "Fabric":
+    """Fabric, launched: one process on one device, or under torchrun one device for each of its processes.
+
+    Errors: InputError where torchrun started more processes on this host than it has accelerators, or other numbers
+    on other hosts.
+    """
+    from lightning.fabric import Fabric
+
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # each process would tell that it has joined
+    kind, total = default().type, workers.count()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if total > 1 else 1
+    there = torch.accelerator.device_count() if kind != "cpu" else here
+    if here > there:
+        raise InputError(
+            f"torchrun started {here} processes on a host with {there} x {kind}; use --nproc-per-node {there}"
+        )
+    if total % here:
+        raise InputError(f"{total} processes are not {here} on each host; give the same --nproc-per-node everywhere")
+    found = Fabric(accelerator=kind, devices=here, num_nodes=total // here, precision=precision)
+    found.launch()
+    return found
+
+
+def of_worker() -> torch.device:
+    """The device of this process: the default one, or under torchrun its own share of the host's."""
+    return default() if workers.count() == 1 else fabric().device

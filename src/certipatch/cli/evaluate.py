@@ -33,6 +33,12 @@ def evaluate(
     sparse: SparseOption = None,
     split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N pictures.", metavar="N")] = None,
+    part: Annotated[
+        int | None,
+        typer.Option(
+            "--part", help="Pictures per record file: what a killed worker loses. Default: 250.", min=1, metavar="N"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Certify every picture of a dataset. Stops and resumes; says how far it is.
@@ -44,6 +50,8 @@ def evaluate(
       certipatch evaluate --defense patchguard --model fashion-columns --data fashion-sample --patch 5 --out runs/mask-ds
 
       certipatch evaluate --defense models/m --data path/to/mnist --split test --patch 2% --out runs/m
+
+      torchrun --nproc-per-node 2 -m certipatch evaluate --defense models/m --data path/to/mnist --patch 5 --out runs/m
     """
     import json
 
@@ -53,7 +61,9 @@ def evaluate(
     from certipatch.cli.work import evaluate_into
 
     with progress_bar("evaluate") as progress:
-        summary = evaluate_into(out, defense, data, threat, split, limit, progress, model, changes_from(settings))
+        summary = evaluate_into(out, defense, data, threat, split, limit, progress, model, changes_from(settings), part)
+    if not summary:  # another worker than the first
+        return
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
         return

@@ -3,10 +3,18 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from certipatch import workers
+
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Gives a function of (done, total, text) that moves the bar. Off a terminal it prints a line now and then."""
+    """Gives a function of (done, total, text) that moves the bar. Off a terminal it prints a line now and then.
+
+    Of several workers the first shows the bar of them all.
+    """
+    if workers.rank() != 0:
+        yield lambda done, total, text: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,

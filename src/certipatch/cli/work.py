@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from certipatch import devices, report
+from certipatch import devices, report, workers
 from certipatch.certificate import Certificate
 from certipatch.data import load, read_picture
 from certipatch.defenses import METHODS, Card, Defense, locate, open_defense, read_card
@@ -31,8 +31,13 @@ def evaluate_into(
     progress: Callable[[int, int, str], None],
     model_name: str | None = None,
     changes: dict[str, Any] | None = None,
+    part: int | None = None,
 ) -> dict[str, Any]:
-    """Evaluate into a run folder, with its report; gives the summary. A finished run is left as it is."""
+    """Evaluate into a run folder, with its report; gives the summary. A finished run is left as it is.
+
+    Under torchrun this process is one of several workers; all but the first give an empty dictionary.
+    """
+    crew, device = workers.join(), devices.of_worker()
     defense, card, name = _open(defense_name, model_name, threat, changes)
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, limit=limit)
@@ -40,15 +45,14 @@ def evaluate_into(
         raise InputError(
             f"{pictures.name} has {len(pictures.class_names)} classes, but {name} knows {len(card.classes)}"
         )
-    device = devices.default()
     defense.to(device)
-    opened = model_name or defense_name
+    opened, part = model_name or defense_name, part or run.PART
     job = run.Job(
-        defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device, opened
+        defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device, opened, part
     )
     check_shape(job.pictures.pixels([0])[0].shape, card, pictures.name)
-    summary = run.evaluate(job, out, progress)
-    if not (out / "report.html").exists():
+    summary = run.evaluate(job, out, progress, crew)
+    if crew.first and not (out / "report.html").exists():
         files.write_text(out / "report.html", report.of_run(job, out, summary))
     return summary
 

@@ -1,7 +1,11 @@
 """Files of a run folder: written whole or not at all, read with errors that say what to do."""
 
+import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +30,14 @@ def read_config(out: Path) -> dict[str, Any]:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a parquet file, whole or not at all."""
-    temporary = path.with_suffix(".part")
-    pq.write_table(table, temporary, compression="zstd")
-    _settle(temporary, path)
+    with _whole(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    _settle(temporary, path)
+    with _whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -54,7 +56,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _settle(temporary: Path, path: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what a killed write left behind."""
+    return path.name.endswith(".part")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file of its own beside ``path`` (others may write the same one), which then takes its place, or goes."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except FileNotFoundError:
+        if not path.exists():  # else another process, at the same run, was faster and has swept up
+            raise
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise

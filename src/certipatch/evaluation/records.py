@@ -1,6 +1,10 @@
 """Records: one row per evaluated picture, and the evidence behind it."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +13,7 @@ import torch
 
 from certipatch.defenses.base import Evidence
 from certipatch.errors import InputError
+from certipatch.evaluation.files import read_config, sha256, write_table
 
 RECORD = pa.schema(
     [
@@ -36,17 +41,48 @@ EVIDENCE = pa.schema(
         ("largest_patch", pa.int64()),
     ]
 )
+MAX_ROW = 4096  # bytes of a record; larger ones are not ours
 MAX_SCORES = 65_536  # stored numbers per picture; larger evidence is computed again where it is needed
+
+
+def part_path(out: Path, folder: str, first: int) -> Path:
+    """The file in ``records`` or ``evidence`` of the part that begins with picture ``first``."""
+    return out / folder / f"part-{first:08d}.parquet"
+
+
+def write_part(out: Path, config: dict[str, Any], records: pa.Table, evidence: pa.Table) -> None:
+    """Write a part: its evidence, then its records with a digest of both and of the run's configuration."""
+    first = records["index"][0].as_py()
+    path = part_path(out, "evidence", first)
+    write_table(path, evidence)
+    digest = _digest(config, records, sha256(path))
+    write_table(part_path(out, "records", first), records.replace_schema_metadata({"digest": digest}))
+
+
+def read_part(out: Path, config: dict[str, Any], first: int) -> pa.Table | None:
+    """The records of a part; None where it is missing, damaged, or not what this run wrote."""
+    count = min(config["part"], config["images"] - first)
+    try:
+        with pq.ParquetFile(part_path(out, "records", first)) as file:
+            about = file.metadata
+            size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+            if about.num_rows != count or size > MAX_ROW * count or not file.schema_arrow.equals(RECORD):
+                return None
+            table, digest = file.read(), (file.schema_arrow.metadata or {}).get(b"digest", b"").decode()
+        right = digest == _digest(config, table, sha256(part_path(out, "evidence", first)))
+    except (OSError, ValueError, pa.ArrowException):
+        return None
+    return table.replace_schema_metadata(None) if right else None
 
 
 def read_records(out: Path) -> pa.Table:
     """All records of a run, in the order of the pictures."""
-    return _read_all(out / "records", RECORD)
+    return _read_all(out, "records", RECORD)
 
 
-def read_evidence(out: Path) -> pa.Table:
-    """The evidence behind all records of a run, in the order of the pictures."""
-    return _read_all(out / "evidence", EVIDENCE)
+def read_evidence(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The evidence behind all records of a run, in the order of the pictures; only some columns where asked."""
+    return _read_all(out, "evidence", EVIDENCE, columns)
 
 
 def evidence_rows(indices: list[int], evidence: Evidence, largest: list[int | None]) -> pa.Table:
@@ -85,11 +121,25 @@ def _bits(rows: list[bytes], count: int) -> np.ndarray:
     return np.stack([np.unpackbits(np.frombuffer(row, np.uint8), count=count) for row in rows]).astype(bool)
 
 
-def _read_all(folder: Path, schema: pa.Schema) -> pa.Table:
+def _digest(config: dict[str, Any], records: pa.Table, evidence: str) -> str:
+    values = [config, records.to_pydict(), evidence]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _read_all(out: Path, folder: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    config, tables = read_config(out), []
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     try:
-        parts = [pq.read_table(path, schema=schema) for path in sorted(folder.glob("part-*.parquet"))]
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"cannot read {folder}: {' '.join(str(error).split())}; run evaluate again") from None
-    if not parts:
-        raise InputError(f"{folder} holds no records; run evaluate again")
-    return pa.concat_tables(parts)
+        if "part" in config:  # other files there are none of this run's
+            paths = (part_path(out, folder, first) for first in range(0, config["images"], config["part"]))
+        else:
+            paths = sorted((out / folder).glob("part-*.parquet"))
+        for path in paths:
+            with pq.ParquetFile(path) as file:
+                tables.append(file.read(columns=columns).cast(wanted))
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot read {out / folder}: {reason}; run evaluate again") from None
+    if not tables:
+        raise InputError(f"{out / folder} holds no records; run evaluate again")
+    return pa.concat_tables(tables)

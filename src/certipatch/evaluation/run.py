@@ -5,32 +5,44 @@ records/part-*.parquet    one row per picture, written atomically, part by part
 evidence/part-*.parquet   the votes or scores behind each row, for re-checking
 summary.json         deterministic results
 timing.json          speed of this machine
+
+Several workers share the folder. The first says which parts are missing; each takes the next one, makes it and ends
+when there are none left; the first waits for the others' parts, makes those that do not come, and merges.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-import yaml
 
 from certipatch.certificate import Certificate
 from certipatch.data import Pictures
 from certipatch.defenses.base import Defense
 from certipatch.errors import InputError
-from certipatch.evaluation.files import read_config, read_json, write_json, write_table, write_text
+from certipatch.evaluation.claim import FREE, claim, difference, parts, plain, sweep
+from certipatch.evaluation.files import write_json
 from certipatch.evaluation.metrics import wilson
-from certipatch.evaluation.records import RECORD, evidence_rows, read_evidence, read_records
+from certipatch.evaluation.records import (
+    RECORD,
+    evidence_rows,
+    part_path,
+    read_evidence,
+    read_part,
+    read_records,
+    write_part,
+)
 from certipatch.threats import Threat
 from certipatch.versions import versions
+from certipatch.workers import Workers
 
 CPU = torch.device("cpu")
 PART = 250  # pictures per record file; the batch that a killed run loses
+PATIENCE = 120.0  # seconds without a new part, or four times the longest, after which the first worker makes it itself
 Progress = Callable[[int, int, str], None]
 
 
@@ -50,9 +62,14 @@ class Job:
     device: torch.device = CPU
     opened: str | None = None
     """What the user called the model: a zoo name or a folder."""
+    part: int = field(default_factory=lambda: PART)
+    """Pictures per record file."""
 
-    def config(self) -> dict[str, Any]:
-        """All settings, as plain values; ``source``, ``model`` and ``versions`` tell where from and with what."""
+    def config(self, dataset_sha256: str | None = None) -> dict[str, Any]:
+        """All settings, as plain values; ``source``, ``model`` and ``versions`` tell where from and with what.
+
+        ``dataset_sha256`` is computed from all pictures, unless it is given.
+        """
         return {
             "command": "evaluate",
             "defense": self.defense_name,
@@ -62,50 +79,66 @@ class Job:
             "image_size": list(self.image_size),
             "classes": list(self.class_names),
             "dataset": self.pictures.name,
-            "dataset_sha256": self.pictures.fingerprint(),
+            "dataset_sha256": dataset_sha256 or self.pictures.fingerprint(),
             "dataset_note": self.pictures.note,
             "split": self.pictures.split,
             "images": len(self.pictures),
             "threat": self.threat.to_dict(),
             "seed": self.seed,
-            "part": PART,
+            "part": self.part,
             "source": self.pictures.source,
             "model": self.opened,
             "versions": versions(),
         }
 
 
-def evaluate(job: Job, out: Path, progress: Progress = lambda done, total, text: None) -> dict[str, Any]:
+def evaluate(
+    job: Job, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
+) -> dict[str, Any]:
     """Certify every picture of ``job`` into the run folder ``out``; gives the summary.
 
-    Parts that are there are kept; unreadable ones are made again. A finished run is left as it is.
+    Parts that are there are kept; damaged and foreign ones are made again. A finished run is left as it is. Of several
+    ``workers`` the first gives the summary, shows progress and ends last; the others give an empty dictionary.
 
     Errors: InputError where ``out`` holds another configuration, or cannot be written.
     """
-    config = _claim(job, out)
-    if (out / "summary.json").exists():
-        return read_json(out / "summary.json")
-    for folder in ("records", "evidence"):
-        (out / folder).mkdir(exist_ok=True)
-    total, correct, certified, done = len(job.pictures), 0, 0, 0
-    evaluated, seconds = 0, 0.0
-    for first in range(0, total, PART):
-        indices = range(first, min(first + PART, total))
-        records = _read_part(out, first, indices)
-        if records is None:
-            started = time.monotonic()
-            records = _evaluate_part(job, out, indices)
-            seconds += time.monotonic() - started
-            evaluated += len(indices)
-        done += len(indices)
-        right = np.asarray(records["label"]) == np.asarray(records["target"])
-        correct += int(right.sum())
-        certified += int((right & np.asarray(records["certified"])).sum())
-        progress(done, total, f"clean {correct / done:.1%}, certified {certified / done:.1%}")
+    workers = workers or Workers()
+    plan = workers.share(lambda: claim(job.config(), out))
+    if plan["summary"] is not None:
+        return plan["summary"]
+    config, missing = plan["config"], plan["missing"]
+    if not workers.first:
+        _same_job(job.config(config["dataset_sha256"]), config, workers)
+    job.defense.check(job.pictures.images(range(1)).to(job.device))  # tolerances from the same picture everywhere
+    tally = _Tally(job, out, config, progress)
+    if workers.first:
+        tally.look()
+    started, longest = time.monotonic(), 0.0
+    for ticket in workers.tickets(len(missing)):
+        began = time.monotonic()
+        records = _make(job, out, config, missing[ticket])
+        longest = max(longest, time.monotonic() - began)
+        if workers.first:
+            tally.add(missing[ticket], records)
+            if workers.count > 1:
+                tally.look()
+    if not workers.first:
+        return {}
+    fresh = time.monotonic()
+    while left := [first for first in missing if first not in tally.seen]:
+        if tally.look():
+            longest, fresh = max(longest, time.monotonic() - fresh), time.monotonic()
+        elif time.monotonic() - fresh > max(PATIENCE, 4 * longest):
+            tally.add(left[0], _make(job, out, config, left[0]))
+        else:
+            time.sleep(0.05)
+    seconds = time.monotonic() - started
     summary = summarize(config, out, job.defense)
-    if evaluated:
-        write_json(out / "timing.json", _timing(job, evaluated, seconds))
+    if missing:
+        evaluated = sum(len(_indices(config, first)) for first in missing)
+        write_json(out / "timing.json", _timing(job, evaluated, seconds) | {"workers": workers.count})
     write_json(out / "summary.json", summary)
+    sweep(out)
     return summary
 
 
@@ -120,6 +153,7 @@ def summarize(config: dict[str, Any], out: Path, defense: Defense) -> dict[str, 
     summary |= {
         "notion": defense.notion,
         "theorem": defense.theorem,
+        "confidence": defense.confidence,
         "clean_accuracy": int(right.sum()) / n,
         "clean_ci95": wilson(int(right.sum()), n),
         "certified_accuracy": int(robust.sum()) / n,
@@ -129,48 +163,71 @@ def summarize(config: dict[str, Any], out: Path, defense: Defense) -> dict[str, 
     }
     if config["dataset_note"]:
         summary["dataset_note"] = config["dataset_note"]
-    evidence = read_evidence(out)
-    largest = np.array([-1 if side is None else side for side in evidence["largest_patch"].to_pylist()])
+    sides = read_evidence(out, ["largest_patch"])["largest_patch"].to_pylist()
+    largest = np.array([-1 if side is None else side for side in sides])
     if (largest >= 0).all():
         sides = range(1, min(config["image_size"]) + 1)
         summary["certified_by_patch"] = {str(side): int((right & (largest >= side)).sum()) / n for side in sides}
     return summary
 
 
-def _claim(job: Job, out: Path) -> dict[str, Any]:
-    """Make the run folder, or see that it is this run's. Gives the configuration, as it comes back from the file."""
-    config = yaml.safe_load(yaml.safe_dump(job.config()))
-    if (out / "config.yaml").exists():
-        found = read_config(out)
-        free = {"source", "model"} | ({"versions"} if (out / "summary.json").exists() else set())
-        for key in sorted((config.keys() | found.keys()) - free):
-            if config.get(key) != found.get(key):
-                old, new = (str(values.get(key))[:60] for values in (found, config))
-                raise InputError(f"{out} holds another run: {key} is {old} there, {new} here; give a new --out")
-        return found
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} exists and is no run folder; give a new or empty --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    return config
+def _same_job(own: dict[str, Any], config: dict[str, Any], workers: Workers) -> None:
+    """InputError unless this worker would do what the first one does."""
+    if key := difference(config, plain(own), FREE):
+        first, here = (str(values.get(key))[:60] for values in (config, own))
+        raise InputError(f"workers differ: {key} is {first} for the first, {here} for worker {workers.rank}")
 
 
-def _part(out: Path, folder: str, first: int) -> Path:
-    return out / folder / f"part-{first:08d}.parquet"
+def _indices(config: dict[str, Any], first: int) -> range:
+    return range(first, min(first + config["part"], config["images"]))
 
 
-def _read_part(out: Path, first: int, indices: range) -> pa.Table | None:
-    """The records of a part, or None where it is missing, unreadable or not these pictures."""
-    try:
-        records = pq.read_table(_part(out, "records", first), schema=RECORD)
-        evidence = pq.read_table(_part(out, "evidence", first), columns=["index"])
-    except (OSError, pa.ArrowException):
-        return None
-    wanted = list(indices)
-    return records if records["index"].to_pylist() == wanted == evidence["index"].to_pylist() else None
+@final
+class _Tally:
+    """The parts that are there, and how many of their pictures are right and certified."""
+
+    def __init__(self, job: Job, out: Path, config: dict[str, Any], progress: Progress):
+        self.seen: set[int] = set()
+        self._job, self._out, self._config, self._progress = job, out, config, progress
+        self._images = self._correct = self._certified = 0
+
+    def add(self, first: int, records: pa.Table) -> None:
+        """Count the records of the part that begins with picture ``first``, and show how far the run is."""
+        self.seen.add(first)
+        right = (np.asarray(records["label"]) == np.asarray(records["target"])) & ~np.asarray(records["alarm"])
+        self._images += len(right)
+        self._correct += int(right.sum())
+        self._certified += int((right & np.asarray(records["certified"])).sum())
+        share, robust = self._correct / self._images, self._certified / self._images
+        self._progress(self._images, self._config["images"], f"clean {share:.1%}, certified {robust:.1%}")
+
+    def look(self) -> bool:
+        """Count the parts that are there and not yet counted; whether there were any.
+
+        Errors: InputError where another worker read other pictures than this one.
+        """
+        names, before = {path.name for path in (self._out / "records").iterdir()}, len(self.seen)
+        for first in parts(self._config):
+            if first in self.seen or part_path(self._out, "records", first).name not in names:
+                continue
+            records = read_part(self._out, self._config, first)
+            if records is not None:
+                self._check_pictures(records)
+                self.add(first, records)
+        return len(self.seen) > before
+
+    def _check_pictures(self, records: pa.Table) -> None:
+        pictures = self._job.pictures
+        for index, sha256 in zip(records["index"].to_pylist(), records["sha256"].to_pylist(), strict=True):
+            if pictures.sha256(index) != sha256:
+                raise InputError(
+                    f"picture {index} of {pictures.name} is not the same on all hosts; give all the same data"
+                )
 
 
-def _evaluate_part(job: Job, out: Path, indices: range) -> pa.Table:
+def _make(job: Job, out: Path, config: dict[str, Any], first: int) -> pa.Table:
+    """Evaluate a part, and write it."""
+    indices = _indices(config, first)
     images = job.pictures.images(indices)
     if tuple(images.shape[2:]) != job.image_size:
         raise InputError(
@@ -178,14 +235,12 @@ def _evaluate_part(job: Job, out: Path, indices: range) -> pa.Table:
             f"reads {job.image_size[0]}x{job.image_size[1]}"
         )
     evidence = job.defense.evidence(images.to(job.device))
-    found = job.defense.certificate(evidence, job.threat)
-    records = _records(job, indices, found)
+    records = _records(job, indices, job.defense.certificate(evidence, job.threat))
     largest = job.defense.largest_patch(evidence)
     sides: list[int | None] = [None] * len(indices)
     if largest is not None:
         sides = largest.tolist()
-    write_table(_part(out, "evidence", indices[0]), evidence_rows(list(indices), evidence, sides))
-    write_table(_part(out, "records", indices[0]), records)
+    write_part(out, config, records, evidence_rows(list(indices), evidence, sides))
     return records
 
 

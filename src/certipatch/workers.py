@@ -1,0 +1,108 @@
+"""The processes of one torchrun job: who this one is, and the little that they tell each other. Torch comes late.
+
+Nothing here waits for a process that may be dead without a limit: what workers exchange goes through torchrun's own key
+value store, which outlives them, not through collective operations.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, final
+
+from certipatch.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
+
+CONNECT = timedelta(seconds=30)
+WAIT = timedelta(hours=2)  # for what the first worker prepares; torchrun ends the others sooner when it dies
+_MARK = "TORCHELASTIC_RUN_ID"  # set by torchrun, as Fabric tells too
+
+
+def rank() -> int:
+    """The number of this process in its torchrun job, from 0; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0")) if _MARK in os.environ else 0
+
+
+def count() -> int:
+    """The number of processes in this torchrun job, on all hosts; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if _MARK in os.environ else 1
+
+
+@final
+class Workers:
+    """The workers of a job, as one of them sees them; without arguments a process that is alone.
+
+    Args:
+        rank, count: its number, and how many there are.
+        store: the key value store that they share; None only for one that is alone.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, store: "Store | None" = None):
+        if not 0 <= rank < count or (count > 1 and store is None):
+            raise ValueError(f"worker {rank} of {count} {'with' if store else 'without'} a store")
+        self.rank, self.count, self._store = rank, count, store
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the worker that prepares, merges, shows and writes what all have in common."""
+        return self.rank == 0
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives in the first worker, for all of them; plain JSON values.
+
+        Errors: InputError and OSError of ``make`` in the first worker, InputError with the same words in the others.
+        """
+        if self._store is None:
+            return make()
+        if not self.first:
+            try:
+                answer = json.loads(self._store.get("shared"))
+            except RuntimeError as error:  # torch.distributed.DistError
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(f"the first worker does not answer ({reason}); start again") from None
+            if "error" in answer:
+                raise InputError(answer["error"])
+            return answer["value"]
+        try:
+            value = make()
+        except (InputError, OSError) as error:
+            self._store.set("shared", json.dumps({"error": str(error)}))
+            raise
+        self._store.set("shared", json.dumps({"value": value}))
+        return value
+
+    def tickets(self, number: int) -> Iterator[int]:
+        """Some of 0 … number−1: in turn, each to the worker that asks first."""
+        if self._store is None:
+            yield from range(number)
+            return
+        while (ticket := self._store.add("ticket", 1) - 1) < number:
+            yield ticket
+
+    def first_to_say(self) -> bool:
+        """Whether this worker is the first to ask. Of an error that several workers meet, one line is enough."""
+        return self._store is None or self._store.add("said", 1) == 1
+
+
+def join(connect: timedelta = CONNECT) -> Workers:
+    """This process among those that torchrun started; alone without torchrun."""
+    if count() == 1:
+        return Workers()
+    from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+
+    store, _, _ = next(iter(rendezvous("env://", timeout=connect)))
+    store.set_timeout(WAIT)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Workers(rank(), count(), PrefixStore(f"certipatch/{attempt}", store))
+
+
+def speaks() -> bool:
+    """Whether this process shall tell an error: of those that meet it, the one that asks first."""
+    if count() == 1:
+        return True
+    try:
+        return join(timedelta(seconds=5)).first_to_say()
+    except (OSError, RuntimeError, ValueError):  # nobody there to ask: rather twice than never
+        return True
