@@ -55,5 +55,7 @@ def certify(
         largest = "" if result["largest_patch"] is None else f", largest certified square {result['largest_patch']}"
         margin = "-inf" if result["margin"] is None else f"{result['margin']:g}"
         typer.echo(f"{result['image']}: {result['name']}, {state} against {threat} (margin {margin}{largest})")
+    if "confidence" in found:
+        typer.echo(f"sampled: each certificate holds with confidence {found['confidence']:g}")
     if out is not None:
         typer.echo(f"report: {out / 'report.html'}")

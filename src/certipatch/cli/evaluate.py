@@ -51,6 +51,8 @@ def evaluate(
 
       certipatch evaluate --defense models/m --data path/to/mnist --split test --patch 2% --out runs/m
 
+      certipatch evaluate --defense randomized-ablation --model fashion-columns --data fashion-sample --patch 5 --out runs/r
+
       torchrun --nproc-per-node 2 -m certipatch evaluate --defense models/m --data path/to/mnist --patch 5 --out runs/m
     """
     import json
@@ -79,11 +81,13 @@ def summary_lines(summary: dict, out: Path) -> list[str]:
         low, high = summary[f"{key}_ci95"]
         return f"{summary[f'{key}_accuracy']:7.2%}  (95 % interval {low:.2%} to {high:.2%})"
 
+    confidence = summary.get("confidence", 1.0)
+    sampled = f", each with confidence {confidence:g}" if confidence < 1 else ""
     note = f" ({summary['dataset_note']})" if "dataset_note" in summary else ""
     threat = threat_from_dict(summary["threat"])
     return [
         f"{summary['defense']} on {summary['images']} pictures of {summary['dataset']} {summary['split']}{note}",
         f"clean      {share('clean')}",
-        f"certified  {share('certified')}  against {threat}",
+        f"certified  {share('certified')}  against {threat}{sampled}",
         f"report     {out / 'report.html'}",
     ]

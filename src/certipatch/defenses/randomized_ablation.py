@@ -100,6 +100,7 @@ class RandomizedAblation(Defense):
         self.theorem, self.confidence = self.rule.theorem, 1 - alpha
         self._families: dict[tuple[int, int], RandomViews] = {}
         self._tolerance: dict[tuple[Any, ...], ev.Tolerance] = {}
+        self._worst: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._delta: dict[tuple[Threat, tuple[int, int]], tuple[Tensor, Sees | None]] = {}
 
     def settings(self) -> dict[str, Any]:
@@ -167,9 +168,16 @@ class RandomizedAblation(Defense):
         return self._delta[threat, image_size]
 
     def largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"]:
-        sides = range(1, min(evidence.image_size) + 1)
-        worst = torch.stack([self.delta(PatchThreat(side), evidence.image_size)[0].amax() for side in sides])
-        return (self.rule.certify(evidence.values, worst).margin > 0).sum(1)  # Δ grows with the side
+        largest = torch.zeros(len(evidence.values), dtype=torch.int64, device=evidence.values.device)
+        for side in range(1, min(evidence.image_size) + 1):
+            key = (side, evidence.image_size)
+            if key not in self._worst:
+                self._worst[key] = delta(self.family(key[1]), PatchThreat(side), key[1])[0].amax(0, keepdim=True)
+            certified = self.rule.certify(evidence.values, self._worst[key]).certified
+            if not certified.any():  # Δ grows with the side
+                break
+            largest[certified] = side
+        return largest
 
     def number_of_views(self, image_size: tuple[int, int]) -> int:
         """Rows of the evidence: two samples."""
