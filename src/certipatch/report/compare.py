@@ -252,6 +252,11 @@ def _notes(found: Comparison) -> list[str]:
             "raises an alarm. That is less than recovery, where the answer stays right, and is not subtracted from it. An "
             "alarm on a clean picture counts as wrong"
         )
+    notes += [
+        f"{those(lambda run, chance=chance: run.confidence == chance)}: certificates rest on samples; each may be wrong "
+        f"with a chance of up to {1 - chance:.2g}"
+        for chance in dict.fromkeys(run.confidence for run in runs if run.confidence < 1)
+    ]
     for pair in found.pairs:
         larger = max(runs[pair.first].n, runs[pair.second].n)
         if 0 < pair.n < larger:

@@ -204,7 +204,7 @@ def _look(found: Comparison, i: int) -> dict[str, Any]:
     return look
 
 
-def _place(run: Run, side: float, sized: bool) -> float:
+def _place(run: Run, side: int | float, sized: bool) -> float:
     return 100 * side / math.sqrt(run.image_size[0] * run.image_size[1]) if sized else float(side)
 
 

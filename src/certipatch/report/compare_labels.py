@@ -16,8 +16,8 @@ def label(
     axes: Any,
     names: Sequence[str],
     colours: Sequence[str],
-    anchors: Sequence[Float[np.ndarray, "A 2"]],
-    obstacles: Sequence[Float[np.ndarray, "P 2"]],
+    anchors: Sequence[Float[np.ndarray, "_ 2"]],
+    obstacles: Sequence[Float[np.ndarray, "_ 2"]],
     size: float,
 ) -> None:
     """Write ``names[i]`` near one of ``anchors[i]`` (data coordinates), off all ``obstacles`` and other names.

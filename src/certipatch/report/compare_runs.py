@@ -52,6 +52,8 @@ class Run:
     threat: Threat
     notion: str
     theorem: str
+    confidence: float
+    """1, or less where certificates rest on samples."""
     settings: dict[str, str]
     index: Int64[np.ndarray, " N"]
     sha256: list[str]
@@ -145,6 +147,7 @@ def _read(folder: Path) -> Run:
         threat=_threat(summary["threat"], image_size),
         notion=plain(summary["notion"]),
         theorem=plain(summary["theorem"], 300),
+        confidence=_share(summary.get("confidence", 1.0)),
         settings=_settings(config),
         index=records["index"],
         sha256=records["sha256"],
@@ -183,14 +186,14 @@ def _records(folder: Path, images: Any) -> dict[str, Any]:
             raise InputError(
                 f"{folder} has records of {rows:,} pictures, but its summary.json tells of {plain(images)}; {AGAIN}"
             )
+        if not all(set(COLUMNS) <= set(part.schema.names) for part in metadata):
+            raise InputError(f"the records in {folder} lack columns; they need {', '.join(COLUMNS)}")
         size = sum(part.row_group(i).total_byte_size for part in metadata for i in range(part.num_row_groups))
         if size > 2**20 + MAX_BYTES * rows:
             raise InputError(f"the records in {folder} are far too large for {rows:,} pictures; {AGAIN}")
         names = list(COLUMNS)
         tables = [pq.read_table(path, columns=names, read_dictionary=["sha256"]) for path in parts]
         for table in tables:
-            if set(table.column_names) != set(names):
-                raise InputError(f"the records in {folder} lack columns; they have {', '.join(table.column_names)}")
             hashes = [text for chunk in table["sha256"].chunks for text in chunk.dictionary.to_pylist()]
             if not all(isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) for text in hashes):
                 raise InputError(f"the records in {folder} hold a sha256 that is none; {AGAIN}")
@@ -199,7 +202,7 @@ def _records(folder: Path, images: Any) -> dict[str, Any]:
     except InputError:
         raise
     except (OSError, pa.ArrowException, AttributeError) as error:
-        raise InputError(f"cannot read the records in {folder} ({plain(error, 200)}); {AGAIN}") from None
+        raise InputError(f"cannot read the records in {folder} ({plain(str(error), 200)}); {AGAIN}") from None
     if any(whole[name].null_count for name in names if name != "passes"):
         raise InputError(f"the records in {folder} have gaps; {AGAIN}")
     found = {name: whole[name].to_numpy() for name in names if name not in ("sha256", "passes")}
@@ -233,10 +236,16 @@ def _threat(values: dict[str, Any], image_size: tuple[int, int]) -> Threat:
 
 
 def _by_patch(values: dict[str, Any]) -> dict[int, float]:
-    found = {int(side): float(share) for side, share in values.items()}
-    if not all(side > 0 and 0 <= share <= 1 for side, share in found.items()):
-        raise ValueError("certified_by_patch holds no accuracies")
+    found = {int(side): _share(share) for side, share in values.items()}
+    if min(found, default=1) < 1:
+        raise ValueError("certified_by_patch knows patches of less than a pixel")
     return dict(sorted(found.items()))
+
+
+def _share(value: Any) -> float:
+    if not 0 <= float(value) <= 1:
+        raise ValueError(f"{value} is no share")
+    return float(value)
 
 
 def _timing(folder: Path) -> dict[str, Any]:
