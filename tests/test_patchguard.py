@@ -36,12 +36,14 @@ def pictures(number=6):
 def confident(network, views):
     """The network with answers that differ from picture to picture."""
     network.eval().requires_grad_(False)
-    last = network.local[-1] if hasattr(network, "local") else network.head
+    strips = getattr(network, "strips", [network])
+    lasts = [network.local[-1]] if hasattr(network, "local") else [one.head for one in strips]
     answers = ev.logits(network, views or cp.receptive_fields(network, SIZE), pictures())
     mean, spread = answers.mean((0, 1)), answers.std((0, 1))
-    factor = (3 / spread).view(-1, *[1] * (last.weight.ndim - 1))
-    last.weight.copy_(last.weight * factor)
-    last.bias.copy_((last.bias - mean) * 3 / spread)
+    for last in lasts:
+        factor = (3 / spread).view(-1, *[1] * (last.weight.ndim - 1))
+        last.weight.copy_(last.weight * factor)
+        last.bias.copy_((last.bias - mean) * 3 / spread)
     return network
 
 
@@ -56,7 +58,15 @@ def strip(views):
     return confident(network, views)
 
 
-COLUMNS = vw.Columns(2)
+def cross():
+    """Columns and rows, each of whose views speaks for few classes."""
+    network = strip(CROSS)
+    for one in network.strips:
+        one.head.bias.sub_(8)
+    return network
+
+
+COLUMNS, CROSS = vw.Columns(2), vw.Cross(2)
 DEFENSES = {
     "Mask-BN logits": lambda: PatchGuard(bagnet(), BUILT),
     "Mask-BN clipped": lambda: PatchGuard(bagnet(), BUILT, clip=4.0),
@@ -66,6 +76,7 @@ DEFENSES = {
     "Mask-DS strided": lambda: PatchGuard(strip(vw.Columns(3, 4)), BUILT, vw.Columns(3, 4)),
     "Mask-DS rows": lambda: PatchGuard(strip(vw.Rows(2, wrap=False)), BUILT, vw.Rows(2, wrap=False)),
     "Mask-DS blocks": lambda: PatchGuard(strip(vw.Blocks(4, 2)), BUILT, vw.Blocks(4, 2)),
+    "Mask-DS cross": lambda: PatchGuard(cross(), BUILT, CROSS, evidence="sigmoid", fixed=True),
     "clipped BagNet": lambda: ClippedBagNet(bagnet(), scale=1.0, shift=0.0),
     "clipped DS": lambda: ClippedBagNet(strip(COLUMNS), COLUMNS, scale=1.0, shift=0.0),
     "BagCert": lambda: BagCert(bagnet(), threshold=0.5),
@@ -100,6 +111,27 @@ def test_windows_are_what_a_patch_can_reach():
     assert len(circular) == 13  # places of a 2-wide patch; no patch wraps
     assert circular.members.sum(1).unique().tolist() == [3]
     assert len(malicious_windows(vw.Columns(2, count=2), BUILT, SIZE)) == 13  # a list where they are no boxes
+
+
+def test_a_cross_shows_columns_and_rows():
+    visible = CROSS.visible(SIZE)
+    assert torch.equal(visible, torch.cat([vw.Columns(2).visible(SIZE), vw.Rows(2).visible(SIZE)]))
+    assert torch.equal(CROSS.visible(SIZE, torch.tensor([3, 20])), visible[[3, 20]])
+    assert vw.create(CROSS.settings()) == CROSS
+    assert sees(CROSS, BUILT, SIZE).sizes.unique().tolist() == [6]
+    with pytest.raises(InputError, match="one band"):
+        vw.Cross(2, count=2)
+
+
+def test_fixed_windows_give_a_largest_patch():
+    network, images = cross(), pictures(20)
+    fixed = PatchGuard(network, BUILT, CROSS, evidence="sigmoid", fixed=True)
+    largest = fixed.largest_patch(fixed.evidence(images))
+    for side in (1, 2, 3, 4):
+        assert torch.equal(fixed.certify(images, PatchThreat(side)).certified, largest >= side)
+    assert largest.max() >= 1
+    free = PatchGuard(network, BUILT, CROSS, evidence="sigmoid")
+    assert free.largest_patch(free.evidence(images)) is None
 
 
 def test_masking_certifies_more_than_voting_where_evidence_spreads():

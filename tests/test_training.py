@@ -16,10 +16,10 @@ from support import write_parquet, write_recipe
 from certipatch import defenses
 from certipatch.errors import InputError
 from certipatch.relation import sees
-from certipatch.rules import Vote
+from certipatch.rules import RobustMask, Vote, Windows
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives, read, train
-from certipatch.views import Columns
+from certipatch.views import Columns, Cross
 
 
 @pytest.fixture(scope="module")
@@ -140,3 +140,59 @@ def test_the_vote_margin_loss_falls_as_the_right_class_gains():
         losses.append(objectives.vote_margin_loss(logits, target, relation, 0.3).item())
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > losses[-1]
+
+
+def test_the_mask_margin_is_what_the_rule_certifies_and_splits_over_columns_and_rows():
+    generator = torch.Generator().manual_seed(0)
+    size, threat, views = (8, 12), PatchThreat(2), Cross(3)
+    scores = torch.rand(20, 20, 4, generator=generator, dtype=torch.float64)
+    relation = sees(views, threat, size)
+    rows = relation.rows[relation.undominated]
+    verdict = RobustMask(Windows.any_of(rows)).certify(scores, rows)
+    margin = objectives.worst_mask_margin(scores, verdict.label, rows, rows).amin((1, 2))
+    torch.testing.assert_close(20 * margin, verdict.margin.amin(1))
+    families = []
+    for part in views.parts:
+        found = sees(part, threat, size)
+        families.append((found.rows[found.undominated],) * 2)
+    # The mean of a column's and a row's share; families of 12 and 8 views differ from the share of all 20.
+    shares = [
+        objectives.worst_mask_margin(scores[:, index], verdict.label, *family)
+        for index, family in zip((slice(12), slice(12, 20)), families, strict=True)
+    ]
+    expected = ((shares[0][:, :, None] + shares[1][:, None]) / 2).amin((1, 2, 3))
+    loss = objectives.mask_margin_loss(scores, verdict.label, families, 1e-4, 10.0)
+    torch.testing.assert_close(loss, torch.nn.functional.softplus(-10 * expected).mean(), atol=1e-3, rtol=0)
+
+
+def test_a_cross_trains_with_the_mask_margin(tmp_path, data):
+    objective = {"views_per_step": "all", "cross_entropy": 0.3, "mask_margin": 1.0, "patch": 2}
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        data=str(data),
+        defense="patchguard",
+        settings={"evidence": "sigmoid", "patch": 2, "fixed": True},
+        views={"name": "cross", "width": 3},
+        objective=objective,
+    )
+    train(read(recipe), tmp_path / "out")
+    defense = defenses.load(str(tmp_path / "out"), PatchThreat(1))
+    assert defense.threat == PatchThreat(2)
+    assert len(defense.views_of((12, 12)).visible((12, 12))) == 24
+
+
+def test_a_training_that_starts_from_a_trained_model(tmp_path, data):
+    recipe = write_recipe(tmp_path / "r.yaml", data=str(data), epochs=1)
+    train(read(recipe), tmp_path / "first")
+    start = f"start={tmp_path / 'first'}"
+    train(read(recipe, [start, "learning_rate=1e-9", "weight_decay=0"]), tmp_path / "second")
+    first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("first", "second"))
+    for name, value in first.items():
+        if "running" not in name and "batches" not in name:
+            torch.testing.assert_close(second[name], value, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="another network"):
+        train(read(recipe, [start, "model.widths=[8, 4]"]), tmp_path / "third")
+    with pytest.raises(InputError, match="unknown defense"):
+        train(read(recipe, ["start=nowhere"]), tmp_path / "fourth")
+    with pytest.raises(InputError, match="another training"):
+        train(read(recipe, ["learning_rate=1e-9", "weight_decay=0"]), tmp_path / "second")

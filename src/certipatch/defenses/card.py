@@ -7,6 +7,7 @@ that a card cannot ask for more than the weights beside it.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -280,6 +281,17 @@ def load_folder(
             first = error.errors()[0]
             place = "".join(f"{part}: " for part in first["loc"])
             raise InputError(f"{method or card.defense} around {folder.name}: {place}{first['msg']}") from None
+    weights = read_weights(folder, card)
+    network = card.network()
+    network.load_state_dict(weights)
+    network.eval().requires_grad_(False)
+    defense = build(card, network, threat)
+    defense.check(torch.rand((1, card.channels, *card.image_size), generator=torch.Generator().manual_seed(0)))
+    return defense, card
+
+
+def read_weights(folder: Path, card: Card) -> dict[str, torch.Tensor]:
+    """The weights beside ``card``, floating-point ones in float32. InputError unless they are its network's own."""
     path = folder / "weights.safetensors"
     try:
         if sha256(path) != card.sha256:
@@ -293,18 +305,13 @@ def load_folder(
                 names = sorted(set(found.items()) ^ set(expected.items()))
                 raise InputError(f"{path} does not hold the weights of {card.model.name}: {names[0][0]} differs")
             weights = {name: file.get_tensor(name) for name in expected}
+        return {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise InputError(f"{path} is no safetensors file: {error}") from None
     except ValueError as error:
         raise InputError(f"{folder / 'card.json'}: {error}") if not isinstance(error, InputError) else error from None
-    network = card.network()
-    network.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in weights.items()})
-    network.eval().requires_grad_(False)
-    defense = build(card, network, threat)
-    defense.check(torch.rand((1, card.channels, *card.image_size), generator=torch.Generator().manual_seed(0)))
-    return defense, card
 
 
 def write(folder: Path, card: Card) -> None:
@@ -326,4 +333,6 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     """Write a safetensors file, whole or not at all. OSError where there is no room or permission."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
     temporary.replace(path)

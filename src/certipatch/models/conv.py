@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from certipatch.errors import InputError
 from certipatch.views import Bands, Blocks, RandomViews, Views
 
 
@@ -43,6 +44,8 @@ class ConvNet(nn.Module):
             size, channels = (views.width, views.width), in_channels + 2
         elif isinstance(views, RandomViews):
             self.encoding, channels = "null", 2 * in_channels
+        elif views is not None:
+            raise InputError(f"the conv network reads bands, blocks or whole pictures, not {views.settings()['name']}")
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0] // 2, 3, 1, 1), nn.GELU()]
         inputs = widths[0] // 2
         for outputs in widths:

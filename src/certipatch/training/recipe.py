@@ -76,6 +76,8 @@ class Recipe(Described):
     limit: int | None = Field(default=None, ge=1)
     holdout: int = Field(default=1000, ge=0)
     """Last pictures of the split, kept out of the training to watch it."""
+    start: str | None = None
+    """A trained model, by zoo name or folder, whose weights the training begins with; it has the same network."""
     objective: Objective = Objective()
     augment: Augment = Augment()
     epochs: int = Field(ge=1, le=10_000)

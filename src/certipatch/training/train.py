@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from certipatch import devices
 from certipatch.data import Pictures, load
 from certipatch.defenses import card as cards
+from certipatch.defenses import locate
 from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
 from certipatch.models import receptive_fields
@@ -38,6 +39,11 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
 
     Writes a checkpoint each minute and each epoch, and goes on from it exactly: a training that was killed ends with
     the same weights as one that was not. A finished folder is left as it is.
+
+    Under torchrun each process works on its share of every batch and they average their gradients, weighted, so that a
+    step is the step of the whole batch up to rounding; a BatchNorm sees its process's share only, and the first
+    process's running statistics are kept. The first process writes, and gives the card; the others give it without
+    weights.
 
     Errors: InputError on data that does not fit the recipe, or where ``out`` holds another training.
     """
@@ -70,21 +76,23 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         seed=recipe.seed,
         versions=versions(),
     )
-    fabric = Fabric(accelerator=devices.default().type, devices="auto", precision=recipe.precision)
-    fabric.launch()
+    fabric = devices.fabric(recipe.precision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = blank.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.start is not None:
+        _start_from(recipe.start, network)
     optimizer = _optimizer(recipe, network)
     first = checkpoint.load(out / "checkpoint.safetensors", network, optimizer, identity)
+    _check_same_start(fabric, first, out)
     module, optimizer = fabric.setup(network, optimizer)
     loss_of = _loss(recipe, blank, network, module, fabric.device)
     train_count = len(every) - recipe.holdout
     per_epoch = math.ceil(train_count / recipe.batch_size)
     total = per_epoch * recipe.epochs
-    seconds = _seconds_so_far(out)
+    seconds = _cut_log(out, first) if fabric.global_rank == 0 else 0.0
     started = saved = time.monotonic()
-    order, epoch_of_order = torch.empty(0, dtype=torch.int64), -1
+    order, epoch_of_order, mean = torch.empty(0, dtype=torch.int64), -1, math.nan
     module.train()
     for step in range(first, total):
         epoch, position = divmod(step, per_epoch)
@@ -94,30 +102,29 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
         draw = _generator(recipe.seed, step, 2)
         images = _augment(every[chosen], recipe, draw).float().div_(255)
-        chunk = slice(fabric.global_rank, None, fabric.world_size)
+        chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _schedule(step / total, recipe.warmup)
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(images, targets[chosen][chunk].to(fabric.device), step / total, draw)
+        loss = weight * loss_of(images, targets[chosen][chunk].to(fabric.device), step / total, draw)
         fabric.backward(loss)
         optimizer.step()
         done, epoch_ends = step + 1, (step + 1) % per_epoch == 0
         if done % 10 == 0 or epoch_ends:
-            if not math.isfinite(loss.item()):
-                raise InputError(f"the loss became {loss.item()} at step {done}; use a lower learning_rate")
-            progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {loss.item():.3f}")
-        if (epoch_ends or time.monotonic() - saved > CHECKPOINT_SECONDS) and fabric.global_rank == 0:
-            saved = time.monotonic()
-            checkpoint.save(out / "checkpoint.safetensors", network, optimizer, done, identity)
-        if epoch_ends and fabric.global_rank == 0:
+            mean = fabric.all_reduce(loss.detach(), reduce_op="mean").item()  # type: ignore[union-attr]
+            if not math.isfinite(mean):
+                raise InputError(f"the loss became {mean} at step {done}; use a lower learning_rate")
+            progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}")
+        if fabric.global_rank == 0 and epoch_ends:
             held = _held_out(recipe, blank, network, every[train_count:], targets[train_count:], fabric.device)
             spent = seconds + time.monotonic() - started
-            _log(
-                out, {"epoch": epoch + 1, "step": done, "loss": round(loss.item(), 4), "seconds": round(spent), **held}
-            )
-            progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {loss.item():.3f}  {_words(held)}")
+            _log(out, {"epoch": epoch + 1, "step": done, "loss": round(mean, 4), "seconds": round(spent), **held})
+            progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}  {_words(held)}")
             module.train()
+        if fabric.global_rank == 0 and (epoch_ends or time.monotonic() - saved > CHECKPOINT_SECONDS):
+            saved = time.monotonic()
+            checkpoint.save(out / "checkpoint.safetensors", network, optimizer, done, identity)
     card = blank
     if fabric.global_rank == 0:
         spent = seconds + time.monotonic() - started
@@ -129,6 +136,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             "device": str(fabric.device.type),
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
+            "processes": fabric.world_size,
             "parameters": sum(p.numel() for p in network.parameters()),
         }
         card = blank.model_copy(update={"sha256": digest, "training": training})
@@ -137,12 +145,43 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     return card
 
 
+def share_of_batch(pictures: int, rank: int, count: int) -> tuple[slice, float]:
+    """Which pictures of a batch one of ``count`` processes works on, and the weight of its mean loss.
+
+    The mean of the weighted losses of all processes is the mean over the pictures, also where some have more of them
+    than others. A process that is left without any takes the first one along, at weight 0.
+    """
+    own = len(range(rank, pictures, count))
+    return (slice(rank, None, count), own * count / pictures) if own else (slice(0, 1), 0.0)
+
+
+def _check_same_start(fabric: Fabric, first: int, out: Path) -> None:
+    """InputError unless all processes go on from the same step, as they do where they share a folder."""
+    steps = torch.as_tensor(fabric.all_gather(torch.tensor(first))).flatten().tolist()
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"processes found checkpoints of the steps {sorted(set(steps))} in {out}; give all hosts one folder"
+        )
+
+
 def _identity(recipe: Recipe, pictures: Pictures) -> str:
     values = {
-        "recipe": recipe.model_dump(mode="json", exclude={"data"}, exclude_defaults=True),
+        "recipe": recipe.model_dump(mode="json", exclude={"data", "start"}, exclude_defaults=True),
         "data": pictures.fingerprint(),
     }
+    if recipe.start is not None:
+        values["start"] = cards.read(locate(recipe.start)).sha256
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _start_from(name: str, network: nn.Module) -> None:
+    """Give a network the weights of a trained model. InputError where it is another network."""
+    folder = locate(name)
+    weights = cards.read_weights(folder, cards.read(folder))
+    own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    if own != {key: tuple(value.shape) for key, value in weights.items()}:
+        raise InputError(f"start: {name} holds another network than the recipe's; use the same model, views and classes")
+    network.load_state_dict(weights)
 
 
 def _generator(seed: int, number: int, purpose: int) -> torch.Generator:
@@ -284,9 +323,22 @@ def _log(out: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _seconds_so_far(out: Path) -> float:
+def _cut_log(out: Path, step: int) -> float:
+    """Drop the lines of the log that were written after ``step``, or not to their end; gives the seconds until then."""
+    path, kept, seconds = out / "log.jsonl", [], 0.0
     try:
-        lines = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
-    except (OSError, ValueError, KeyError):
-        return 0.0
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return seconds
+    for line in lines:
+        try:
+            values = json.loads(line)
+            if values["step"] <= step:
+                kept, seconds = [*kept, line], float(values["seconds"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    if len(kept) < len(lines):
+        temporary = path.with_name("log.jsonl.part")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+    return seconds
