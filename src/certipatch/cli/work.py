@@ -12,7 +12,7 @@ import yaml
 from certipatch import devices, report, workers
 from certipatch.certificate import Certificate
 from certipatch.data import load, read_picture
-from certipatch.defenses import METHODS, Card, Defense, locate, open_defense, read_card
+from certipatch.defenses import METHODS, Card, Defense, Evidence, locate, open_defense, read_card
 from certipatch.errors import InputError
 from certipatch.evaluation import files, run
 from certipatch.threats import Threat
@@ -38,7 +38,7 @@ def evaluate_into(
     Under torchrun this process is one of several workers; all but the first give an empty dictionary.
     """
     crew, device = workers.join(), devices.of_worker()
-    defense, card, name = _open(defense_name, model_name, threat, changes)
+    defense, card, name = open_named(defense_name, model_name, threat, changes)
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, limit=limit)
     if len(pictures.class_names) != len(card.classes):
@@ -66,7 +66,7 @@ def certify_files(
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
-    defense, card, name = _open(defense_name, model_name, threat, changes)
+    defense, card, name = open_named(defense_name, model_name, threat, changes)
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; give a new --out")
     images = []
@@ -75,16 +75,9 @@ def certify_files(
         check_shape((*image.shape[1:], image.shape[0]), card, str(path))
         images.append(image)
     pictures = torch.stack(images)
-    certificates = [certify_part(defense, part, threat) for part in pictures.split(run.PART)]
-    results, shown = [], []
-    for start, (found, largest) in zip(range(0, len(paths), run.PART), certificates, strict=True):
-        for i in range(len(found.label)):
-            path = paths[start + i]
-            results.append(result_of(str(path), found, i, card.classes, largest[i]))
-            image = (pictures[start + i] * 255).round().byte().permute(1, 2, 0).numpy()
-            if len(shown) < MAX_SHOWN:
-                shown.append(report.shown_picture(image, path.name, found, i, card.classes, largest[i], None))
-    answer = {"defense": name, "threat": threat.to_dict(), "results": results}
+    results, shown, places = certify_shown(defense, card, pictures, paths, threat, MAX_SHOWN if out is not None else 0)
+    sampled = {"confidence": defense.confidence} if defense.confidence < 1 else {}
+    answer = {"defense": name, "threat": threat.to_dict(), **sampled, "results": results}
     if out is not None:
         config = {
             "command": "certify",
@@ -94,6 +87,7 @@ def certify_files(
             "model_sha256": card.sha256,
             "pictures": [{"file": str(p), "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in paths],
             "threat": threat.to_dict(),
+            "model": model_name or defense_name,
             "versions": versions(),
         }
         summary = {key: config[key] for key in ("defense", "model_sha256", "threat", "versions")}
@@ -102,17 +96,18 @@ def certify_files(
             "certified": sum(result["certified"] for result in results),
             "notion": defense.notion,
             "theorem": defense.theorem,
+            "confidence": defense.confidence,
             "seed": card.seed,
         }
         out.mkdir(parents=True, exist_ok=True)
         files.write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         files.write_json(out / "results.json", answer)
         files.write_json(out / "summary.json", summary)
-        files.write_text(out / "report.html", report.page(config, summary, None, shown))
+        files.write_text(out / "report.html", report.page(config, summary, None, shown, places))
     return answer
 
 
-def _open(
+def open_named(
     defense_name: str, model_name: str | None, threat: Threat, changes: dict[str, Any] | None
 ) -> tuple[Defense, Card, str]:
     """A defense built for ``threat``, its card, and what it is called in results."""
@@ -128,7 +123,7 @@ def certify_sample(defense_name: str, data: str, threat: Threat, indices: Iterab
     """One line about each of some pictures of a dataset."""
     defense, card = open_defense(defense_name)
     pictures = load(data)
-    found, largest = certify_part(defense, pictures.images(list(indices)), threat)
+    found, largest, _ = certify_part(defense, pictures.images(list(indices)), threat)
     lines = []
     for i, index in enumerate(indices):
         true, answer = card.classes[int(pictures.labels[index])], card.classes[int(found.label[i])]
@@ -137,11 +132,33 @@ def certify_sample(defense_name: str, data: str, threat: Threat, indices: Iterab
     return lines
 
 
-def certify_part(defense: Defense, images: torch.Tensor, threat: Threat) -> tuple[Certificate, list[int | None]]:
-    """Certificates and largest certified squares from one pass of evidence."""
+def certify_shown(
+    defense: Defense, card: Card, images: torch.Tensor, paths: list[Path], threat: Threat, most: int
+) -> tuple[list[dict[str, Any]], list[report.Shown], report.Places | None]:
+    """Results of picture files, and up to ``most`` of them for a report, with the places of the threat."""
+    results: list[dict[str, Any]] = []
+    shown: list[report.Shown] = []
+    places = None
+    for part in images.split(run.PART):
+        found, largest, evidence = certify_part(defense, part, threat)
+        names = paths[len(results) : len(results) + len(part)]
+        results += [result_of(str(path), found, i, card.classes, largest[i]) for i, path in enumerate(names)]
+        if len(shown) < most:
+            places = places or report.places(defense, found, card.image_size, card.classes)
+            pixels = (part * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            titles = [path.name for path in names]
+            shown += report.shown_pictures(pixels, titles, found, evidence, places, card.classes, largest, None)
+    return results, shown[:most], places
+
+
+def certify_part(
+    defense: Defense, images: torch.Tensor, threat: Threat
+) -> tuple[Certificate, list[int | None], Evidence]:
+    """Certificates, largest certified squares, and the evidence that both come from."""
     evidence = defense.evidence(images)
     largest = defense.largest_patch(evidence)
-    return defense.certificate(evidence, threat), [None] * len(images) if largest is None else largest.tolist()
+    sides: list[int | None] = [None] * len(images) if largest is None else largest.tolist()
+    return defense.certificate(evidence, threat), sides, evidence
 
 
 def result_of(name: str, found: Certificate, i: int, classes: tuple[str, ...], largest: int | None) -> dict[str, Any]:

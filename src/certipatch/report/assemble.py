@@ -1,62 +1,139 @@
 """From certificates and run folders to the pictures and the page of a report."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from certipatch.certificate import Certificate
+from certipatch.defenses import Evidence
+from certipatch.errors import InputError
 from certipatch.evaluation.files import read_config, read_json
 from certipatch.evaluation.records import read_evidence, read_records, stored_evidence
 from certipatch.evaluation.run import Job
 from certipatch.report.document import page
-from certipatch.report.shown import Shown
+from certipatch.report.places import Places, places
+from certipatch.report.shown import STATES, Explored, Shown, evenly
 
-GALLERY = 40  # pictures in the report of a run
+GALLERY = 1000  # pictures in the report of a run, at most
+PIXELS = 2**24  # of all of them together
+RECOMPUTED = 60  # pictures where evidence was too large to be stored and needs the network again
+NUMBERS = 2**22  # margins that are held at once
 
 
 def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
-    """The page of a finished run, with pictures taken evenly from it, those of largest margin first."""
+    """The page of a finished run, with up to GALLERY pictures taken evenly from it.
+
+    Errors: InputError where records and evidence of the run do not belong together.
+    """
     records, evidence = read_records(out), read_evidence(out)
-    chosen = np.unique(np.linspace(0, len(records) - 1, min(GALLERY, len(records))).round().astype(int))
-    views = job.defense.number_of_views(job.image_size)
-    stored = stored_evidence(evidence.take(chosen), views, len(job.class_names), job.image_size)
-    if stored is None:
-        stored = job.defense.evidence(job.pictures.images(chosen.tolist()).to(job.device))
-    found = job.defense.certificate(stored, job.threat)
-    largest = evidence["largest_patch"].take(chosen).to_pylist()
-    pixels = job.pictures.pixels(chosen.tolist())
-    shown = [
-        shown_picture(
-            pixels[i], f"picture {index}", found, i, job.class_names, largest[i], int(job.pictures.labels[index])
+    if len(records) != len(job.pictures) or records["index"].to_pylist() != evidence["index"].to_pylist():
+        raise InputError(f"{out} lacks records of some pictures; run evaluate again")
+    stored = evidence.slice(0, 1)
+    complete = stored["votes"].null_count == 0 or stored["scores"].null_count == 0
+    height, width = job.image_size
+    most = min(GALLERY, max(1, PIXELS // (height * width)), GALLERY if complete else RECOMPUTED)
+    chosen = evenly(len(records), most)
+    shown, where, step = [], None, 1
+    first = 0
+    while first < len(chosen):
+        part = chosen[first : first + step]
+        found, behind = _certificate(job, evidence.take(part), part)
+        if first == 0:
+            where = places(job.defense, found, job.image_size, job.class_names)
+            step = max(1, min(250, NUMBERS // found.margin.shape[1]))
+        _check(out, records.take(part), found, complete)
+        shown += shown_pictures(
+            job.pictures.pixels(part),
+            [f"picture {index}" for index in part],
+            found,
+            behind,
+            where,
+            job.class_names,
+            evidence["largest_patch"].take(part).to_pylist(),
+            job.pictures.labels[part].tolist(),
         )
-        for i, index in enumerate(chosen.tolist())
-    ]
-    shown.sort(key=lambda picture: -picture.margin)
+        first += len(part)
     timing = read_json(out / "timing.json") if (out / "timing.json").exists() else None
-    return page(read_config(out), summary, timing, shown)
+    return page(read_config(out), summary, timing, shown, where, outcomes(records))
 
 
-def shown_picture(
-    image: np.ndarray,
-    title: str,
+def outcomes(records: pa.Table) -> dict[str, int]:
+    """How many pictures of a run ended in each of the states that ``Shown.state`` names."""
+    alarm, certified = (np.asarray(records[name]) for name in ("alarm", "certified"))
+    right = np.asarray(records["label"]) == np.asarray(records["target"])
+    state = np.select([alarm, ~right, certified], [3, 2, 0], 1)
+    return {name: int((state == i).sum()) for i, name in enumerate(STATES)}
+
+
+def shown_pictures(
+    images: np.ndarray,
+    titles: Sequence[str],
     found: Certificate,
-    i: int,
+    evidence: Evidence | None,
+    where: Places | None,
     classes: tuple[str, ...],
-    largest: int | None,
-    target: int | None,
-) -> Shown:
-    """One picture of a report's gallery."""
-    location = int(found.weakest[i])
+    largest: Sequence[int | None],
+    targets: Sequence[int] | None,
+) -> list[Shown]:
+    """Pictures of a report, in the order of the certificate.
+
+    Args:
+        images: uint8 (B, H, W, C).
+        titles: what they are called.
+        found: their certificates.
+        evidence: what the explorer shows; None leaves them out of it.
+        where: the places of the threat, from ``places``, or None.
+        classes: names of the classes.
+        largest: side of the largest certified square of each, or None.
+        targets: true classes; None for the user's own pictures.
+    """
     single = found.sees is not None and found.sees.choices.shape[1] == 1
-    return Shown(
-        image=image,
-        title=title,
-        target=None if target is None else classes[target],
-        label=classes[int(found.label[i])],
-        certified=bool(found.certified[i]),
-        margin=found.margin[i, location].item(),
-        weakest=found.box(location),
-        largest_patch=largest,
-        map=found.map(i).numpy() if single else None,
-    )
+    rows = counted = unsure = None
+    if where is not None and evidence is not None:
+        rows = found.margin[:, where.first.to(found.margin.device)].cpu().numpy()
+        counted = where.counted(evidence.values)
+        unsure = None if evidence.unsure is None else evidence.unsure.cpu().numpy()
+    certified, shown = found.certified.tolist(), []
+    for i, weakest in enumerate(found.weakest.tolist()):
+        answer, target = int(found.label[i]), None if targets is None else targets[i]
+        explored = None
+        if rows is not None and counted is not None:
+            explored = Explored(answer, target, rows[i], counted[i], None if unsure is None else unsure[i])
+        shown.append(
+            Shown(
+                image=images[i],
+                title=titles[i],
+                target=None if target is None else classes[target],
+                label=classes[answer],
+                certified=certified[i],
+                margin=found.margin[i, weakest].item(),
+                weakest=found.box(weakest),
+                largest_patch=largest[i],
+                map=found.map(i).numpy() if single else None,
+                alarm=found.alarm is not None and bool(found.alarm[i]),
+                explored=explored,
+            )
+        )
+    return shown
+
+
+def _certificate(job: Job, rows: pa.Table, index: list[int]) -> tuple[Certificate, Evidence]:
+    """The certificates of some pictures, from their stored evidence, or from the network where that was too large."""
+    views = job.defense.number_of_views(job.image_size)
+    try:
+        found = stored_evidence(rows, views, len(job.class_names), job.image_size)
+    except (ValueError, RuntimeError):
+        raise InputError(f"evidence of pictures {index[0]} to {index[-1]} is damaged; run evaluate again") from None
+    if found is None:
+        found = job.defense.evidence(job.pictures.images(index).to(job.device))
+    return job.defense.certificate(found, job.threat), found
+
+
+def _check(out: Path, records: pa.Table, found: Certificate, complete: bool) -> None:
+    """InputError where stored evidence does not give the label and the verdict that were recorded."""
+    same = records["label"].to_pylist() == found.label.tolist()
+    if complete and not (same and records["certified"].to_pylist() == found.certified.tolist()):
+        raise InputError(f"{out}: the stored evidence does not give the recorded certificates; run evaluate again")

@@ -1,4 +1,4 @@
-"""Vulnerability maps and pictures as PNG data URIs."""
+"""Vulnerability maps and pictures as data URIs."""
 
 import base64
 import io
@@ -12,6 +12,7 @@ RED = ((252, 190, 165), (251, 106, 74), (203, 24, 29), (110, 0, 16))
 BLUE = ((200, 221, 240), (107, 174, 214), (33, 113, 181), (8, 48, 107))
 UNREACHED = (150, 150, 150)
 LONGEST = 384  # pixels of a side; larger pictures are made smaller
+LOSSLESS = 64  # pixels of a side up to which a picture keeps its pixels
 
 
 def colours(margins: np.ndarray, scale: float) -> np.ndarray:
@@ -41,11 +42,29 @@ def gradient() -> str:
 
 def png(pixels: np.ndarray, *, smooth: bool = True) -> str:
     """A uint8 picture (H, W, 1 or 3) as a PNG data URI; above LONGEST pixels a side it is made smaller."""
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    picture.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
+    return data_uri(_small(pixels, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST))
+
+
+def picture(pixels: np.ndarray) -> str:
+    """A picture as a data URI: PNG up to LOSSLESS pixels a side, else JPEG, which is a tenth of that."""
+    small = _small(pixels, Image.Resampling.LANCZOS)
+    return data_uri(small, photo=max(small.size) > LOSSLESS)
+
+
+def data_uri(image: Image.Image, *, photo: bool = False) -> str:
+    """A picture as a PNG data URI; as JPEG if it is a photo."""
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    if photo:
+        image.save(file, "JPEG", quality=85, subsampling=0, optimize=True)
+    else:
+        image.save(file, "PNG", optimize=True)
+    return f"data:image/{'jpeg' if photo else 'png'};base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _small(pixels: np.ndarray, how: Image.Resampling) -> Image.Image:
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    image.thumbnail((LONGEST, LONGEST), how)
+    return image
 
 
 def _ramp(stops: tuple[tuple[int, int, int], ...], strength: np.ndarray) -> np.ndarray:

@@ -1,67 +1,110 @@
 """The page: fills the template. Every name and setting is untrusted and is escaped there."""
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from certipatch.report import words
 from certipatch.report.chart import Chart, chart
-from certipatch.report.colours import colours, common_scale, gradient, png
-from certipatch.report.shown import Shown
+from certipatch.report.colours import colours, common_scale, gradient, picture, png
+from certipatch.report.embed import embed
+from certipatch.report.places import Places
+from certipatch.report.shown import Shown, evenly
 from certipatch.threats import threat_from_dict
 
 PIXELATED = 160  # pixels of a side up to which a picture is shown with its pixels as squares
-BADGES = {"certified": "✓ certified", "open": "○ correct, not certified", "wrong": "✕ wrong"}
+LIMIT = 4_900_000  # bytes of a page
+CARDS, OWN_CARDS = 24, 100  # pictures that are there without JavaScript
+BADGES = {
+    "certified": "✓ certified",
+    "open": "○ correct, not certified",
+    "wrong": "✕ wrong",
+    "alarm": "! false alarm",
+}
 
 
-def page(config: dict[str, Any], summary: dict[str, Any], timing: dict[str, Any] | None, shown: Sequence[Shown]) -> str:
-    """A self-contained HTML page: no network, no other file, no script. The same input gives the same text.
+def page(
+    config: dict[str, Any],
+    summary: dict[str, Any],
+    timing: dict[str, Any] | None,
+    shown: Sequence[Shown],
+    places: Places | None = None,
+    outcomes: dict[str, int] | None = None,
+) -> str:
+    """A self-contained HTML page of less than 5 MB: no network, no other file. The same input gives the same text.
 
     Args:
         config: settings of the run; ``config["command"] == "certify"`` for the user's own pictures.
         summary: what the run found; accuracies, or ``certified``, the number of certified answers.
         timing: speed of the machine, or None.
-        shown: pictures for the gallery, in this order.
+        shown: pictures, in the order of the data. Where they do not fit, an even sample of them.
+        places: the places of the threat, for the explorer.
+        outcomes: number of pictures in each state (``Shown.state``), over the whole run.
     """
     own = "certified_accuracy" not in summary
     scale = common_scale(one.map for one in shown if one.map is not None)
-    cards = [_card(one, own, scale) for one in shown]
+    cards = [shown[i] for i in evenly(len(shown), OWN_CARDS if own else CARDS)]
+    if not own:
+        cards.sort(key=lambda one: -one.margin)
+    drawn = [_card(one, own, scale) for one in cards]
     identity = {"model_sha256": summary["model_sha256"], "seed": summary["seed"]}
     settings = {key: value for key, value in (identity | config).items() if key != "versions"}
-    return _template().render(
-        own=own,
-        summary=summary,
-        heading=_heading(summary, own),
-        headline=[] if own else _headline(summary),
-        threat=str(threat_from_dict(summary["threat"])),
-        attack=words.attack(summary["threat"]),
-        certified=summary["certified"] if own else round(summary["certified_accuracy"] * summary["images"]),
-        notion=words.NOTIONS.get(summary["notion"], summary["notion"]),
-        shares=[] if own else _shares(summary),
-        chart=_chart(summary),
-        cards=cards,
-        outlined=any(card["weakest"] for card in cards),
-        mapped=any(card["map"] for card in cards),
-        unreached=any("unreached" in card["flags"] for card in cards),
-        scale=words.margin(scale)[1:],
-        gradient=gradient(),
-        tables=[
+    script = _file("explorer.js")
+    values = {
+        "style": Markup(_file("style.css")),
+        "script": Markup(script),
+        "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        "own": own,
+        "summary": summary,
+        "heading": _heading(summary, own),
+        "headline": [] if own else _headline(summary),
+        "threat": str(threat_from_dict(summary["threat"])),
+        "attack": words.attack(summary["threat"]),
+        "certified": summary["certified"] if own else round(summary["certified_accuracy"] * summary["images"]),
+        "notion": words.NOTIONS.get(summary["notion"], summary["notion"]),
+        "plain": words.plain(str(config.get("method")), places and places.layout["words"]),
+        "shares": [] if own else _shares(summary, outcomes),
+        "chart": _chart(summary),
+        "cards": drawn,
+        "alarms": any(one.alarm for one in shown),
+        "outlined": any(card["weakest"] for card in drawn),
+        "mapped": any(card["map"] for card in drawn),
+        "unreached": any("unreached" in card["flags"] for card in drawn),
+        "scale": words.margin(scale).lstrip("+"),
+        "choices": _choices(shown, own, summary["notion"]),
+        "votes": bool(places and shown and shown[0].explored and shown[0].explored.evidence.dtype == bool),
+        "bounded": bool(places and places.bounds),
+        "views": places and places.layout["words"],
+        "one": places and places.layout["one"],
+        "pixelated": bool(shown) and max(shown[0].image.shape[:2]) <= PIXELATED,
+        "gradient": gradient(),
+        "tables": [
             ("Settings", words.rows(settings)),
             ("Speed of this machine", words.rows(timing or {})),
             ("Versions", words.rows(summary["versions"])),
         ],
-    )
+    }
+    template = _template()
+    bare = template.render(values, data=None, fitting=0, explored=0)
+    data, fitting, explored = embed(shown, places, scale, LIMIT - len(bare.encode()) - 4096)
+    return template.render(values, data=Markup(data) if shown else None, fitting=fitting, explored=explored)
+
+
+def _file(name: str) -> str:
+    return (files("certipatch.report") / name).read_text(encoding="utf-8")
 
 
 def _template() -> jinja2.Template:
-    source = (files("certipatch.report") / "page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = words.percent
-    return environment.from_string(source)
+    return environment.from_string(_file("page.html.j2"))
 
 
 def _heading(summary: dict[str, Any], own: bool) -> str:
@@ -81,17 +124,37 @@ def _headline(summary: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _shares(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    clean, certified = summary["clean_accuracy"], summary["certified_accuracy"]
-    shares = (
-        ("certified", "✓ right and certified", certified),
-        ("open", "○ right, not certified", max(0.0, clean - certified)),
-        ("wrong", "✕ wrong", 1 - clean),
-    )
+def _shares(summary: dict[str, Any], outcomes: dict[str, int] | None) -> list[dict[str, Any]]:
+    clean, certified, n = summary["clean_accuracy"], summary["certified_accuracy"], summary["images"]
+    if outcomes is None:
+        shares = {"certified": certified, "open": max(0.0, clean - certified), "wrong": 1 - clean}
+    else:
+        shares = {state: count / n for state, count in outcomes.items()}
+    text = {
+        "certified": "✓ right and certified",
+        "open": "○ right, not certified",
+        "wrong": "✕ wrong",
+        "alarm": "! false alarm, counts as wrong",
+    }
     return [
-        {"state": state, "text": text, "value": words.percent(value, summary["images"]), "width": round(100 * value, 3)}
-        for state, text, value in shares
+        {"state": state, "text": text[state], "value": words.percent(value, n), "width": round(100 * value, 3)}
+        for state, value in shares.items()
+        if state != "alarm" or value > 0 or summary["notion"] == "detection"
     ]
+
+
+def _choices(shown: Sequence[Shown], own: bool, notion: str) -> list[tuple[str, str]]:
+    """The outcomes by which the gallery can be filtered."""
+    found = [
+        ("all", "all"),
+        ("certified", "✓ certified"),
+        ("open", "○ not certified" if own else "○ right, not certified"),
+    ]
+    if not own:
+        found.append(("wrong", "✕ wrong"))
+    if notion == "detection" or any(one.alarm for one in shown):
+        found.append(("alarm", "! false alarm"))
+    return found
 
 
 def _chart(summary: dict[str, Any]) -> Chart | None:
@@ -121,7 +184,7 @@ def _card(one: Shown, own: bool, scale: float) -> dict[str, Any]:
         "badge": badge,
         "remark": "No such patch can change this wrong answer." if one.state == "wrong" and one.certified else "",
         "facts": facts,
-        "image": png(one.image),
+        "image": picture(one.image),
         "map": drawn,
         "alt": f"{one.title}, answered {one.label}",
         "map_alt": f"vulnerability map of {one.title}: red on {words.percent(red, 1)} of the pixels",

@@ -1,9 +1,28 @@
-"""One picture of a report's gallery."""
+"""One picture of a report."""
 
 from dataclasses import dataclass
 from typing import final
 
 import numpy as np
+
+STATES = ("certified", "open", "wrong", "alarm")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Explored:
+    """What the explorer needs to know of one picture, R rows of ``sees``, V views and K classes.
+
+    answer: the answer's class. target: the true class, if it is known. margins: float64 (R,), the margin of the places of
+    each row. evidence: (V, K), bool votes or float32 scores as the rule counts them. unsure: bool (V,), views that belong
+    to the attacker everywhere, or None.
+    """
+
+    answer: int
+    target: int | None
+    margins: np.ndarray
+    evidence: np.ndarray
+    unsure: np.ndarray | None = None
 
 
 @final
@@ -15,6 +34,7 @@ class Shown:
     user's own pictures. label: the answer. margin: the smallest margin, may be -inf. weakest: (top, left, height,
     width) of the location that has it, in pixels. largest_patch: side of the largest certified square in pixels, 0 for
     none. map: float (H, W), for each pixel the smallest margin over the locations that cover it, may hold ±inf.
+    alarm: whether the clean picture raises one. explored: what the explorer needs, if the picture is in it.
     """
 
     image: np.ndarray
@@ -26,6 +46,8 @@ class Shown:
     weakest: tuple[int, int, int, int] | None = None
     largest_patch: int | None = None
     map: np.ndarray | None = None
+    alarm: bool = False
+    explored: Explored | None = None
 
     def __post_init__(self):
         if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[2] not in (1, 3):
@@ -35,7 +57,14 @@ class Shown:
 
     @property
     def state(self) -> str:
-        """``certified``, ``open`` (not certified, and not known to be wrong) or ``wrong``."""
+        """``alarm`` (a false one), ``wrong``, ``certified`` or ``open`` (not certified, and not known to be wrong)."""
+        if self.alarm:
+            return "alarm"
         if self.target is not None and self.target != self.label:
             return "wrong"
         return "certified" if self.certified else "open"
+
+
+def evenly(n: int, count: int) -> list[int]:
+    """``count`` of the numbers 0 … n − 1, evenly spaced, the first and last among them; all of them if n ≤ count."""
+    return np.unique(np.linspace(0, max(n - 1, 0), min(n, count)).round().astype(int)).tolist()

@@ -11,6 +11,38 @@ NOTIONS = {
 }
 
 
+PLAIN = {
+    "derandomized-smoothing": "The network never sees the whole picture. It looks at {views}, and each casts its vote; the "
+    "class with most votes is the answer. A patch can only change those views that show one of its pixels. The "
+    "certificate gives all of them to the attacker, as votes for whichever rival he likes. Where the answer still wins "
+    "with the votes of the other views, nothing painted there can change it.",
+    "patchguard": "The network looks at {views}, and says for each how much it speaks for every class. Before adding up, "
+    "every class loses the region that speaks loudest for it, a region as large as the patch can reach. The certificate "
+    "compares, place by place, the least that the answer can be left with against the most that any rival can reach.",
+    "clipped-bagnet": "The network looks at {views}. Each adds a score between two fixed limits to every class; the class "
+    "with the largest sum is the answer. A patch can only change the scores of those views that show one of its pixels, "
+    "and only up to the limits. Where the answer still wins when all of them are at their worst, nothing painted there "
+    "can change it.",
+    "bagcert": "The network looks at {views}. Each counts for every class that it is sure enough of; the class with the "
+    "largest count is the answer. A patch can only change those views that show one of its pixels. Where the answer "
+    "still wins when all of them count against it, nothing painted there can change it.",
+    "patchguard-plus-plus": "The network looks at {views}. The defense hides region after region of them; if another class "
+    "then wins with a high score, it raises an alarm. A patch that lies in a hidden region has no say in what is left. "
+    "Where what is left says the same as the whole, an attacker can change the answer only at the price of an alarm.",
+    "randomized-ablation": "The network never sees the whole picture. It looks at views drawn at random, and each votes for "
+    "one class. A patch can only change votes of views that show one of its pixels, and what share of all possible views "
+    "those are is known exactly. Where the answer keeps more than half of all votes without that share, nothing painted "
+    "there can take it from the class that most views vote for. The votes are estimated from a sample, so each "
+    "certificate holds with the stated confidence only.",
+    "undefended": "A plain network that looks at the whole picture: any patch may change its answer, nothing is proven.",
+}
+
+
+def plain(method: str, views: str | None) -> str:
+    """The theorem of a defense in plain words; nothing for one that is not known."""
+    return PLAIN.get(method, "").format(views=f"partial pictures ({views})" if views else "partial pictures")
+
+
 def percent(fraction: float, images: int) -> str:
     """61.3 %, with a second decimal from 10,000 pictures on."""
     return f"{100 * fraction:.{2 if images >= 10_000 else 1}f}\u202f%"
@@ -23,9 +55,11 @@ def interval(bounds: Sequence[float], images: int) -> str:
 
 
 def margin(value: float) -> str:
-    """A margin with its sign: +3, 0, −0.25, −∞."""
+    """A margin with its sign: +3, 0, −0.25, −∞; in words where it is too close to zero to be written."""
     if math.isnan(value):
         return "unknown"
+    if 0 < abs(value) < 1e-6:
+        return "just above 0" if value > 0 else "just below 0"
     size = "∞" if math.isinf(value) else f"{abs(value):.3g}" if value % 1 else f"{abs(value):,.0f}"
     return size if value == 0 else ("+" if value > 0 else "−") + size
 

@@ -1,0 +1,110 @@
+"""Where the patch of a threat can lie, which views see it there, and how those views are drawn."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certipatch.certificate import Certificate
+from certipatch.defenses import Defense
+from certipatch.defenses.base import ViewDefense
+from certipatch.relation import Sees
+from certipatch.rules import ClippedSum, MaskedDetection, RobustMask, Rule, Vote
+from certipatch.views import Bands, Blocks, Columns, ReceptiveFields, Views
+
+MAX_BYTES = 2**20  # of the relation and of the list of places, each, in a page
+_BANDS = {True: "column", False: "row"}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Places:
+    """The places of one patch, for the explorer.
+
+    relation: L places, R distinct rows, V views. layout: how the views are drawn, see ``layout``. classes: K names.
+    bounds: what an attacker can make of one score where the margin is then a difference of sums, or None.
+    clip: the range to which the rule clips scores. rule: ``vote``, ``sum``, ``mask``, ``detection`` or ``other``.
+    """
+
+    relation: Sees
+    layout: dict[str, Any]
+    classes: tuple[str, ...]
+    rule: str
+    bounds: tuple[float, float] | None
+    clip: tuple[float, float]
+
+    @property
+    def first(self) -> Tensor:
+        """int64 (R,): a place of each distinct row."""
+        row_of = self.relation.row_of
+        found = torch.full((self.relation.number_of_rows,), len(row_of))
+        return found.scatter_reduce_(0, row_of, torch.arange(len(row_of)), "amin")
+
+    def counted(self, values: Tensor) -> np.ndarray:
+        """Evidence as the rule counts it: bool votes as they are, scores clipped, in float32."""
+        values = values.detach().cpu()
+        return values.numpy() if values.dtype == torch.bool else values.float().clamp(*self.clip).numpy()
+
+
+def places(
+    defense: Defense, found: Certificate, image_size: tuple[int, int], classes: tuple[str, ...]
+) -> Places | None:
+    """The places of the threat of ``found``; None where it has none (sparse, several patches), or too many to show."""
+    relation = found.sees
+    if relation is None or relation.choices.shape[1] != 1 or found.margin.shape[1] != len(relation.row_of):
+        return None
+    if relation.packed.nbytes > MAX_BYTES or 4 * len(relation.row_of) > MAX_BYTES:
+        return None
+    if defense.number_of_views(image_size) != relation.number_of_views:  # sampled: its evidence is not one row per view
+        return None
+    if not isinstance(defense, ViewDefense):
+        whole = {"kind": "grid", "rows": 1, "columns": 1, "words": "the whole picture", "one": "the picture"}
+        return Places(relation, whole, classes, "other", None, (-math.inf, math.inf))
+    rule = defense.rule(image_size)
+    return Places(relation, layout(defense.views_of(image_size), image_size), classes, *_rule(rule))
+
+
+def layout(views: Views, image_size: tuple[int, int]) -> dict[str, Any]:
+    """How views are drawn: bands along the picture's edge, others as cells of a grid; and in words."""
+    number = views.number(image_size)
+    if isinstance(views, Bands) and views.count == 1:
+        kind = _BANDS[isinstance(views, Columns)]
+        words = f"{number} {kind} bands, each {views.width} pixel{'s' if views.width > 1 else ''} wide"
+        starts = views.starts(image_size)
+        return {
+            "kind": kind,
+            "starts": starts,
+            "length": views.length(image_size),
+            "words": words,
+            "one": f"{kind} band",
+        }
+    rows, columns, one = 1, number, "view"
+    words = f"{number:,} partial pictures"
+    if isinstance(views, Blocks) and views.count == 1:
+        rows, columns = (len(starts) for starts in views.starts(image_size))
+        words, one = f"{number:,} blocks of {views.width}×{views.width} pixels", "block"
+    elif isinstance(views, ReceptiveFields):
+        rows, columns = views.grid
+        words = f"{rows}×{columns} cells, each made from {views.size[0]}×{views.size[1]} pixels"
+        if views.resized is not None:
+            words += f" of the picture resized to {views.resized[0]}×{views.resized[1]}"
+        one = "cell"
+    elif number > 64:
+        columns = math.isqrt(number - 1) + 1
+        rows = -(-number // columns)
+    return {"kind": "grid", "rows": rows, "columns": columns, "words": words, "one": one}
+
+
+def _rule(rule: Rule) -> tuple[str, tuple[float, float] | None, tuple[float, float]]:
+    everything = (-math.inf, math.inf)
+    if isinstance(rule, Vote):
+        return "vote", (0.0, 1.0) if rule.margin == "location" else None, (0.0, 1.0)
+    if isinstance(rule, ClippedSum):
+        limits = (rule.lo, rule.hi)
+        return "sum", limits if all(map(math.isfinite, limits)) else None, limits
+    if isinstance(rule, RobustMask):
+        return "mask", None, (0.0, rule.clip)
+    return "detection" if isinstance(rule, MaskedDetection) else "other", None, everything
