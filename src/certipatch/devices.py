@@ -27,7 +27,8 @@ def fabric(precision: Any = "32-true") -> "Fabric":
     """
     from lightning.fabric import Fabric
 
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # each process would tell that it has joined
+    for name in ("lightning.fabric", "lightning.pytorch"):  # processes would tell that they have joined
+        logging.getLogger(name).setLevel(logging.WARNING)
     kind, total = default().type, workers.count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if total > 1 else 1
     there = torch.accelerator.device_count() if kind != "cpu" else here

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from certipatch import workers
 from certipatch.cli.options import OutOption
 from certipatch.errors import InputError
 
@@ -24,6 +25,8 @@ def train(
       certipatch train recipes/mnist-columns.yaml --data path/to/mnist --out models/mnist
 
       certipatch train mnist-columns --set epochs=2 --set views.width=4 --out models/quick
+
+      torchrun --nproc-per-node 2 -m certipatch train recipes/mnist-columns.yaml --data path/to/mnist --out models/mnist
     """
     from certipatch import resources
     from certipatch.cli.progress import progress_bar
@@ -43,6 +46,8 @@ def train(
 
     with progress_bar(f"train {asked.name}") as progress:
         card = run(asked, folder, progress)
+    if workers.rank() != 0:
+        return
     held = f"  certify a picture:  certipatch certify PICTURE --defense {folder} --patch {asked.objective.patch}"
     typer.echo(
         f"{card.name} is in {folder} ({card.training['parameters']:,} parameters, {card.training['seconds']:.0f} s)"

@@ -22,7 +22,7 @@ import torch
 
 from certipatch.certificate import Certificate
 from certipatch.data import Pictures
-from certipatch.defenses.base import Defense
+from certipatch.defenses.base import Defense, Evidence
 from certipatch.errors import InputError
 from certipatch.evaluation.claim import FREE, claim, difference, parts, plain, sweep
 from certipatch.evaluation.files import write_json
@@ -235,12 +235,24 @@ def _make(job: Job, out: Path, config: dict[str, Any], first: int) -> pa.Table:
             f"reads {job.image_size[0]}x{job.image_size[1]}"
         )
     evidence = job.defense.evidence(images.to(job.device))
-    records = _records(job, indices, job.defense.certificate(evidence, job.threat))
-    largest = job.defense.largest_patch(evidence)
-    sides: list[int | None] = [None] * len(indices)
-    if largest is not None:
-        sides = largest.tolist()
-    write_part(out, config, records, evidence_rows(list(indices), evidence, sides))
+    found, largest = job.defense.certificate(evidence, job.threat), job.defense.largest_patch(evidence)
+    return _store(
+        job, out, config, indices, evidence, found, [None] * len(indices) if largest is None else largest.tolist()
+    )
+
+
+def _store(
+    job: Job,
+    out: Path,
+    config: dict[str, Any],
+    indices: range,
+    evidence: Evidence,
+    found: Certificate,
+    largest: list[int | None],
+) -> pa.Table:
+    """Write a part; gives its records."""
+    records = _records(job, indices, found)
+    write_part(out, config, records, evidence_rows(list(indices), evidence, largest))
     return records
 
 
