@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from certipatch.certificate import Certificate
 from certipatch.defenses import Evidence
@@ -93,7 +94,11 @@ def shown_pictures(
     single = found.sees is not None and found.sees.choices.shape[1] == 1
     rows = counted = unsure = None
     if where is not None and evidence is not None:
-        rows = found.margin[:, where.first.to(found.margin.device)].cpu().numpy()
+        margin = found.margin.cpu()
+        rows = margin[:, where.first]
+        if not torch.equal(rows[:, where.relation.row_of], margin):
+            raise RuntimeError("margins differ between places that the same views see; this is a bug, please report it")
+        rows = rows.numpy()
         counted = where.counted(evidence.values)
         unsure = None if evidence.unsure is None else evidence.unsure.cpu().numpy()
     certified, shown = found.certified.tolist(), []

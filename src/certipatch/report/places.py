@@ -13,7 +13,7 @@ from certipatch.defenses import Defense
 from certipatch.defenses.base import ViewDefense
 from certipatch.relation import Sees
 from certipatch.rules import ClippedSum, MaskedDetection, RobustMask, Rule, Vote
-from certipatch.views import Bands, Blocks, Columns, ReceptiveFields, Views
+from certipatch.views import Bands, Blocks, Columns, Cross, ReceptiveFields, Views
 
 MAX_BYTES = 2**20  # of the relation and of the list of places, each, in a page
 _BANDS = {True: "column", False: "row"}
@@ -52,17 +52,18 @@ class Places:
 def places(
     defense: Defense, found: Certificate, image_size: tuple[int, int], classes: tuple[str, ...]
 ) -> Places | None:
-    """The places of the threat of ``found``; None where it has none (sparse, several patches), or too many to show."""
+    """The places of the threat of ``found``.
+
+    None where there is nothing to explore: a threat without single places (sparse, several patches), a defense whose
+    margins do not come from the views that see a place, or more places than a page holds.
+    """
     relation = found.sees
-    if relation is None or relation.choices.shape[1] != 1 or found.margin.shape[1] != len(relation.row_of):
+    if not isinstance(defense, ViewDefense) or relation is None or relation.choices.shape[1] != 1 or found.margin.shape[1] != len(relation.row_of):
         return None
     if relation.packed.nbytes > MAX_BYTES or 4 * len(relation.row_of) > MAX_BYTES:
         return None
     if defense.number_of_views(image_size) != relation.number_of_views:  # sampled: its evidence is not one row per view
         return None
-    if not isinstance(defense, ViewDefense):
-        whole = {"kind": "grid", "rows": 1, "columns": 1, "words": "the whole picture", "one": "the picture"}
-        return Places(relation, whole, classes, "other", None, (-math.inf, math.inf))
     rule = defense.rule(image_size)
     return Places(relation, layout(defense.views_of(image_size), image_size), classes, *_rule(rule))
 
@@ -92,6 +93,10 @@ def layout(views: Views, image_size: tuple[int, int]) -> dict[str, Any]:
         if views.resized is not None:
             words += f" of the picture resized to {views.resized[0]}×{views.resized[1]}"
         one = "cell"
+    elif isinstance(views, Cross):
+        down, across = (part.number(image_size) for part in views.parts)
+        rows, columns = (2, down) if down == across else (1, number)
+        words, one = f"{down} column bands, then {across} row bands, each {views.width} pixels wide", "band"
     elif number > 64:
         columns = math.isqrt(number - 1) + 1
         rows = -(-number // columns)
