@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 from support import write_parquet, write_recipe
 
-from certipatch import defenses
+from certipatch import defenses, resources
 from certipatch.errors import InputError
+from certipatch.models import create
 from certipatch.relation import sees
 from certipatch.rules import RobustMask, Vote, Windows
 from certipatch.threats import PatchThreat
@@ -196,3 +197,18 @@ def test_a_training_that_starts_from_a_trained_model(tmp_path, data):
         train(read(recipe, ["start=nowhere"]), tmp_path / "fourth")
     with pytest.raises(InputError, match="another training"):
         train(read(recipe, ["learning_rate=1e-9", "weight_decay=0"]), tmp_path / "second")
+
+
+SIZES = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "imagenette": (3, 224)}
+
+
+@pytest.mark.parametrize("name", resources.names("recipes", "*.yaml"))
+def test_every_recipe_describes_a_network(name):
+    path = resources.find("recipes", name)
+    assert path is not None
+    recipe = read(path)
+    assert name == f"{recipe.name}.yaml"
+    channels, side = SIZES.get(recipe.data, (3, recipe.resize[0] if recipe.resize else 64))
+    with torch.device("meta"):
+        network = create(recipe.model, recipe.created_views(), channels, 10, (side, side))
+    assert sum(p.numel() for p in network.parameters()) > 0

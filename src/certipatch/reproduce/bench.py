@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from jaxtyping import Bool
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from certipatch import devices, resources
 from certipatch import evidence as ev
@@ -18,7 +20,6 @@ from certipatch.defenses import Card, Evidence, locate, open_defense, read_card
 from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.card import write_tensors
 from certipatch.errors import InputError
-from certipatch.evaluation.files import read_json, write_json
 from certipatch.reproduce.table import NotRun, Share
 from certipatch.threats import PatchThreat
 
@@ -40,6 +41,20 @@ class Wanted:
         """What stands in the table where there is no such model."""
         hours = "" if self.hours is None else f", about {self.hours:g} h of training"
         return NotRun(f"not run{hours} ({self.name})")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Which of N pictures a defense answers right, and which of these it certifies."""
+
+    right: Bool[Tensor, " N"]
+    certified: Bool[Tensor, " N"]
+
+    def shares(self, of: slice = slice(None)) -> tuple[Share, Share]:
+        """Clean and certified accuracy, of all pictures or some."""
+        right, certified = self.right[of], self.certified[of]
+        return Share(int(right.sum()), len(right)), Share(int(certified.sum()), len(right))
 
 
 @final
@@ -94,7 +109,7 @@ class Bench:
             )
         return notes
 
-    def logits(self, folder: Path) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def logits(self, folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits (B, V, K) of all views and targets (B,), part by part."""
         card = read_card(folder)
         pictures = self.pictures(card)
@@ -106,7 +121,8 @@ class Bench:
         for first in range(0, len(pictures), PART):
             indices = range(first, min(first + PART, len(pictures)))
             path = kept / f"part-{first:08d}.safetensors"
-            found = _read(path)
+            kept_part = _read(path, "logits")
+            found = None if kept_part is None else kept_part[0]
             if found is None or len(found) != len(indices):
                 defense = defense or _views_of(open_defense(str(folder))[0], card)
                 images = pictures.images(indices)
@@ -124,35 +140,31 @@ class Bench:
         """A method around the model's network."""
         return _views_of(open_defense(method, str(folder), threat, settings)[0], read_card(folder))
 
-    def shares(self, wanted: Wanted, method: str, patch: int | str, **settings: Any) -> tuple[Share, Share] | NotRun:
-        """Clean and certified accuracy of a method around a model's network, against one square patch anywhere."""
+    def outcomes(self, wanted: Wanted, method: str, patch: int | str, **settings: Any) -> Outcomes | NotRun:
+        """What a method around a model's network makes of every picture, against one square patch anywhere."""
         folder = self.folder(wanted)
         if folder is None:
             return wanted.missing()
         card = read_card(folder)
         pictures = self.pictures(card)
         asked = json.dumps([card.sha256, pictures.fingerprint(), method, patch, settings], sort_keys=True)
-        path = self.out / "counts" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
-        if not path.exists():
+        path = self.out / "outcomes" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.safetensors"
+        kept = _read(path, "right", "certified")
+        if kept is None or any(tensor.shape != (len(pictures),) for tensor in kept):
             defense = self.defense(folder, method, threat := PatchThreat(patch), **settings)
-            clean = certified = 0
+            right, certified = [], []
             for logits, targets in self.logits(folder):
                 found = defense.certificate(evidence_of(defense, logits, card.image_size), threat)
-                right = found.label == targets
-                if found.alarm is not None:
-                    right &= ~found.alarm
-                clean += int(right.sum())
-                certified += int((right & found.certified).sum())
+                hit = found.label == targets
+                right.append(hit if found.alarm is None else hit & ~found.alarm)
+                certified.append(right[-1] & found.certified)
+            kept = [torch.cat(right), torch.cat(certified)]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"clean": clean, "certified": certified, "n": len(pictures), "asked": asked})
-        found = read_json(path)
-        try:
-            return Share(found["clean"], found["n"]), Share(found["certified"], found["n"])
-        except KeyError:
-            raise InputError(f"{path} holds no counts; remove it") from None
+            write_tensors(path, {"right": kept[0], "certified": kept[1]}, {"asked": asked})
+        return Outcomes(*kept)
 
 
-def evidence_of(defense: ViewDefense, logits: torch.Tensor, image_size: tuple[int, int]) -> Evidence:
+def evidence_of(defense: ViewDefense, logits: Tensor, image_size: tuple[int, int]) -> Evidence:
     """What ``defense`` makes of logits of all views."""
     parameter = next(defense.model.parameters())
     probe = torch.zeros((1, _channels(defense), *image_size), dtype=torch.float32, device=parameter.device)
@@ -170,8 +182,10 @@ def _views_of(defense: Any, card: Card) -> ViewDefense:
     return defense
 
 
-def _read(path: Path) -> torch.Tensor | None:
+def _read(path: Path, *names: str) -> list[Tensor] | None:
+    """The tensors of a file; None where it is missing or damaged."""
     try:
-        return load_file(path)["logits"]
+        found = load_file(path)
+        return [found[name] for name in names]
     except (OSError, KeyError, SafetensorError):
         return None

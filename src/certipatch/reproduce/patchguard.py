@@ -220,10 +220,10 @@ def _pairs(study: Study) -> list[str]:
 def _shares(bench: Bench, study: Study, wanted: Wanted, method: str, **settings: object) -> list[Cell]:
     cells: list[Cell] = []
     for patch in study.patches:
-        found = bench.shares(wanted, method, patch, **settings)
+        found = bench.outcomes(wanted, method, patch, **settings)
         if isinstance(found, NotRun):
             return [found]
-        cells += found
+        cells += found.shares()
     return cells
 
 

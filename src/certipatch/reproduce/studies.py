@@ -38,10 +38,10 @@ IMAGENETTE = Study(
     "imagenette",
     ("1%", "2%", "3%"),
     (
-        Wanted("bagnet", "imagenette-bagnet17", 20),
-        Wanted("bagnet-9", "imagenette-bagnet9", 20),
-        Wanted("bagnet-33", "imagenette-bagnet33", 20),
-        Wanted("columns", "imagenette-columns", 20),
-        Wanted("plain", "imagenette-plain", 10),
+        Wanted("bagnet", "imagenette-bagnet17", 33),
+        Wanted("bagnet-9", "imagenette-bagnet9", 33),
+        Wanted("bagnet-33", "imagenette-bagnet33", 33),
+        Wanted("columns", "imagenette-columns", 3),
+        Wanted("plain", "imagenette-plain", 5),
     ),
 )
