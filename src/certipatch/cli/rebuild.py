@@ -9,12 +9,16 @@ from typing import Any, NoReturn
 import torch
 
 from certipatch import devices, report
-from certipatch.cli.work import MAX_SHOWN, certify_shown, check_shape, open_named
+from certipatch.cli.work import MAX_SHOWN, certify_shown, check_shape, open_named, own_run
 from certipatch.data import load, read_picture
 from certipatch.defenses import METHODS, Card, Defense
 from certipatch.errors import InputError
 from certipatch.evaluation import files, run
+from certipatch.evaluation.claim import FREE, difference, plain
 from certipatch.threats import Threat, threat_from_dict
+
+MOVES = FREE | {"versions", "part", "dataset", "dataset_note"}
+"""Settings that do not follow from the model and the pictures, or change with their folder's name."""
 
 
 def rebuild(out: Path, data: str | None = None, model: str | None = None) -> Path:
@@ -27,19 +31,16 @@ def rebuild(out: Path, data: str | None = None, model: str | None = None) -> Pat
     Errors: InputError for an unfinished or foreign folder, and where data or model are missing or have changed.
     """
     config = files.read_config(out)
-    if config["command"] == "evaluate":
+    command = _text(out, config, "command")
+    if command == "evaluate":
         job, summary = open_run(out, data, model)
         text = report.of_run(job, out, summary)
-    elif config["command"] == "certify":
+    elif command == "certify":
         if data is not None:
-            raise InputError(
-                "--data belongs to runs of evaluate; the pictures of certify are those that config.yaml names"
-            )
+            raise InputError("--data belongs to runs of evaluate; config.yaml names the pictures of a run of certify")
         text = _of_certify(out, config, model)
     else:
-        raise InputError(
-            f"{out} was written by {str(config['command'])[:40]!r}; report reads runs of evaluate and certify"
-        )
+        raise InputError(f"{out} was written by {command[:40]!r}; report reads runs of evaluate and certify")
     files.write_text(out / "report.html", text)
     return out / "report.html"
 
@@ -50,60 +51,56 @@ def open_run(out: Path, data: str | None = None, model: str | None = None) -> tu
     Errors: as ``rebuild``.
     """
     config = files.read_config(out)
-    if config["command"] != "evaluate":
-        raise InputError(f"{out} was written by {str(config['command'])[:40]!r}, not by evaluate")
+    command = _text(out, config, "command")
+    if command != "evaluate":
+        raise InputError(f"{out} was written by {command[:40]!r}, not by evaluate")
     if not (out / "summary.json").exists():
         raise InputError(
             f"{out} is not finished: run the same certipatch evaluate command again, it goes on from there"
         )
+    source, split, dataset, name = (_text(out, config, key) for key in ("source", "split", "dataset", "defense"))
     with _settings_of(out):
-        threat = threat_from_dict(config["threat"])
-        source, split, images = str(data or config["source"]), str(config["split"]), int(config["images"])
-        dataset, wanted = str(config["dataset"]), str(config["dataset_sha256"])
-    defense, card, name = _reopen(out, config, threat, model)
-    size = card.image_size if card.resize else None
+        threat, images = threat_from_dict(config["threat"]), int(config["images"])
+    defense, card = _reopen(out, config, threat, model)
+    source, size = data or source, card.image_size if card.resize else None
     try:
         pictures = load(source, split, size=size, limit=images)
     except InputError as error:
         raise InputError(f"the pictures of {out} cannot be opened: {error}; name their place with --data") from None
-    if pictures.fingerprint() != wanted:
+    fingerprint = pictures.fingerprint()
+    if fingerprint != config.get("dataset_sha256"):
         raise InputError(
             f"{source} {split} does not hold the pictures of {out} (the fingerprint differs: other pictures, order or "
-            f"labels); name the {dataset} of that run with --data, or evaluate again into a new --out"
+            f"labels); name the {dataset[:80]} of that run with --data, or evaluate again into a new --out"
         )
     check_shape(pictures.pixels([0])[0].shape, card, pictures.name)
     device = devices.default()
     defense.to(device)
     job = run.Job(defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
+    if key := difference(config, plain(job.config(fingerprint)), MOVES):
+        raise InputError(f"{out}: {key} in config.yaml is not what the model and the pictures of that run give")
     with _settings_of(out):
         summary = run.summarize(config, out, defense)
     return job, summary
 
 
-def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None) -> tuple[Defense, Card, str]:
+def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None) -> tuple[Defense, Card]:
     """The defense of a run, from the model of the same weights, with the same settings."""
+    name, method, wanted = (_text(out, config, key) for key in ("defense", "method", "model_sha256"))
     with _settings_of(out):
-        name, method, wanted = str(config["defense"]), str(config["method"]), str(config["model_sha256"])
         settings = {key: value for key, value in config["settings"].items() if key != "threat"}
-    place = model or config.get("model") or name.rpartition(":")[2]
+    place = model or (config["model"] if isinstance(config.get("model"), str) else name.rpartition(":")[2])
     around = name.startswith(f"{method}:") and method in METHODS
     try:
-        if around:
-            defense, card, found = open_named(method, str(place), threat, settings)
-        else:
-            defense, card, found = open_named(str(place), None, threat, settings)
+        defense, card, _ = open_named(method if around else place, place if around else None, threat, settings)
     except InputError as error:
         raise InputError(f"the model of {out} cannot be opened: {error}; name its place with --model") from None
-    if card.sha256 != wanted:
+    if card.sha256 != wanted or defense.name != method:
         raise InputError(
-            f"{place} is not the model of {out}: its weights are {card.sha256[:12]}…, the run's were {wanted[:12]}…; name "
-            "the right one with --model"
+            f"{place} is not the model of {out}: it is {defense.name} with the weights {card.sha256[:12]}…, the run's was "
+            f"{method[:40]} with {wanted[:12]}…; name the right one with --model"
         )
-    if defense.name != method:
-        raise InputError(
-            f"{place} is {defense.name}, but {out} evaluated {method[:40]}; name the right one with --model"
-        )
-    return defense, card, found
+    return defense, card
 
 
 def _of_certify(out: Path, config: dict[str, Any], model: str | None) -> str:
@@ -111,9 +108,9 @@ def _of_certify(out: Path, config: dict[str, Any], model: str | None) -> str:
     again = "run certipatch certify on the pictures again with a new --out"
     with _settings_of(out):
         threat = threat_from_dict(config["threat"])
-        pictures = [(Path(one["file"]), str(one["sha256"])) for one in config["pictures"]]
-        summary = files.read_json(out / "summary.json")
-    defense, card, _ = _reopen(out, config, threat, model)
+        pictures = [(Path(one["file"]), one["sha256"]) for one in config["pictures"]]
+    name, opened = _text(out, config, "defense"), model or _text(out, config, "model")
+    defense, card = _reopen(out, config, threat, model)
     images = []
     for path, wanted in pictures:
         try:
@@ -129,9 +126,14 @@ def _of_certify(out: Path, config: dict[str, Any], model: str | None) -> str:
         raise InputError(f"{out} names no pictures; {again}")
     paths = [path for path, _ in pictures]
     results, shown, places = certify_shown(defense, card, torch.stack(images), paths, threat, MAX_SHOWN)
-    with _settings_of(out):
-        summary |= {"images": len(results), "certified": sum(result["certified"] for result in results)}
-        return report.page(config, summary, None, shown, places)
+    own, summary = own_run(defense, card, name, opened, paths, threat, results)
+    return report.page(own, summary, None, shown, places)
+
+
+def _text(out: Path, config: dict[str, Any], key: str) -> str:
+    if not isinstance(config.get(key), str):
+        raise InputError(f"{out} holds damaged settings in config.yaml: {key} is no text")
+    return config[key]
 
 
 @contextmanager

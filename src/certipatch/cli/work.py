@@ -79,32 +79,46 @@ def certify_files(
     sampled = {"confidence": defense.confidence} if defense.confidence < 1 else {}
     answer = {"defense": name, "threat": threat.to_dict(), **sampled, "results": results}
     if out is not None:
-        config = {
-            "command": "certify",
-            "defense": name,
-            "method": defense.name,
-            "settings": defense.settings(),
-            "model_sha256": card.sha256,
-            "pictures": [{"file": str(p), "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in paths],
-            "threat": threat.to_dict(),
-            "model": model_name or defense_name,
-            "versions": versions(),
-        }
-        summary = {key: config[key] for key in ("defense", "model_sha256", "threat", "versions")}
-        summary |= {
-            "images": len(paths),
-            "certified": sum(result["certified"] for result in results),
-            "notion": defense.notion,
-            "theorem": defense.theorem,
-            "confidence": defense.confidence,
-            "seed": card.seed,
-        }
+        config, summary = own_run(defense, card, name, model_name or defense_name, paths, threat, results)
         out.mkdir(parents=True, exist_ok=True)
         files.write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         files.write_json(out / "results.json", answer)
         files.write_json(out / "summary.json", summary)
         files.write_text(out / "report.html", report.page(config, summary, None, shown, places))
     return answer
+
+
+def own_run(
+    defense: Defense,
+    card: Card,
+    name: str,
+    opened: str,
+    paths: list[Path],
+    threat: Threat,
+    results: list[dict[str, Any]],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and summary of a run of certify."""
+    config = {
+        "command": "certify",
+        "defense": name,
+        "method": defense.name,
+        "settings": defense.settings(),
+        "model_sha256": card.sha256,
+        "pictures": [{"file": str(p), "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in paths],
+        "threat": threat.to_dict(),
+        "model": opened,
+        "versions": versions(),
+    }
+    summary = {key: config[key] for key in ("defense", "model_sha256", "threat", "versions")}
+    summary |= {
+        "images": len(paths),
+        "certified": sum(result["certified"] for result in results),
+        "notion": defense.notion,
+        "theorem": defense.theorem,
+        "confidence": defense.confidence,
+        "seed": card.seed,
+    }
+    return config, summary
 
 
 def open_named(

@@ -15,17 +15,38 @@ import yaml
 
 from certipatch.errors import InputError
 
+MAX_BYTES = 64 * 2**20  # of settings, also when every value that YAML names twice is counted twice
+
 
 def read_config(out: Path) -> dict[str, Any]:
-    """``config.yaml`` of a run folder. InputError if it is none."""
+    """``config.yaml`` of a run folder. InputError if it is none, or too large to be one."""
     try:
+        if (out / "config.yaml").stat().st_size > MAX_BYTES:
+            raise InputError(f"{out} is no run folder: config.yaml is larger than {MAX_BYTES >> 20} MiB")
         values = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or "config.yaml cannot be read"
         raise InputError(f"{out} is no run folder: {reason}") from None
     if not isinstance(values, dict) or "command" not in values:
         raise InputError(f"{out} is no run folder: config.yaml holds no settings of a run")
+    if not _fits(values):
+        raise InputError(f"{out} is no run folder: config.yaml unfolds to more than {MAX_BYTES >> 20} MiB")
     return values
+
+
+def _fits(values: Any) -> bool:
+    """Whether values, written out in full, stay below MAX_BYTES; YAML can name one value again and again."""
+    stack, left = [values], MAX_BYTES
+    while stack:
+        value = stack.pop()
+        left -= 64 + (len(value) if isinstance(value, str) else 0)
+        if isinstance(value, dict):
+            stack += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            stack += value
+        if left < 64 * len(stack):
+            return False
+    return True
 
 
 def write_table(path: Path, table: pa.Table) -> None:

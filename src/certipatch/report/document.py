@@ -48,10 +48,7 @@ def page(
     """
     own = "certified_accuracy" not in summary
     scale = common_scale(one.map for one in shown if one.map is not None)
-    cards = [shown[i] for i in evenly(len(shown), OWN_CARDS if own else CARDS)]
-    if not own:
-        cards.sort(key=lambda one: -one.margin)
-    drawn = [_card(one, own, scale) for one in cards]
+    drawn = _cards(shown, own, scale)
     identity = {"model_sha256": summary["model_sha256"], "seed": summary["seed"]}
     settings = {key: value for key, value in (identity | config).items() if key != "versions"}
     script = _file("explorer.js")
@@ -161,6 +158,17 @@ def _chart(summary: dict[str, Any]) -> Chart | None:
     if "certified_by_patch" not in summary:
         return None
     return chart(summary["certified_by_patch"], summary["clean_accuracy"], summary["threat"])
+
+
+def _cards(shown: Sequence[Shown], own: bool, scale: float) -> list[dict[str, Any]]:
+    """The pictures that are there without JavaScript: so many that they take no more than a quarter of the page."""
+    count = OWN_CARDS if own else CARDS
+    while True:
+        chosen = [shown[i] for i in evenly(len(shown), count)]
+        cards = [_card(one, own, scale) for one in (chosen if own else sorted(chosen, key=lambda one: -one.margin))]
+        if count == 1 or sum(len(card["image"]) + len(card["map"] or "") for card in cards) <= LIMIT // 4:
+            return cards
+        count //= 2
 
 
 def _card(one: Shown, own: bool, scale: float) -> dict[str, Any]:

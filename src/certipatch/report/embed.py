@@ -14,7 +14,7 @@ from certipatch.report.shown import STATES, Explored, Shown, evenly
 
 TILE = 224  # pixels of a side; larger pictures are made smaller
 SHEET_PIXELS = 2**22
-SHARE = 0.68  # of the room, for pictures and maps
+SHARE = 0.75  # of the room, for pictures and maps, where there is an explorer
 SCORED = 5  # classes whose scores are embedded; votes are embedded for all
 SHADES = 24  # steps of a map's colours
 
@@ -25,7 +25,7 @@ def embed(shown: Sequence[Shown], places: Places | None, scale: float, room: int
     Where not all fit, they are taken evenly from ``shown``. Less-than signs and ampersands are escaped, so that no name
     can end the script element that holds it.
     """
-    shown, data = _sheets(shown, scale, int(SHARE * room))
+    shown, data = _sheets(shown, scale, int((SHARE if places else 0.95) * room))
     names = _Names(places.classes if places else ())
     data |= {
         "titles": [one.title for one in shown],

@@ -58,7 +58,12 @@ def places(
     margins do not come from the views that see a place, or more places than a page holds.
     """
     relation = found.sees
-    if not isinstance(defense, ViewDefense) or relation is None or relation.choices.shape[1] != 1 or found.margin.shape[1] != len(relation.row_of):
+    if (
+        not isinstance(defense, ViewDefense)
+        or relation is None
+        or relation.choices.shape[1] != 1
+        or found.margin.shape[1] != len(relation.row_of)
+    ):
         return None
     if relation.packed.nbytes > MAX_BYTES or 4 * len(relation.row_of) > MAX_BYTES:
         return None
