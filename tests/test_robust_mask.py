@@ -8,13 +8,14 @@ import pytest
 import torch
 import z3
 
-from certipatch.rules import ClippedSum, RobustMask, Vote, Windows
+from certipatch.rules import ClippedSum, JointWindows, MaskedDetection, RobustMask, Vote, Windows
 from certipatch.testing import anything, check_rule, extremes, random_relation, random_scores
 
 WINDOWS = {
     "flat": Windows.runs(6, 2),
     "circular": Windows.runs(6, 3, circular=True),
     "boxes": Windows.boxes((2, 3), (2, 2)),
+    "two families": JointWindows(Windows.runs(4, 2), Windows.runs(2, 1)),
     "larger than the map": Windows.runs(6, 9),
     "listed": Windows.any_of(torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < 0.5),
 }
@@ -234,6 +235,29 @@ def test_structured_and_listed_windows_agree(clip):
                 two = RobustMask(structured.members, threshold, clip).certify(e, sees)
                 assert torch.equal(one.label, two.label)
                 torch.testing.assert_close(one.margin, two.margin, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("clip", [math.inf, 1.0])
+def test_windows_over_two_families_agree_with_a_list(threshold, clip):
+    generator = torch.Generator().manual_seed(6)
+    joint = JointWindows(Windows.runs(5, 2, circular=True), Windows.runs(4, 2))
+    listed = Windows.any_of(joint.members)
+    assert len(joint) == len(joint.members) == 15
+    scores = torch.rand(30, 9, 4, generator=generator, dtype=torch.float64) ** 3
+    scores[torch.arange(30), :, torch.randint(4, (30,), generator=generator)] += 0.3
+    relations = [joint.members, Windows.any_of(torch.rand(3, 9, generator=generator) < 0.4).members]
+    relations.append(torch.eye(9, dtype=torch.bool))
+    torch.testing.assert_close(joint.outside(scores), listed.outside(scores))
+    for sees in relations:
+        unsure = torch.rand(30, 9, generator=generator) < 0.05
+        for doubt in (None, unsure):
+            one, other = (RobustMask(w, threshold, clip).certify(scores, sees, doubt) for w in (joint, listed))
+            assert torch.equal(one.label, other.label)
+            torch.testing.assert_close(one.margin, other.margin)
+        one, other = (MaskedDetection(w, 0.4).certify(scores, sees) for w in (joint, listed))
+        assert torch.equal(one.alarm, other.alarm)
+        torch.testing.assert_close(one.margin, other.margin)
 
 
 def test_pictures_in_pieces(monkeypatch):

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence, ViewDefense
 from certipatch.relation import sees
-from certipatch.rules import RobustMask, Windows
+from certipatch.rules import JointWindows, RobustMask, Windows
 from certipatch.threats import PatchThreat
 from certipatch.views import Bands, Blocks, Cross, ReceptiveFields, Views
 
 Kind = Literal["logits", "confidence", "sigmoid", "prediction"]
 
 
-def malicious_windows(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Windows:
+def malicious_windows(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Windows | JointWindows:
     """The windows that one patch can touch: the undominated rows of ``sees``, as boxes or runs where they are some.
 
     For receptive fields of r pixels at stride s these are the windows of ⌈(p + r − 1)/s⌉ cells of the paper's
@@ -24,6 +24,10 @@ def malicious_windows(views: Views, threat: PatchThreat, image_size: tuple[int, 
     """
     relation = sees(views, threat, image_size)
     rows = relation.rows[relation.undominated]
+    if isinstance(views, Cross):
+        first, second = (part.unique(dim=0) for part in rows.split([p.number(image_size) for p in views.parts], dim=1))
+        if len(first) * len(second) == len(rows):  # any column with any row
+            return JointWindows(Windows.any_of(first), Windows.any_of(second))
     grid = (1, rows.shape[1])
     if isinstance(views, ReceptiveFields):
         grid = views.grid

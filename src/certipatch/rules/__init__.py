@@ -7,11 +7,12 @@ from certipatch.rules.masked_detection import MaskedDetection
 from certipatch.rules.order_statistics import Median, TrimmedMean
 from certipatch.rules.robust_mask import RobustMask
 from certipatch.rules.vote import Vote
-from certipatch.rules.windows import Windows
+from certipatch.rules.windows import JointWindows, Windows
 
 __all__ = [
     "ClippedSum",
     "ClopperPearson",
+    "JointWindows",
     "MaskedDetection",
     "Median",
     "RobustMask",

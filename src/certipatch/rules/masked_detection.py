@@ -1,14 +1,14 @@
 """Attack detection: an alarm when hiding some window of evidence gives another answer (PatchGuard++, Xiang & Mittal 2021)."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float64, Int64, Shaped
 from torch import Tensor
 
 from certipatch.rules.base import Rule, Verdict, check_evidence, check_relation, clipped
-from certipatch.rules.windows import Windows
+from certipatch.rules.windows import JointWindows, Windows
 
 EPSILON = torch.finfo(torch.float64).eps
 CHUNK_BYTES = 128 * 2**20  # working memory of one step
@@ -28,11 +28,11 @@ class MaskedDetection(Rule):
     The margin is the largest such score, less τ and rounding; −inf where the picture raises an alarm as it is.
 
     Args:
-        windows: bool (W, V), or ``Windows`` of boxes or runs.
+        windows: bool (W, V), or ``Windows`` of boxes or runs, or ``JointWindows``.
         threshold: τ in [0, 1).
     """
 
-    windows: Windows | Bool[Tensor, "W V"]
+    windows: Windows | JointWindows | Bool[Tensor, "W V"]
     threshold: float = 0.5
 
     def __post_init__(self):
@@ -42,8 +42,8 @@ class MaskedDetection(Rule):
             object.__setattr__(self, "windows", Windows.any_of(self.windows))
 
     @property
-    def _windows(self) -> Windows:
-        assert isinstance(self.windows, Windows)
+    def _windows(self) -> Any:  # Windows or JointWindows, whose places are of their own kind
+        assert not isinstance(self.windows, Tensor)
         return self.windows
 
     @property

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float64, Int64, Shaped
 from torch import Tensor
 
 from certipatch.rules.base import Rule, Verdict, check_numbers, check_relation, check_shape, clipped
-from certipatch.rules.windows import Windows
+from certipatch.rules.windows import JointWindows, Windows
 
 EPSILON = torch.finfo(torch.float64).eps
 CHUNK_BYTES = 128 * 2**20  # working memory of one step
@@ -46,12 +46,12 @@ class RobustMask(Rule):
     on the predicted class; an attacker who leaves that class alone makes the defense throw away true evidence.
 
     Args:
-        windows: bool (W, V), or ``Windows`` of boxes or runs, which are much faster.
+        windows: bool (W, V), or ``Windows`` of boxes or runs, or ``JointWindows``, which are much faster.
         threshold: T in [0, 1]; smaller masks more often.
         clip: c > 0, inf for none.
     """
 
-    windows: Windows | Bool[Tensor, "W V"]
+    windows: Windows | JointWindows | Bool[Tensor, "W V"]
     threshold: float = 0.0
     clip: float = math.inf
 
@@ -68,8 +68,8 @@ class RobustMask(Rule):
         return f"L_y > U_k for every rival k and location (robust masking, T = {self.threshold:g}, clip {self.clip:g})"
 
     @property
-    def _windows(self) -> Windows:
-        assert isinstance(self.windows, Windows)
+    def _windows(self) -> Any:  # Windows or JointWindows, whose places are of their own kind
+        assert not isinstance(self.windows, Tensor)
         return self.windows
 
     def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
@@ -103,7 +103,7 @@ class RobustMask(Rule):
             first += len(part)
         return Verdict(torch.cat(labels), torch.cat(margins))
 
-    def _places(self, sees: Bool[Tensor, "L V"]) -> tuple[Windows, Windows, Int64[Tensor, " L"]]:
+    def _places(self, sees: Bool[Tensor, "L V"]) -> tuple[Any, Any, Int64[Tensor, " L"]]:
         """The windows, the attacker's places as windows of the same grid, and which of these each location is."""
         found = self._windows.factor(sees)
         if found is not None:
@@ -118,14 +118,17 @@ class RobustMask(Rule):
     def _parts(self, evidence: Tensor, locations: int = 1) -> tuple[Tensor, ...]:
         """Evidence of as many pictures as fit the working memory."""
         _, views, classes = evidence.shape
-        each = 8 * (2 * classes * (views + len(self._windows) + locations) + 3 * locations * len(self._windows))
+        number = len(self._windows)
+        light = isinstance(self.windows, JointWindows) and self.threshold == 0 and math.isinf(self.clip)
+        pairs = locations + number if light else locations * number
+        each = 8 * (2 * classes * (views + number + locations) + 3 * pairs)
         return evidence.split(max(1, CHUNK_BYTES // each))
 
     def _margin(
         self,
         scored: "_Scored",
-        windows: Windows,
-        places: Windows,
+        windows: Any,
+        places: Any,
         row: Int64[Tensor, " L"],
         error: Float64[Tensor, " b"],
     ) -> Float64[Tensor, "b L"]:
@@ -149,7 +152,7 @@ class RobustMask(Rule):
         return (lower - upper - rounding)[:, row]
 
     def _rivals(
-        self, scored: "_Scored", windows: Windows, places: Windows, shared: Float64[Tensor, "P W"]
+        self, scored: "_Scored", windows: Any, places: Any, shared: Float64[Tensor, "P W"]
     ) -> Float64[Tensor, "b P"]:
         """The largest U_k of a rival at every place."""
         keep, size = 1 - self.threshold, places.members.sum(1).double()
@@ -180,8 +183,8 @@ class RobustMask(Rule):
         best: Float64[Tensor, "b P"],
         bound: Float64[Tensor, "b P k"],
         scores: Float64[Tensor, "b V k"],
-        windows: Windows,
-        places: Windows,
+        windows: Any,
+        places: Any,
         shared: Float64[Tensor, "P W"],
         size: Float64[Tensor, " P"],
     ) -> Float64[Tensor, "b P"]:

@@ -1,8 +1,8 @@
 """Windows of views, and sums outside of them: products of row sets and column sets of a grid of views.
 
 Boxes of a feature map are products of runs of rows and runs of columns; bands are runs in a grid of one row; any list
-of windows is a list of column sets in a grid of one row. Sums over a product need no product of all windows with all
-views: first the rows are summed, then the columns.
+of windows is a list of column sets in a grid of one row; windows over two families of views are pairs. Sums over a
+product need no product of all windows with all views: first the rows are summed, then the columns.
 """
 
 from dataclasses import dataclass
@@ -102,6 +102,62 @@ class Windows:
             return inside @ (self.columns[:, None] & other.columns).flatten(0, 1).to(scores).T
         # Bands and lists of windows: no table of all pairs of column sets.
         return ((inside * self.columns.to(scores)) @ other.columns.to(scores).T).flatten(1)[:, None]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class JointWindows:
+    """W = n·m windows over two families of views that follow each other: every window of the one with every of the other.
+
+    What a patch touches of columns and rows is of this kind. A sum is the sum of one from each family, and so is the
+    largest; nothing has the size of all pairs of windows.
+    """
+
+    first: Windows
+    second: Windows
+
+    @property
+    def number_of_views(self) -> int:
+        return self.first.number_of_views + self.second.number_of_views
+
+    def __len__(self) -> int:
+        return len(self.first) * len(self.second)
+
+    @cached_property
+    def members(self) -> Bool[Tensor, "W V"]:
+        """Window w's views."""
+        first, second = self.first.members, self.second.members
+        return torch.cat([first.repeat_interleave(len(second), 0), second.repeat(len(first), 1)], dim=1)
+
+    def _split(self, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        one, other = values.split([self.first.number_of_views, self.second.number_of_views], dim)
+        return one, other
+
+    def outside(self, scores: Float64[Tensor, "B V K"]) -> Float64[Tensor, "B W K"]:
+        """Sums over the views outside of every window."""
+        one, other = self._split(scores, 1)
+        return (self.first.outside(one)[:, :, None] + self.second.outside(other)[:, None]).flatten(1, 2)
+
+    def factor(self, sees: Bool[Tensor, "L V"]) -> "tuple[JointWindows, Int64[Tensor, 'L']] | None":
+        """Rows of ``sees`` as pairs, and which pair each row is; None where there would be far more pairs than rows."""
+        one, other = self._split(sees, 1)
+        first, i = torch.unique(one, dim=0, return_inverse=True)
+        second, j = torch.unique(other, dim=0, return_inverse=True)
+        if len(first) * len(second) > 4 * len(sees) + 16:
+            return None
+        return JointWindows(Windows.any_of(first), Windows.any_of(second)), i * len(second) + j
+
+    def overlap_sums(self, other: "JointWindows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L W"]:
+        """Sums over the views that window w shares with window l of ``other``, for all pairs."""
+        one, two = self._split(scores, 1)
+        first, second = self.first.overlap_sums(other.first, one), self.second.overlap_sums(other.second, two)
+        return (first[:, :, None, :, None] + second[:, None, :, None, :]).flatten(3).flatten(1, 2)
+
+    def heaviest_beside(self, other: "JointWindows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L"]:
+        """The largest sum of a window over its views outside of window l of ``other``."""
+        one, two = self._split(scores, 1)
+        first = self.first.heaviest_beside(other.first, one)
+        return (first[:, :, None] + self.second.heaviest_beside(other.second, two)[:, None]).flatten(1)
 
 
 def _runs(length: int, width: int, circular: bool) -> Bool[Tensor, "n length"]:
