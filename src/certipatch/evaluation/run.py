@@ -236,12 +236,12 @@ def _make(job: Job, out: Path, config: dict[str, Any], first: int) -> pa.Table:
         )
     evidence = job.defense.evidence(images.to(job.device))
     found, largest = job.defense.certificate(evidence, job.threat), job.defense.largest_patch(evidence)
-    return _store(
+    return store(
         job, out, config, indices, evidence, found, [None] * len(indices) if largest is None else largest.tolist()
     )
 
 
-def _store(
+def store(
     job: Job,
     out: Path,
     config: dict[str, Any],

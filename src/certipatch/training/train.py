@@ -40,10 +40,9 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     Writes a checkpoint each minute and each epoch, and goes on from it exactly: a training that was killed ends with
     the same weights as one that was not. A finished folder is left as it is.
 
-    Under torchrun each process works on its share of every batch and they average their gradients, weighted, so that a
-    step is the step of the whole batch up to rounding; a BatchNorm sees its process's share only, and the first
-    process's running statistics are kept. The first process writes, and gives the card; the others give it without
-    weights.
+    Under torchrun each process works on its share of every batch, and gradients are averaged, weighted, to those of the
+    mean over the batch. A BatchNorm sees its process's share only; the first process's running statistics are kept. The
+    first process writes, and gives the card; the others give it without weights.
 
     Errors: InputError on data that does not fit the recipe, or where ``out`` holds another training.
     """
