@@ -139,7 +139,12 @@ def same_attacker(a: Run, b: Run) -> bool:
     """Whether two runs have one threat, on pictures of one size; ``2%`` may be ``4x4``."""
     if a.image_size != b.image_size or a.threat == b.threat:
         return a.image_size == b.image_size
-    if not isinstance(a.threat, PatchThreat) or not isinstance(b.threat, PatchThreat):
+    if (
+        not isinstance(a.threat, PatchThreat)
+        or not isinstance(b.threat, PatchThreat)
+        or a.threat.shape
+        or b.threat.shape
+    ):
         return False
     (count, where), others = (a.threat.count, a.threat.where), (b.threat.count, b.threat.where)
     return (count, where) == others and a.threat.masks(a.image_size) == b.threat.masks(b.image_size)

@@ -3,7 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from certipatch.evaluation.metrics import wilson
 from certipatch.report.compare import Comparison
 from certipatch.report.compare_labels import label
 from certipatch.report.compare_runs import Run
+from certipatch.report.compare_tables import amount, number
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#56789A", "#8C6D00", "#000000")  # after Okabe & Ito, all dark
 MARKERS = "os^Dv<>"
@@ -91,7 +92,7 @@ def patch_size(found: Comparison) -> Any:
     unit = "% of the picture's side" if sized else "pixels"
     axes.set(xlabel=f"side of a square patch placed anywhere, {unit}", ylabel="certified accuracy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    label(axes, [tags[i] for i in shown], [_colour(i) for i in shown], anchors, obstacles, 8.5)
+    label(axes, [_folded(tags[i], 40) for i in shown], [_colour(i) for i in shown], anchors, obstacles, 8.5)
     return figure
 
 
@@ -116,8 +117,9 @@ def cost(found: Comparison, kind: str) -> Any:
     against = f" against {found.runs[0].threat}" if len(threats) == 1 else ""
     aside = " (equal ones side by side)" if any(_steps(values)) else ""
     axes.set(xlabel=COSTS[kind] + aside, ylabel=f"certified accuracy{against}, %")
-    axes.xaxis.set_major_formatter(_amount)
-    axes.xaxis.set_minor_formatter(_sparse(values, room))
+    words = number if kind == "milliseconds" else amount
+    axes.xaxis.set_major_formatter(lambda value, _: words(float(value)))
+    axes.xaxis.set_minor_formatter(_sparse(values, room, words))
     label(axes, [_folded(names(found)[i]) for i in shown], [_colour(i) for i in shown], anchors, obstacles, 8.5)
     return figure
 
@@ -127,7 +129,8 @@ def differences(found: Comparison) -> Any:
     pairs = [pair for pair in found.pairs if pair.clean]
     if not pairs:
         return None
-    figure, axes = _axes(6.2, 0.9 + 0.5 * len(pairs))
+    tags = names(found)
+    figure, axes = _axes(4.1 + 0.062 * max(map(len, tags)), 0.9 + 0.5 * len(pairs))
     axes.axvline(0, color="#333333", linewidth=0.9)
     ends = [0.0]
     for row, pair in enumerate(pairs):
@@ -145,18 +148,17 @@ def differences(found: Comparison) -> Any:
                           fontsize=7.5, color="#555555")  # fmt: skip
     axes.set_ylim(len(pairs) - 0.5, -0.5)
     axes.set_yticks(range(len(pairs)))
-    tags = names(found)
     marks = axes.set_yticklabels([f"{tags[p.second]}\nminus {tags[p.first]}" for p in pairs], fontsize=7.5)
     for mark in marks:
         mark.set_parse_math(False)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
-    reach = 1.12 * max(abs(end) for end in ends) or 1.0
-    axes.set_xlim(-reach, reach)
-    axes.set_xlabel("difference in percentage points, with its 95 % interval")
+    room = 0.08 * (max(ends) - min(ends))
+    axes.set_xlim(min(ends) - room, max(ends) + room)
+    axes.set_xlabel("difference in percentage points, 95 % interval")
     axes.plot([], [], color=COLOURS[0], marker="o", markersize=5, label="certified accuracy")
     axes.plot([], [], color="#666666", marker="D", markerfacecolor="white", markersize=5, label="clean accuracy")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0, handlelength=1.6)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, handlelength=1.6)
     return figure
 
 
@@ -250,13 +252,7 @@ def _dense(line: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(steps, np.arange(len(line)), column) for column in line.T], 1)
 
 
-def _amount(value: float, _: int | None = None) -> str:
-    from certipatch.report.compare_tables import amount
-
-    return amount(float(value))
-
-
-def _sparse(values: list[float], room: float) -> Any:
+def _sparse(values: list[float], room: float, words: Callable[[float], str]) -> Any:
     """Ticks between powers of ten are written only where few powers are seen."""
     few = math.log10(max(values) / min(values) * room**2) < 1.5
-    return lambda value, _: _amount(value) if few and f"{value:.0e}"[0] in "235" else ""
+    return lambda value, _: words(float(value)) if few and f"{value:.0e}"[0] in "235" else ""

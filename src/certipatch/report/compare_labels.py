@@ -9,7 +9,7 @@ from jaxtyping import Float
 Box = tuple[float, float, float, float]  # left, bottom, right, top, in display coordinates
 DISTANCES = (0.6, 1.3, 2.4, 4.0, 6.0)  # of a line of text
 ANGLES = np.arange(0, 360, 22.5)
-OUTSIDE, HIDES_NAME, HIDES_DATA, ASTRAY, CROSSES, FAR = 1e6, 1e4, 120.0, 80.0, 60.0, 10.0
+OUTSIDE, HIDES_NAME, HIDES_DATA, ASTRAY, CROSSES_NAME, CROSSES_DATA, FAR = 1e6, 1e4, 120.0, 80.0, 400.0, 40.0, 10.0
 
 
 def label(
@@ -33,14 +33,15 @@ def label(
     points = [axes.transData.transform(found) for found in obstacles]
     line = size * figure.dpi / 72 * 1.2
     taken: list[Box] = []
-    for i, name in enumerate(names):
-        text = axes.text(
-            0, 0, name, color=colours[i], fontsize=size, va="bottom", ha="left", parse_math=False, zorder=6
-        )
+    for i in sorted(range(len(names)), key=lambda i: len(anchors[i])):  # those with little choice come first
+        style = {"fontsize": size, "va": "bottom", "ha": "left", "parse_math": False, "zorder": 6}
+        text = axes.text(0, 0, names[i], color=colours[i], **style)
         extent = text.get_window_extent(renderer)
         others = np.concatenate([np.empty((0, 2)), *points[:i], *points[i + 1 :]])
         best, anchor = min(
-            _places(axes.transData.transform(anchors[i]), (extent.width, extent.height), line),
+            _places(
+                axes.transData.transform(anchors[i][:: 1 + len(anchors[i]) // 8]), (extent.width, extent.height), line
+            ),
             key=lambda place: _cost(*place, line, frame, points[i], others, taken),
         )
         text.set_position(axes.transData.inverted().transform(best[:2]))
@@ -75,10 +76,11 @@ def _cost(
     over = sum(_overlap(box, other) for other in taken)
     end = np.clip(anchor, (left, bottom), (right, top))
     way = anchor + np.linspace(0.15, 1, 12)[:, None] * (end - anchor)
-    crossed = sum(bool(((way > other[:2]) & (way < other[2:])).all(1).any()) for other in taken)
+    names = sum(bool(((way > other[:2]) & (way < other[2:])).all(1).any()) for other in taken)
+    data = int((np.abs(way[:, None] - others).max(2, initial=0) < 0.15 * line).any(1).sum())
     astray = _distance(others, box) < _distance(own, box)  # the name would seem to be another's
-    cost = OUTSIDE * outside + HIDES_NAME * over / line**2 + HIDES_DATA * float(hidden)
-    return cost + ASTRAY * astray + CROSSES * crossed + FAR * float(np.hypot(*(end - anchor))) / line
+    cost = OUTSIDE * outside + HIDES_NAME * over / line**2 + HIDES_DATA * float(hidden) + ASTRAY * astray
+    return cost + CROSSES_NAME * names + CROSSES_DATA * data + FAR * float(np.hypot(*(end - anchor))) / line
 
 
 def _distance(points: np.ndarray, box: Box) -> float:

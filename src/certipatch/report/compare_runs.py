@@ -95,6 +95,8 @@ class Run:
         threat = self.threat
         if not isinstance(threat, PatchThreat) or threat.count != 1 or threat.where != "anywhere":
             return None
+        if threat.shape not in (None, "square"):
+            return None
         mask, *others = threat.masks(self.image_size)
         square = not others and len(mask) == len(mask[0]) and all(map(all, mask))
         return len(mask) if square else None
@@ -158,7 +160,7 @@ def _read(folder: Path) -> Run:
         multiply_adds=_positive(timing.get("multiply_adds_per_image")),
         milliseconds=1000 / rate if (rate := _positive(timing.get("images_per_second"))) else None,
         device=plain(timing["device"]) if "device" in timing else None,
-        by_patch=_by_patch(summary.get("certified_by_patch", {})),
+        by_patch=_by_patch(summary.get("certified_by_patch", {}), min(image_size)),
     )
 
 
@@ -235,10 +237,10 @@ def _threat(values: dict[str, Any], image_size: tuple[int, int]) -> Threat:
     return threat_from_dict(values)
 
 
-def _by_patch(values: dict[str, Any]) -> dict[int, float]:
+def _by_patch(values: dict[str, Any], largest: int) -> dict[int, float]:
     found = {int(side): _share(share) for side, share in values.items()}
-    if min(found, default=1) < 1:
-        raise ValueError("certified_by_patch knows patches of less than a pixel")
+    if not all(1 <= side <= largest for side in found):
+        raise ValueError(f"certified_by_patch knows patches that are not of 1 to {largest} pixels")
     return dict(sorted(found.items()))
 
 

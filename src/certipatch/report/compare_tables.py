@@ -71,9 +71,9 @@ def runs_table(found: Comparison) -> Table:
             f"{run.n:,}",
             accuracy(run, run.clean),
             accuracy(run, run.certified, "*" if run.notion == "detection" else ""),
-            "–" if run.passes is None else f"{run.passes:,.4g}",
+            number(run.passes),
             amount(run.multiply_adds),
-            "–" if run.milliseconds is None else f"{run.milliseconds:.3g}",
+            number(run.milliseconds),
         )
         for letter, run in zip(found.letters, found.runs, strict=True)
     ]
@@ -134,14 +134,19 @@ def why(pair: Pair) -> str:
     return {"notion": "another notion", "threat": "another threat"}.get(pair.apart or "", "not paired")
 
 
-def amount(number: float | None) -> str:
-    """33.0 M."""
-    if number is None:
+def number(value: float | None) -> str:
+    """2.98, 305, 12,000."""
+    if value is None:
         return "–"
+    return f"{value:,.0f}" if value >= 99.95 or value == round(value) else f"{value:.3g}"
+
+
+def amount(value: float | None) -> str:
+    """33 M."""
     for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.3g}"
+        if value is not None and value >= 0.9995 * unit:
+            return f"{number(value / unit)}{name}"
+    return number(value)
 
 
 def sentences(found: Comparison) -> list[str]:
