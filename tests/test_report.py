@@ -1,22 +1,39 @@
 """The HTML report: self-contained, safe with untrusted names, the same for the same input, true in its colours."""
 
 import base64
+import hashlib
 import io
+import json
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from PIL import Image
+from support import stripes, write_parquet, write_recipe
+from torch import nn
 
-from certipatch.report import Shown, page
+from certipatch import cli, views
+from certipatch.cli.rebuild import rebuild
+from certipatch.cli.work import certify_files, evaluate_into
+from certipatch.defenses import ClippedBagNet, Evidence, PatchGuard, PatchGuardPlusPlus
+from certipatch.defenses import DerandomizedSmoothing as Smoothing
+from certipatch.errors import InputError
+from certipatch.report import Shown, page, places, shown_pictures
 from certipatch.report.chart import chart
 from certipatch.report.colours import UNREACHED, colours, common_scale, png
 from certipatch.report.words import attack, margin, percent, rows
 from certipatch.threats import PatchThreat, SparseThreat
+from certipatch.training import read, train
 
 EVIL = '<script>alert("1")</script>\'"&'
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 def summary(**changes):
@@ -87,8 +104,12 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
+def data_of(html):
+    return json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, flags=re.S)[0])
+
+
 def text_of(html):
-    body = re.sub(r"<style>.*?</style>", "", html, flags=re.S)
+    body = re.sub(r"<(style|script).*?</\1>", "", html, flags=re.S)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
 
 
@@ -154,8 +175,10 @@ def test_untrusted_text_is_escaped():
         config, summary(**evil, versions={EVIL: EVIL}), {EVIL: EVIL}, [shown(title=EVIL, target=EVIL, label=EVIL)]
     )
     tags = Tags(html).found
-    assert "<script" not in html.lower()
-    assert "script" not in {tag for tag, _ in tags}
+    assert html.lower().count("<script") == html.lower().count("</script") == 2
+    assert [attrs for tag, attrs in tags if tag == "script"] == [{"type": "application/json", "id": "data"}, {}]
+    assert data_of(html)["titles"] == [EVIL]
+    assert data_of(html)["names"] == [EVIL]
     assert not any(name.startswith("on") for _, attrs in tags for name in attrs)
     assert next(attrs["alt"] for tag, attrs in tags if tag == "img") == f"{EVIL}, answered {EVIL}"
 
@@ -178,9 +201,11 @@ def test_nothing_from_outside():
     assert 'src="/' not in html
     tags = Tags(html).found
     assert all(attrs["src"].startswith("data:image/png;base64,") for _, attrs in tags if "src" in attrs)
-    assert not {tag for tag, _ in tags} & {"link", "script", "iframe", "object", "a"}
+    assert not {tag for tag, _ in tags} & {"link", "iframe", "object", "a"}
     policy = next(attrs["content"] for _, attrs in tags if attrs.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    script = re.findall(r"<script>(.*?)</script>", html, flags=re.S)[0]
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     assert ("html", {"lang": "en"}) in tags
     assert all(attrs.get("alt") for tag, attrs in tags if tag == "img")
 
@@ -281,3 +306,322 @@ def test_shapes_are_checked():
         shown(image=np.zeros((28, 28, 1)))
     with pytest.raises(ValueError, match="map has the shape"):
         shown(map=np.zeros((5, 5)))
+
+
+# ---- the explorer: what is embedded, and what a browser makes of it
+
+SIZE, CLASSES = (6, 7), ("cat", "</script><script>window.hacked=1</script>", "dog & <b>", "eel")
+CASES = {
+    "votes": (Smoothing(nn.Identity(), views.Columns(2)), PatchThreat(2)),
+    "rows": (Smoothing(nn.Identity(), views.Rows(2, wrap=False)), PatchThreat((1, 3))),
+    "sums": (ClippedBagNet(nn.Identity(), views.Blocks(3, stride=2)), PatchThreat(2)),
+    "masked": (PatchGuard(nn.Identity(), PatchThreat(2), views.Columns(3)), PatchThreat(2)),
+    "detection": (PatchGuardPlusPlus(nn.Identity(), PatchThreat(2), views.Columns(1)), PatchThreat(2)),
+    "lines": (Smoothing(nn.Identity(), views.Blocks(2)), PatchThreat(3, shape="line")),
+}
+
+
+def exhibit(case, n=5):
+    """Certificates of random evidence, and the pictures, places and evidence of a page that shows them."""
+    defense, threat = CASES[case]
+    generator = torch.Generator().manual_seed(len(case))
+    number = defense.number_of_views(SIZE)
+    values = torch.rand(n, number, len(CLASSES), generator=generator)
+    values[:, :, 1] += torch.linspace(-0.3, 1, n)[:, None]
+    if isinstance(defense, Smoothing):
+        unsure = torch.rand(n, number, generator=generator) < 0.05
+        evidence = Evidence(values > 0.7, unsure, SIZE)
+    else:
+        evidence = Evidence(values * 4 if case == "detection" else values, None, SIZE)
+    found = defense.certificate(evidence, threat)
+    where = places(defense, found, SIZE, CLASSES)
+    images = torch.randint(0, 256, (n, *SIZE, 3), generator=generator, dtype=torch.uint8).numpy()
+    titles = [f"picture {i}" for i in range(n)]
+    pictures = shown_pictures(images, titles, found, evidence, where, CLASSES, [None] * n, [i % 4 for i in range(n)])
+    return found, pictures, where, evidence
+
+
+def unpack(text, dtype, *shape):
+    return np.frombuffer(base64.b64decode(text), dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_embedded_numbers_are_those_of_the_certificate(case):
+    found, pictures, where, evidence = exhibit(case)
+    data = data_of(page(CONFIG, summary(), None, pictures, where))
+    explorer = data["explorer"]
+    n, rows, number = len(pictures), explorer["rows"], explorer["views"]
+    row_of = unpack(explorer["rowOf"], "<i4", -1)
+    margins = unpack(explorer["margins"], "<i2" if explorer["whole"] else "<f4", n, rows)[:, row_of]
+    expected = found.margin.numpy()
+    assert np.array_equal(margins > 0, expected > 0)
+    assert np.array_equal(margins, expected.astype(margins.dtype))
+    assert np.array_equal(unpack(data["margin"], "<f8", -1), expected.min(1))
+    sees = np.unpackbits(unpack(explorer["sees"], "u1", rows, -1), axis=1, count=number)
+    assert np.array_equal(sees.astype(bool), found.sees.rows.numpy())
+    if explorer["kind"] == "votes":
+        bits = np.unpackbits(unpack(explorer["votes"], "u1", n, -1), axis=1, count=number * len(CLASSES))
+        assert np.array_equal(bits.reshape(n, number, -1).astype(bool), evidence.values.numpy())
+    else:
+        assert where is not None
+        kept = unpack(explorer["kept"], "<i4", n, -1)
+        scores = unpack(explorer["scores"], "<f4", n, number, kept.shape[1])
+        expected = np.take_along_axis(where.counted(evidence.values), kept[:, None], 2)
+        assert np.array_equal(scores, expected)
+        assert (kept[:, 0] == found.label.numpy()).all()
+
+
+def test_maps_are_computed_from_all_places():
+    """A corner touches fewer bands than the places beside it; a map of undominated rows alone would hide that."""
+    found, pictures, _, _ = exhibit("votes")
+    undominated = found.sees.undominated[found.sees.row_of]
+    assert not undominated.all() or len(set(found.sees.sizes.tolist())) == 1
+    for i, one in enumerate(pictures):
+        assert np.array_equal(one.map, found.map(i).numpy())
+
+
+def test_threats_without_single_places_have_no_explorer():
+    defense = CASES["votes"][0]
+    values = torch.rand(2, 7, 4) > 0.5
+    for threat in (SparseThreat(2), PatchThreat(1, count=2)):
+        evidence = Evidence(values, None, SIZE)
+        found = defense.certificate(evidence, threat)
+        assert places(defense, found, SIZE, CLASSES) is None
+        images = np.zeros((2, *SIZE, 1), np.uint8)
+        pictures = shown_pictures(images, ["a", "b"], found, evidence, None, CLASSES, [None] * 2, [0, 1])
+        html = page(CONFIG, summary(threat=threat.to_dict()), None, pictures)
+        assert data_of(html)["explorer"] is None
+        assert 'id="explorer"' not in html
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = """
+const wait = setInterval(() => {
+  if (!document.documentElement.dataset.ready) return;
+  clearInterval(wait);
+  const results = [], stage = document.getElementById("stage"), text = (id) => document.getElementById(id).textContent;
+  const press = (key, shiftKey = false) => stage.dispatchEvent(new KeyboardEvent("keydown", { key, shiftKey, bubbles: true }));
+  const note = () => results.push([text("name"), text("where"), text("margin"), text("touched"), text("says"),
+    [...document.querySelectorAll("#evidence tr")].map(({ cells }) => [cells[0].firstChild.textContent, cells[2].textContent])]);
+  document.getElementById("order").value = "data";
+  document.getElementById("order").dispatchEvent(new Event("change"));
+  while (text("name") !== "picture 0") press("n");
+  for (let picture = 0; picture < PICTURES; picture++) {
+    for (let k = 0; k < 9; k++) { press("ArrowUp"); press("ArrowLeft", true); press("ArrowLeft"); }
+    for (let y = 0; y < 6; y++) {
+      note();
+      for (let x = 0; x < 7; x++) { press(y % 2 ? "ArrowLeft" : "ArrowRight"); note(); }
+      press("ArrowDown");
+    }
+    press("w"); note();
+    if (text("turn")) { press("t"); note(); }
+    press("PageDown");
+  }
+  const filters = {};
+  for (const input of document.querySelectorAll("input[name=outcome]")) {
+    input.checked = true;
+    input.dispatchEvent(new Event("change"));
+    filters[input.value] = document.querySelectorAll("#thumbs li").length;
+  }
+  const box = stage.getBoundingClientRect();
+  stage.dispatchEvent(new PointerEvent("pointerdown", { clientX: box.right - 1, clientY: box.bottom - 1, pointerId: 1 }));
+  const pointed = text("where");
+  const pre = document.createElement("pre");
+  pre.id = "results";
+  pre.textContent = "RESULTS" + btoa(JSON.stringify({ results, filters, pointed, hacked: window.hacked ?? null })) + "END";
+  document.body.append(pre);
+}, 20);
+"""
+
+
+def in_chromium(html, folder, pictures):
+    """What DRIVER finds in a page that headless Chromium shows."""
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    driven = policy.sub("", html).replace(
+        "</body>", f"<script>{DRIVER.replace('PICTURES', str(pictures))}</script></body>"
+    )
+    (folder / "page.html").write_text(driven, encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
+    command = [CHROMIUM, *flags, "--virtual-time-budget=20000", "--dump-dom", (folder / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    return json.loads(base64.b64decode(re.findall(r'id="results">RESULTS(.*?)END', done.stdout)[0]))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("case", ["votes", "sums", "lines"])
+def test_the_explorer_shows_the_margins_of_the_certificate(case, tmp_path):
+    found, pictures, where, evidence = exhibit(case, 3)
+    seen = in_chromium(page(CONFIG, summary(), None, pictures, where), tmp_path, 3)
+    assert seen["hacked"] is None
+    states = [one.state for one in pictures]
+    assert seen["filters"] == {"all": 3} | {state: states.count(state) for state in ("certified", "open", "wrong")}
+    assert where is not None
+    box_of = {found.box(location): location for location in range(found.margin.shape[1])}
+    visited = {name: set() for name in ("picture 0", "picture 1", "picture 2")}
+    for name, rectangle, shown_margin, touched, says, table in seen["results"]:
+        i = int(name.split()[1])
+        top, bottom, left, right = map(int, re.findall(r"\d+", rectangle))
+        location = box_of[top, left, bottom - top + 1, right - left + 1]
+        visited[name].add(location)
+        value = found.margin[i, location].item()
+        assert shown_margin == margin(value)
+        assert says.startswith("✓" if value > 0 else "○")
+        attacked = found.sees.rows[found.sees.row_of[location]].clone()
+        if evidence.unsure is not None:
+            attacked |= evidence.unsure[i]
+        assert touched == f"{int(attacked.sum())} of {len(attacked)}"
+        outside = where.counted(evidence.values[[i]])[0][~attacked.numpy()].sum(0, dtype=np.float64)
+        for row, text in table:
+            number = float(text.split(" ")[0].replace("−", "-"))
+            assert number == pytest.approx(outside[CLASSES.index(row)], rel=6e-4, abs=1e-6)
+    shapes = found.sees.locations.shape
+    for places_seen in visited.values():  # every place of the first shape was visited
+        assert len(places_seen) >= int((shapes == shapes[0]).sum())
+    assert [int(n) for n in re.findall(r"\d+", seen["pointed"])][1::2] == [SIZE[0] - 1, SIZE[1] - 1]
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(("side", "channels", "n"), [(32, 3, 1000), (44, 3, 800), (224, 3, 40)])
+def test_the_page_stays_below_five_megabytes(side, channels, n):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (n, side, side, channels), np.uint8)  # noise: the worst that can be
+    found = np.ones((side, side))
+    pictures = [shown(image=image, title=f"picture {i}", map=found) for i, image in enumerate(images)]
+    html = page(CONFIG, summary(images=n), None, pictures)
+    assert len(html.encode()) < 5_000_000
+    kept = len(data_of(html)["titles"])
+    text = text_of(html)
+    assert kept == n or f"{kept:,} of {n:,} pictures are here, evenly spaced in the order of the data" in text
+    assert (kept == n) == (side == 32)
+    assert kept > n / 4
+
+
+def test_a_thousand_photos_with_scores_of_many_cells_fit():
+    """Smooth pictures, as photos are, with a 10x10 grid of scores: all in the gallery, an even part in the explorer."""
+    defense, threat, size = ClippedBagNet(nn.Identity(), views.Blocks(5, stride=3)), PatchThreat(4), (32, 32)
+    rng = np.random.default_rng(0)
+    number, n = defense.number_of_views(size), 1000
+    evidence = Evidence(torch.rand(n, number, 10, generator=torch.Generator().manual_seed(0)), None, size)
+    found = defense.certificate(evidence, threat)
+    classes = tuple("abcdefghij")
+    where = places(defense, found, size, classes)
+    small = rng.integers(0, 256, (n, 8, 8, 3), np.uint8)
+    images = np.stack([np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BILINEAR)) for one in small])
+    titles = [f"picture {i}" for i in range(n)]
+    pictures = shown_pictures(images, titles, found, evidence, where, classes, [None] * n, [0] * n)
+    html = page(CONFIG, summary(), None, pictures, where)
+    data = data_of(html)
+    assert len(html.encode()) < 5_000_000
+    assert len(data["titles"]) == n
+    explored = len(unpack(data["explorer"]["index"], "<i4", -1))
+    assert 200 < explored <= n
+    assert explored == n or f"{explored:,} of the 1,000 pictures of the gallery can be explored" in text_of(html)
+
+
+# ---- certipatch report
+
+
+def quiet(done, total, text):
+    """No progress bar."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
+    write_parquet(folder / "stripes")
+    train(read(write_recipe(folder / "r.yaml", data=str(folder / "stripes"), epochs=1)), folder / "model")
+    evaluate_into(folder / "run", str(folder / "model"), str(folder / "stripes"), PatchThreat(2), "test", None, quiet)
+    return folder
+
+
+@pytest.fixture
+def finished(home, tmp_path):
+    return Path(shutil.copytree(home / "run", tmp_path / "run"))
+
+
+def test_a_report_is_rebuilt_from_the_run(finished):
+    before = (finished / "report.html").read_text()
+    (finished / "report.html").unlink()
+    assert rebuild(finished).read_text() == before
+    assert "All 40 pictures of the run are here." in text_of(before)
+    assert not list(finished.glob("*.part"))
+
+
+def test_numbers_come_from_the_records_not_from_the_summary(finished):
+    before = (finished / "report.html").read_text()
+    values = json.loads((finished / "summary.json").read_text())
+    (finished / "summary.json").write_text(json.dumps(values | {"certified_accuracy": 0.999}))
+    assert rebuild(finished).read_text() == before
+
+
+def test_moved_data_and_model(home, finished, tmp_path):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    gone = config | {"source": str(tmp_path / "gone"), "model": str(tmp_path / "gone")}
+    (finished / "config.yaml").write_text(yaml.safe_dump(gone))
+    with pytest.raises(InputError, match=r"the model of .* cannot be opened.*--model"):
+        rebuild(finished)
+    with pytest.raises(InputError, match=r"the pictures of .* cannot be opened.*--data"):
+        rebuild(finished, model=str(home / "model"))
+    assert rebuild(finished, str(home / "stripes"), str(home / "model")).exists()
+
+
+def test_other_data_or_another_model_is_refused(home, finished, tmp_path):
+    other = write_parquet(tmp_path / "other", size=(12, 12))
+    table = yaml.safe_load((finished / "config.yaml").read_text())
+    shutil.copy(other / "train-00000-of-00001.parquet", other / "test-00000-of-00001.parquet")
+    with pytest.raises(InputError, match=r"does not hold the pictures of .*fingerprint differs"):
+        rebuild(finished, str(other))
+    (finished / "config.yaml").write_text(yaml.safe_dump(table | {"model_sha256": "0" * 64}))
+    with pytest.raises(InputError, match="is not the model of"):
+        rebuild(finished)
+
+
+def test_unfinished_foreign_and_damaged_folders(finished, tmp_path, monkeypatch, capsys):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    with pytest.raises(InputError, match="no run folder"):
+        rebuild(tmp_path)
+    for damaged, reason in (
+        ({"command": "evaluate"}, "damaged settings"),
+        (config | {"threat": {"kind": "patch"}}, "damaged settings"),
+        (config | {"images": "many"}, "damaged settings"),
+        (config | {"settings": 3}, "damaged settings"),
+        (config | {"seed": 5}, "seed in config.yaml is not what the model"),
+        (config | {"source": ["a"]}, "source is no text"),
+        (config | {"command": "attack"}, "report reads runs of evaluate and certify"),
+    ):
+        (finished / "config.yaml").write_text(yaml.safe_dump(damaged))
+        with pytest.raises(InputError, match=reason):
+            rebuild(finished)
+    bomb = "command: evaluate\na0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 64)
+    )
+    (finished / "config.yaml").write_text(bomb)
+    with pytest.raises(InputError, match="unfolds to more than"):
+        rebuild(finished)
+    (finished / "config.yaml").write_text(yaml.safe_dump(config))
+    (finished / "summary.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["certipatch", "report", str(finished)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "is not finished" in err
+
+
+def test_reports_of_own_pictures_are_rebuilt_too(home, tmp_path):
+    for i, (encoded, _) in enumerate(stripes(3, 7)):
+        (tmp_path / f"{i}.png").write_bytes(encoded)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    certify_files(paths, str(home / "model"), PatchThreat(2), tmp_path / "run")
+    before = (tmp_path / "run" / "report.html").read_text()
+    assert data_of(before)["titles"] == ["0.png", "1.png", "2.png"]
+    assert data_of(before)["explorer"] is not None
+    assert rebuild(tmp_path / "run").read_text() == before
+    paths[1].write_bytes(stripes(2, 8)[1][0])
+    with pytest.raises(InputError, match=r"1\.png is no longer the picture .* with a new --out"):
+        rebuild(tmp_path / "run")
+    paths[1].unlink()
+    with pytest.raises(InputError, match=r"1\.png, a picture of .* cannot be read"):
+        rebuild(tmp_path / "run")

@@ -55,7 +55,7 @@ def data_uri(image: Image.Image, *, photo: bool = False) -> str:
     """A picture as a PNG data URI; as JPEG if it is a photo."""
     file = io.BytesIO()
     if photo:
-        image.save(file, "JPEG", quality=85, subsampling=0, optimize=True)
+        image.save(file, "JPEG", quality=85, subsampling=0)
     else:
         image.save(file, "PNG", optimize=True)
     return f"data:image/{'jpeg' if photo else 'png'};base64," + base64.b64encode(file.getvalue()).decode()
