@@ -38,7 +38,7 @@ def test_every_named_model_loads_and_says_where_its_numbers_come_from(name):
     for metric in card.metrics:
         assert metric["images"] == 10_000
         low, high = metric["certified_ci95"]
-        assert low < metric["certified_accuracy"] < high
+        assert low <= metric["certified_accuracy"] <= high
 
 
 def test_fashion_on_the_sample_is_near_its_card(sample):
