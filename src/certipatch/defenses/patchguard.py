@@ -77,10 +77,11 @@ class PatchGuard(ViewDefense):
         self.kind: Kind = evidence or ("confidence" if isinstance(views, Bands | Blocks | Cross) else "logits")
         if self.kind not in get_args(Kind):
             raise ValueError(f"evidence is {', '.join(get_args(Kind))}, not {evidence!r}")
-        self.threshold, self.clip, self.fixed = threshold, clip, fixed
+        self.threshold, self.fixed = threshold, fixed
+        self.clip = clip if self.kind == "logits" else min(clip, 1.0)
         self.raw = self.kind in ("logits", "sigmoid")  # type: ignore[misc]
         self._rules: dict[tuple[int, int], RobustMask] = {}
-        self.theorem = RobustMask(Windows.runs(1, 1), threshold, clip).theorem
+        self.theorem = RobustMask(Windows.runs(1, 1), threshold, self.clip).theorem
 
     def settings(self) -> dict[str, Any]:
         clip = None if math.isinf(self.clip) else self.clip

@@ -119,7 +119,7 @@ class RobustMask(Rule):
         """Evidence of as many pictures as fit the working memory."""
         _, views, classes = evidence.shape
         number = len(self._windows)
-        light = isinstance(self.windows, JointWindows) and self.threshold == 0 and math.isinf(self.clip)
+        light = isinstance(self.windows, JointWindows) and self.threshold == 0
         pairs = locations + number if light else locations * number
         each = 8 * (2 * classes * (views + number + locations) + 3 * pairs)
         return evidence.split(max(1, CHUNK_BYTES // each))
@@ -158,6 +158,9 @@ class RobustMask(Rule):
         keep, size = 1 - self.threshold, places.members.sum(1).double()
         reach = torch.where(size > 0, size * self.clip, 0.0)
         covering = shared == size[:, None]  # windows that hold all of A
+        # Where A is a window and none is larger, a window w saves at most |w∖A|·c ≤ |A∖w|·c, and costs the latter.
+        largest = windows.members.sum(1)
+        done = bool((covering & (largest <= size[:, None]) & (largest.max() <= size[:, None])).any(1).all())
         best = torch.full((len(scored.label), len(places)), -torch.inf, dtype=torch.float64)
         for block in scored.blocks():
             rivals = block.classes != scored.label[:, None]
@@ -169,10 +172,10 @@ class RobustMask(Rule):
                 bound = covered if bound is None else torch.minimum(bound, covered)
             assert bound is not None
             bound = bound.masked_fill(~rivals[:, None], -torch.inf)
-            if block.outside is None or math.isinf(self.clip):
+            if block.outside is None or math.isinf(self.clip) or done:
                 best = torch.maximum(best, bound.amax(2))
             else:
-                best = self._refined(best, bound, block.scores, windows, places, shared, size)
+                best = self._refined(best, bound, block.scores, windows, places)
             limit = block.rest[:, None] / keep if math.isinf(self.clip) and keep > 0 else block.rest[:, None] + reach
             if bool((limit <= best).all()):  # no class of the blocks to come reaches what was found
                 break
@@ -185,8 +188,6 @@ class RobustMask(Rule):
         scores: Float64[Tensor, "b V k"],
         windows: Any,
         places: Any,
-        shared: Float64[Tensor, "P W"],
-        size: Float64[Tensor, " P"],
     ) -> Float64[Tensor, "b P"]:
         """``best`` raised to the exact U_k, with windows that hold only a part of A too, for finite c.
 
@@ -194,7 +195,6 @@ class RobustMask(Rule):
         """
         order = bound.amax(1).argsort(1, descending=True)
         best, left = best.clone(), torch.arange(len(bound))
-        members = windows.members.to(scores)
         for step in range(bound.shape[2]):
             following = bound[left].gather(2, order[left, None, step:].expand(-1, bound.shape[1], -1))
             left = left[(following.amax(2) > best[left]).any(1)]
@@ -203,9 +203,7 @@ class RobustMask(Rule):
             chosen = order[left, step, None, None]
             limit = bound[left].gather(2, chosen.expand(-1, bound.shape[1], 1))[..., 0]
             rival = scores[left].gather(2, chosen.expand(-1, scores.shape[1], 1))[..., 0]
-            aside = places.outside(rival[..., None])  # t_k
-            held = (rival @ members.T)[:, None] - windows.overlap_sums(places, rival)
-            least = (aside - held + (size[:, None] - shared) * self.clip).amin(2) / (1 - self.threshold)
+            least = windows.least_left(places, rival, self.clip) / (1 - self.threshold)
             best[left] = torch.maximum(best[left], torch.minimum(limit, least))
         return best
 

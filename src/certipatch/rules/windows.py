@@ -94,6 +94,13 @@ class Windows:
         beside = torch.sub(inside.view(batch, n, 1, m, 1), sums, out=sums)
         return beside.amax(3).amax(1).view(batch, len(other))
 
+    def least_left(self, other: "Windows", scores: Float64[Tensor, "B V"], clip: float) -> Float64[Tensor, "B L"]:
+        """The least that a window leaves over, where every view of window l of ``other`` scores a finite ``clip``."""
+        aside = other.outside(scores[..., None])
+        beside = (scores @ self.members.to(scores).T)[:, None] - self.overlap_sums(other, scores)
+        shared = self.overlap_sums(other, torch.ones_like(scores[:1]))
+        return (aside - beside + (other.members.sum(1)[:, None] - shared) * clip).amin(2)
+
     def _overlaps(self, other: "Windows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B n_nl m_ml"]:
         """Shared sums by (row set, other row set) and (column set, other column set)."""
         rows = (self.rows[:, None] & other.rows).flatten(0, 1).to(scores)
@@ -158,6 +165,12 @@ class JointWindows:
         one, two = self._split(scores, 1)
         first = self.first.heaviest_beside(other.first, one)
         return (first[:, :, None] + self.second.heaviest_beside(other.second, two)[:, None]).flatten(1)
+
+    def least_left(self, other: "JointWindows", scores: Float64[Tensor, "B V"], clip: float) -> Float64[Tensor, "B L"]:
+        """The least that a window leaves over, where every view of window l of ``other`` scores a finite ``clip``."""
+        one, two = self._split(scores, 1)
+        first = self.first.least_left(other.first, one, clip)
+        return (first[:, :, None] + self.second.least_left(other.second, two, clip)[:, None]).flatten(1)
 
 
 def _runs(length: int, width: int, circular: bool) -> Bool[Tensor, "n length"]:
