@@ -11,6 +11,7 @@ from certipatch.defenses.card import Card, load_folder
 from certipatch.defenses.card import read as read_card
 from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+from certipatch.defenses.interval_bounds import IntervalBounds
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
@@ -26,6 +27,7 @@ __all__ = [
     "Defense",
     "DerandomizedSmoothing",
     "Evidence",
+    "IntervalBounds",
     "PatchGuard",
     "PatchGuardPlusPlus",
     "RandomizedAblation",
@@ -46,6 +48,7 @@ METHODS: dict[str, type[Defense]] = {
         ClippedBagNet,
         BagCert,
         PatchGuardPlusPlus,
+        IntervalBounds,
         Undefended,
     )
 }

@@ -29,6 +29,8 @@ class Evidence:
     image_size: tuple[int, int]
     error: Float64[Tensor, " B"] | None = None
     """How far a score of each picture may be off; None for votes, which have ``unsure`` for it."""
+    images: Float[Tensor, "B C H W"] | None = None
+    """The pictures, where a certificate needs the network again (interval bounds); such evidence is not stored."""
 
 
 class Defense(ABC):

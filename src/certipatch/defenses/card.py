@@ -23,6 +23,7 @@ from certipatch.defenses.bagcert import BagCert
 from certipatch.defenses.base import Defense
 from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+from certipatch.defenses.interval_bounds import IntervalBounds
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
@@ -131,6 +132,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "clipped-bagnet": ClippedBagNetSettings,
     "bagcert": BagCertSettings,
     "patchguard-plus-plus": DetectionSettings,
+    "interval-bounds": Settings,
     "undefended": Settings,
 }
 Method = Literal[
@@ -140,8 +142,11 @@ Method = Literal[
     "clipped-bagnet",
     "bagcert",
     "patchguard-plus-plus",
+    "interval-bounds",
     "undefended",
 ]
+# Defenses of networks that read whole pictures, without views.
+PLAIN: dict[str, Callable[..., Defense]] = {"undefended": Undefended, "interval-bounds": IntervalBounds}
 
 
 class Described(BaseModel):
@@ -160,11 +165,11 @@ class Described(BaseModel):
         settings = SETTINGS[self.defense].model_validate(self.settings)
         object.__setattr__(self, "settings", settings.model_dump(mode="json"))
         local = self.model.name in LOCAL
-        if local == (self.views is not None) and self.defense != "undefended":
+        if local == (self.views is not None) and self.defense not in PLAIN:
             needs = "has receptive fields of its own; leave views out" if local else "needs views"
             raise ValueError(f"{self.defense} with the network {self.model.name} {needs}")
-        if self.defense == "undefended" and (self.views is not None or local):
-            raise ValueError(f"undefended reads whole pictures, without views; {self.model.name} cannot")
+        if self.defense in PLAIN and (self.views is not None or local):
+            raise ValueError(f"{self.defense} reads whole pictures, without views; {self.model.name} cannot")
         if self.views is not None and self.views.random and self.defense != "randomized-ablation":
             raise ValueError(f"{self.defense} asks every view; {self.views.name} are for randomized-ablation")
         return self
@@ -215,8 +220,8 @@ def build(card: Described, network: nn.Module, threat: Threat | None = None) -> 
     """
     settings = dict(card.settings)
     found = card.created_views()
-    if card.defense == "undefended":
-        return Undefended(network)
+    if card.defense in PLAIN:
+        return PLAIN[card.defense](network)
     if card.defense in ("patchguard", "patchguard-plus-plus"):
         patch = settings.pop("patch")
         given = isinstance(threat, PatchThreat) and not settings.get("fixed")

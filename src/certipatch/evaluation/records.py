@@ -35,7 +35,7 @@ EVIDENCE = pa.schema(
     [
         ("index", pa.int64()),
         ("votes", pa.binary()),  # of rules that count: V·K bits
-        ("scores", pa.binary()),  # of other rules: V·K numbers in float32; null beyond MAX_SCORES
+        ("scores", pa.binary()),  # of other rules: V·K numbers in float32; null beyond MAX_SCORES, or if not all
         ("error", pa.float64()),  # how far a score may be off
         ("unsure", pa.binary()),  # V bits
         ("largest_patch", pa.int64()),
@@ -93,7 +93,7 @@ def evidence_rows(indices: list[int], evidence: Evidence, largest: list[int | No
         rows[name] = [None] * n
     if values.dtype == torch.bool:
         rows["votes"] = [row.tobytes() for row in np.packbits(values.numpy(), axis=1)]
-    elif values.shape[1] <= MAX_SCORES:
+    elif evidence.images is None and values.shape[1] <= MAX_SCORES:
         rows["scores"] = [row.tobytes() for row in values.float().numpy().astype("<f4")]
     if evidence.error is not None:
         rows["error"] = evidence.error.cpu().tolist()

@@ -7,15 +7,19 @@ from torch import nn
 
 from certipatch.errors import InputError
 from certipatch.models.bagnet import BagNet, SmallBagNet
+from certipatch.models.cnn import CNN
 from certipatch.models.conv import ConvNet
 from certipatch.models.crop import CropNet
+from certipatch.models.mlp import MLP
 from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
 from certipatch.models.strip import CrossNet, StripNet
 from certipatch.views import Bands, Blocks, Cross, RandomViews, Views
 
 __all__ = [
+    "CNN",
     "LOCAL",
+    "MLP",
     "BagNet",
     "ConvNet",
     "CropNet",
@@ -36,6 +40,8 @@ NETWORKS = {
     "resnet18": ResNet18,
     "bagnet": BagNet,
     "small-bagnet": SmallBagNet,
+    "mlp": MLP,
+    "cnn": CNN,
 }
 LOCAL = ("bagnet", "small-bagnet")  # networks of local logits, whose views are their receptive fields
 
@@ -45,16 +51,18 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["strip", "crop", "conv", "resnet18", "bagnet", "small-bagnet"]
+    name: Literal["strip", "crop", "conv", "resnet18", "bagnet", "small-bagnet", "mlp", "cnn"]
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(default=None, min_length=1, max_length=8)
     depth: int | None = Field(default=None, ge=1, le=32)
-    """Residual blocks per stage."""
+    """Residual blocks per stage; of a CNN: its convolutions, 2, 4 or 5."""
     depths: tuple[Annotated[int, Field(ge=1, le=32)], ...] | None = Field(default=None, min_length=4, max_length=4)
     """Of a BagNet: blocks of each stage."""
     field: int | None = Field(default=None, ge=1, le=64)
     """Of a BagNet: receptive field in pixels."""
     resize: int | None = Field(default=None, ge=1, le=1024)
     """Of a BagNet: side in pixels that pictures are resized to inside the network."""
+    kernel: int | None = Field(default=None, ge=1, le=64)
+    """Of a CNN: side of the first convolution."""
 
 
 def create(
@@ -75,6 +83,10 @@ def create(
             return ConvNet(views, in_channels, num_classes, image_size, **sizes)
         if settings.name == "resnet18":
             return ResNet18(in_channels, num_classes, **sizes)
+        if settings.name in ("mlp", "cnn"):
+            if views is not None:
+                raise InputError(f"the {settings.name} network reads whole pictures; leave views out")
+            return NETWORKS[settings.name](in_channels, num_classes, image_size, **sizes)
         if settings.name == "strip" and isinstance(views, Cross):
             return CrossNet(views, in_channels, num_classes, image_size, **sizes)
         if not isinstance(views, Bands | Blocks):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from certipatch.defenses.card import Described, Side
+from certipatch.defenses.card import PLAIN, Described, Side
 from certipatch.errors import InputError
 from certipatch.models import LOCAL
 
@@ -97,7 +97,7 @@ class Recipe(Described):
         asked = self.objective
         if self.model.name in LOCAL and asked.views_per_step != "all":
             raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
-        if self.defense == "undefended" and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):
+        if self.defense in PLAIN and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):
             raise ValueError("a network without views has no margin to raise; use cross_entropy alone")
         if self.views is not None and self.views.random and asked.views_per_step == "all":
             raise ValueError(f"{self.views.name} cannot all be shown; use objective.views_per_step: 1")

@@ -1,0 +1,111 @@
+"""Bounds of a whole network: every picture of a box in, an interval for every logit out, or margins between them."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from certipatch.bounds.interval import Interval
+from certipatch.bounds.layers import Linear, Op, merged
+from certipatch.bounds.trace import Precision, flatten_into_linear, trace
+from certipatch.errors import InputError
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """The layers of a network with weights in one precision, ready to pass intervals. Value 0 is the picture."""
+
+    ops: tuple[Op, ...]
+    inputs: tuple[tuple[int, ...], ...]
+    classes: int
+    dtype: torch.dtype
+
+    def values(self, pictures: Interval, until: int | None = None) -> list[Interval]:
+        """The picture's interval and that of every layer's answer, up to the layer ``until``."""
+        found = [pictures]
+        for op, inputs in list(zip(self.ops, self.inputs, strict=True))[:until]:
+            found.append(op.whole(*(found[i] for i in inputs)))
+        return found
+
+    @property
+    def head(self) -> Linear | None:
+        """The last layer, where it is linear and reads a vector: it is merged with the margins."""
+        last = self.ops[-1]
+        return last if isinstance(last, Linear) and last.shape_of_map is None else None
+
+    @property
+    def before_head(self) -> int:
+        """The value that the head reads, or the logits where there is none."""
+        return self.inputs[-1][0] if self.head is not None else len(self.ops)
+
+    def margins(self, last: Interval, label: Int[Tensor, " B"], rivals: Int[Tensor, "B R"]) -> Float[Tensor, "B L R"]:
+        """Lower bounds of z_y − z_k from value ``before_head`` (B, L, n); of logits where there is no head."""
+        if self.head is not None:
+            return merged(self.head, last, label, rivals)
+        places = last.shape[1]
+        own = last.lower.gather(2, label[:, None, None].expand(-1, places, 1))
+        other = last.upper.gather(2, rivals[:, None].expand(-1, places, -1))
+        return own - other - (2 * torch.finfo(self.dtype).eps * (own.abs() + other.abs()) if self._guarded else 0.0)
+
+    @property
+    def _guarded(self) -> bool:
+        return any(getattr(op, "eps", 0.0) > 0 for op in self.ops)
+
+
+def passage(
+    model: nn.Module, picture: tuple[int, int, int], dtype: torch.dtype | None = None, outward: bool = False
+) -> Passage:
+    """The layers of ``model``, for pictures of ``picture`` (C, H, W).
+
+    Args:
+        model: maps pictures (B, C, H, W) to logits (B, K) by layers of ``trace.MODULES``, ``FUNCTIONS`` and ``METHODS``.
+        dtype: of the bounds; float64 for certificates; None for that of the parameters. Gradients reach them.
+        outward: round intervals outward, so that they hold for the real numbers that the weights denote.
+
+    Errors: InputError that names a layer without bounds, a layer in training mode that is random or sees the whole
+    batch, or what is no vector of logits.
+    """
+    first = next(model.parameters(), torch.zeros(()))
+    at = Precision(dtype or first.dtype, torch.finfo(dtype or first.dtype).eps if outward else 0.0)
+    steps = trace(model)
+    ops, inputs = [step.make(at) for step in steps], tuple(step.inputs for step in steps)
+    zeros = torch.zeros(1, *picture, dtype=at.dtype, device=first.device)
+    with torch.no_grad():
+        shapes = [zeros.shape]
+        found = [Interval(zeros, zeros)]
+        for step, op in zip(steps, ops, strict=True):
+            try:
+                found.append(op.whole(*(found[i] for i in step.inputs)))
+            except (RuntimeError, IndexError) as error:
+                size = "x".join(map(str, picture))
+                reason = " ".join(str(error).split())[:120]
+                raise InputError(f"interval bounds: {step.name} cannot read pictures of {size}: {reason}") from None
+            shapes.append(found[-1].shape)
+    if len(shapes[-1]) != 2 or shapes[-1][1] < 2:
+        raise InputError(f"interval bounds: the network gives {tuple(shapes[-1])} where logits (B, K ≥ 2) are needed")
+    return Passage(tuple(flatten_into_linear(ops, inputs, shapes)), inputs, shapes[-1][1], at.dtype)
+
+
+def rivals_of(label: Int[Tensor, " B"], classes: int) -> Int[Tensor, "B R"]:
+    """All other classes of each label, in their order: R = K − 1."""
+    others = torch.arange(classes - 1, device=label.device).expand(len(label), -1)
+    return others + (others >= label[:, None])
+
+
+def logit_bounds(model: nn.Module, pictures: Interval, outward: bool = False) -> Interval:
+    """Bounds (B, K) of the logits of every picture of a box (B, C, H, W), in the precision of the box."""
+    _, channels, height, width = pictures.shape
+    return passage(model, (channels, height, width), pictures.lower.dtype, outward).values(pictures)[-1]
+
+
+def margin_bounds(
+    model: nn.Module, pictures: Interval, label: Int[Tensor, " B"], outward: bool = False
+) -> Float[Tensor, "B R"]:
+    """Lower bounds of z_y − z_k over a box of pictures, for all rivals k ≠ y in their order."""
+    _, channels, height, width = pictures.shape
+    passed = passage(model, (channels, height, width), pictures.lower.dtype, outward)
+    last = passed.values(pictures)[passed.before_head]
+    return passed.margins(last.map(lambda x: x[:, None]), label, rivals_of(label, passed.classes))[:, 0]

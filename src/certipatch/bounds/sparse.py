@@ -1,0 +1,119 @@
+"""Bounds against an attacker of any k pixels (Chiang et al. 2020, section 4.3).
+
+The first linear layer or convolution z = Wx + b gains at most the k largest of what single pixels can add, all channels of
+a pixel together: Σ_c max_δ W_c δ_c with x + δ in the box of attainable values, [0, 1] before any normalization. So
+
+    Wx + b − top-k_p Σ_c max_δ(−W δ)  ≤  z  ≤  Wx + b + top-k_p Σ_c max_δ(W δ);
+
+each end is attained. The layers behind it get ordinary bounds. The paper's equation 19 is for one channel, and lets
+every pixel move by 1 up and down, |W|; that is weaker, and is not used.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from certipatch.bounds.interval import Interval, widened
+from certipatch.bounds.layers import Conv, Flatten, Linear, Op, Pointwise, Same
+from certipatch.bounds.propagate import Passage, passage, rivals_of
+
+MEMORY = 2**28  # bytes of the gains of single pixels that are held at once
+
+
+def sparse_margins(
+    model: nn.Module,
+    images: Float[Tensor, "B C H W"],
+    label: Int[Tensor, " B"],
+    pixels: int,
+    *,
+    dtype: torch.dtype | None = None,
+    outward: bool = False,
+    strength: float = 1.0,
+    memory: int = MEMORY,
+) -> Float[Tensor, "B R"]:
+    """Lower bounds of z_y − z_k under any ``pixels`` pixels, for all R = K − 1 rivals k ≠ y in their order.
+
+    Arguments as in ``patch.patch_margins``. ``memory``: bytes held at once. Differentiable in the parameters and pictures.
+    """
+    passed = passage(model, (images.shape[1], images.shape[2], images.shape[3]), dtype, outward)
+    images = images.to(passed.dtype)
+    first = passed.ops[next((i for i, op in enumerate(passed.ops) if isinstance(op, Linear | Conv)), -1)]
+    numbers = first.weight.numel() if isinstance(first, Linear | Conv) else 1
+    if isinstance(first, Conv):  # one product per output cell, at most one for each pixel where the stride is 1
+        numbers *= images.shape[2] * images.shape[3]
+    step = max(1, memory // (4 * numbers * images.element_size()))
+    parts = []
+    for some, own in zip(images.split(step), label.split(step), strict=True):
+        parts.append(_margins(passed, some, own, pixels, strength))
+    return torch.cat(parts)
+
+
+def _margins(passed: Passage, images: Tensor, label: Tensor, pixels: int, strength: float) -> Float[Tensor, "B R"]:
+    """``clean`` holds the values that are still pixel by pixel, beside ``found``, the box of all that each can be."""
+    shrunk = (1 - strength) * images
+    clean: dict[int, Interval] = {0: Interval(images, images)}
+    found, rivals = [Interval(shrunk, shrunk + strength)], rivals_of(label, passed.classes)
+    for number, (op, inputs) in enumerate(zip(passed.ops, passed.inputs, strict=True), 1):
+        if len(inputs) == 1 and inputs[0] in clean:
+            before, box = clean[inputs[0]], found[inputs[0]]
+            if isinstance(op, Pointwise | Same | Flatten):
+                clean[number] = op.whole(before)
+            elif op is passed.head:
+                return _of_linear_network(passed.head, before, box, images.shape[1], pixels, label, rivals)
+            elif isinstance(op, Linear | Conv):
+                found.append(first_layer(op, before, box, images.shape[1], pixels))
+                continue
+        found.append(op.whole(*(found[i] for i in inputs)))  # of the box: weaker, and true for any layer
+    return passed.margins(found[passed.before_head].map(lambda x: x[:, None]), label, rivals)[:, 0]
+
+
+def _of_linear_network(
+    head: Linear, clean: Interval, box: Interval, channels: int, pixels: int, label: Tensor, rivals: Tensor
+) -> Float[Tensor, "B R"]:
+    """Margins of a network whose only layer is the head: those of (e_y − e_k)W, label by label."""
+    found = clean.lower.new_zeros(rivals.shape)
+    for y in label.unique():
+        chosen = (label == y).nonzero().flatten()
+        others = rivals[chosen[0]]
+        bias = None if head.bias is None else head.bias[y] - head.bias[others]
+        layer = Linear(head.weight[y] - head.weight[others], bias, head.eps)
+        parts = (x.map(lambda x: x[chosen]) for x in (clean, box))  # noqa: B023
+        found = found.index_put((chosen,), first_layer(layer, *parts, channels, pixels).lower)
+    return found
+
+
+def first_layer(op: Op, clean: Interval, box: Interval, channels: int, pixels: int) -> Interval:
+    """Bounds of a linear layer or convolution behind pixels, of which ``pixels`` may leave ``clean`` within ``box``."""
+    assert isinstance(op, Linear | Conv)
+    answer = op.whole(clean)
+    up, down = box.upper - clean.lower, clean.upper - box.lower
+    guard = 2 * op.guard
+    if isinstance(op, Linear):
+        weight = op.weight.unflatten(1, (channels, -1))
+        by_pixel = [change.reshape(len(change), channels, -1) for change in (up, down)]
+        gains = [
+            torch.einsum("ocp,bcp->bop", weight.clamp(min=0), plus)
+            - torch.einsum("ocp,bcp->bop", weight.clamp(max=0), minus)
+            for plus, minus in (by_pixel, by_pixel[::-1])
+        ]
+    else:
+        gains = [_taps(op, plus, minus) for plus, minus in ((up, down), (down, up))]
+    rise, fall = (
+        (gain.topk(pixels, -1).values if pixels < gain.shape[-1] else gain).sum(-1).reshape(answer.shape)
+        for gain in gains
+    )
+    return widened(answer.lower - fall, answer.upper + rise, guard * (rise + fall) if guard else 0.0)
+
+
+def _taps(op: Conv, plus: Tensor, minus: Tensor) -> Float[Tensor, "B Oij hw"]:
+    """What each pixel under the kernel can add to each output of a convolution, (B, O·h·w, taps)."""
+
+    def columns(x: Tensor) -> Tensor:
+        shown = F.unfold(F.pad(x, op.padding), op.weight.shape[2:], op.dilation, 0, op.stride)
+        return shown.view(len(x), op.groups, x.shape[1] // op.groups, -1, shown.shape[-1])  # (B, G, C/G, taps, cells)
+
+    weight = op.weight.flatten(2).unflatten(0, (op.groups, -1))  # (G, O/G, C/G, taps)
+    gain = torch.einsum("goct,bgctn->bgont", weight.clamp(min=0), columns(plus))
+    gain = gain - torch.einsum("goct,bgctn->bgont", weight.clamp(max=0), columns(minus))
+    return gain.flatten(1, 3)

@@ -1,0 +1,196 @@
+"""Certificates by interval bound propagation (Chiang et al. 2020): the network itself is bounded, once per location."""
+
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from certipatch import evidence as ev
+from certipatch.bounds import Interval, passage, patch_margins, patch_verdict, regions, sparse_margins
+from certipatch.bounds.patch import MEMORY, Regions
+from certipatch.certificate import Certificate
+from certipatch.defenses.base import Defense, Evidence
+from certipatch.errors import InputError
+from certipatch.threats import PatchThreat, SparseThreat, Threat
+
+
+@final
+class IntervalBounds(Defense):
+    """The class of largest logit; certified where no patch can move another class's logit above it.
+
+    Args:
+        model: an ``nn.Module`` (B, C, H, W) → (B, K) in eval mode, made of layers that ``bounds`` knows.
+        batch_size: pictures per forward pass (default: 2²⁰ pixels).
+        memory: bytes of clean maps that are held at once.
+
+    **Theorem.** Inside the patch every value in [0, 1] is allowed, outside it the pixel itself. Bounds of z_y − z_k over
+    that box are computed in float64 and rounded outward, so they hold for the real numbers that the weights denote.
+    The network is served in its own precision, whose logits are off by at most the tolerance t; margin = bound − 2t.
+    Certified when every margin, over locations and rivals, is > 0: exactly 0 is not.
+
+    **What is measured, not proved, is t**: four times the largest distance between a served logit and the same logit in
+    float64, over probes (up to two of the pictures, black, white, random and checkered ones, and patches of those, in
+    batches of 1, 2, 5 and 9) and over the picture itself, and never less than the house's floor for that precision. The
+    first call with pictures of a new size measures the probes.
+    """
+
+    name: ClassVar[str] = "interval-bounds"
+    theorem = (
+        "lower bound of z_y − z_k over the box, less twice the tolerance of a logit, > 0 for every location and rival"
+    )
+
+    def __init__(self, model: nn.Module, batch_size: int | None = None, memory: int = MEMORY):
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.model, self.batch_size, self.memory = model, batch_size, memory
+        self._tolerance: dict[tuple[Any, ...], float] = {}
+        self._regions: dict[tuple[Threat, tuple[int, int]], Regions] = {}
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def check(self, images: Float[Tensor, "B C H W"]) -> None:
+        self.tolerance(images)
+
+    def tolerance(self, images: Float[Tensor, "B C H W"]) -> float:
+        """By how much a served logit may be off, for pictures of this size. InputError where the model is refused."""
+        first = next(self.model.parameters(), images)
+        autocast = torch.is_autocast_enabled(images.device.type)
+        key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
+        if key not in self._tolerance:
+            self._tolerance[key] = self._measured(images, first.dtype)
+        return self._tolerance[key]
+
+    def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
+        """Served logits (B, 1, K), their tolerance, and the pictures, which certificates need again."""
+        ev.check_images(images)
+        tolerance, served = self.tolerance(images), self._served(images)
+        off = (served.double() - self._exact(images)).abs().amax(1)
+        self._check_distance(off.max().item(), served)
+        error = (4 * off).clamp(min=tolerance)
+        return Evidence(served[:, None], None, (images.shape[2], images.shape[3]), error, images)
+
+    def label(self, evidence: Evidence) -> Int64[Tensor, " B"]:
+        return evidence.values[:, 0].argmax(1)
+
+    def certificate(self, evidence: Evidence, threat: Threat) -> Certificate:
+        label, images, error = self.label(evidence), *_complete(evidence)
+        if isinstance(threat, SparseThreat):
+            bound = self._sparse(images, label, threat)[:, None]
+            relation = None
+        else:
+            found = self.regions(threat, evidence.image_size)
+            relation = found.sees
+            with torch.no_grad():
+                rivals = patch_margins(
+                    self.model, images, label, found, dtype=torch.float64, outward=True, memory=self.memory
+                )
+            bound = rivals.amin(2)
+        return Certificate(label, bound - 2 * error[:, None], threat, self.theorem, relation)
+
+    def certified(self, evidence: Evidence, threat: Threat) -> Bool[Tensor, " B"]:
+        """The verdict alone: each picture is left at the first location that fails."""
+        label, images, error = self.label(evidence), *_complete(evidence)
+        if isinstance(threat, SparseThreat):
+            return self._sparse(images, label, threat) > 2 * error
+        found = self.regions(threat, evidence.image_size)
+        return patch_verdict(
+            self.model, images, label, found, 2 * error, dtype=torch.float64, outward=True, memory=self.memory
+        )
+
+    def largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"]:
+        """By bisection, since the bounds of a patch hold those of every patch inside it."""
+        images, error = _complete(evidence)
+        low = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        high = low + min(evidence.image_size) + 1  # low is certified, high is not
+        while bool((high - low > 1).any()):
+            tried = torch.minimum((low + high) // 2, low * 2 + 4)  # certified ones are small, and cost most
+            for side in tried[high - low > 1].unique().tolist():
+                chosen = ((tried == side) & (high - low > 1)).nonzero().flatten()
+                part = Evidence(evidence.values[chosen], None, evidence.image_size, error[chosen], images[chosen])
+                passes = self.certified(part, PatchThreat(side))
+                low[chosen[passes]] = side
+                high[chosen[~passes]] = side
+        return low
+
+    def regions(self, threat: PatchThreat, image_size: tuple[int, int]) -> Regions:
+        """All locations of a threat, found once."""
+        key = (threat, image_size)
+        if key not in self._regions:
+            self._regions[key] = regions(threat, image_size)
+        return self._regions[key]
+
+    def forward_passes(self, image_size: tuple[int, int]) -> int:
+        """Passes of the network for an answer; a certificate passes bounds once per location besides."""
+        return 1
+
+    def to(self, device: str | torch.device) -> "IntervalBounds":
+        self.model.to(device)
+        return self
+
+    def _sparse(self, images: Tensor, label: Tensor, threat: SparseThreat) -> Float[Tensor, " B"]:
+        with torch.no_grad():
+            found = sparse_margins(
+                self.model, images, label, threat.pixels, dtype=torch.float64, outward=True, memory=self.memory
+            )
+        return found.amin(1)
+
+    def _served(self, images: Tensor, batch_size: int | None = None) -> Float[Tensor, "B K"]:
+        batch = batch_size or self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
+        with torch.inference_mode():
+            logits = torch.cat([self.model(part.clone()) for part in images.split(batch)])
+        if logits.ndim != 2 or len(logits) != len(images) or not bool(torch.isfinite(logits).all()):
+            raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
+        return logits.clone()
+
+    def _exact(self, images: Tensor) -> Float[Tensor, "B K"]:
+        """Logits in float64, by the layers that the bounds go through."""
+        with torch.no_grad():
+            passed = passage(self.model, (images.shape[1], images.shape[2], images.shape[3]), torch.float64)
+            step = max(1, ev.PIXELS // (4 * images.shape[2] * images.shape[3]))
+            parts = [part.double() for part in images.split(step)]
+            return torch.cat([passed.values(Interval(part, part))[-1].lower for part in parts])
+
+    def _measured(self, images: Tensor, dtype: torch.dtype) -> float:
+        encoding = getattr(self.model, "encoding", "picture")
+        if encoding != "picture":
+            raise InputError(
+                f"model refused: it reads views ({encoding}), and bounds are for networks of whole pictures"
+            )
+        if any(module.training for module in self.model.modules()):
+            raise InputError("model refused: it is in training mode, call model.eval()")
+        probes = _probes(images)
+        served, exact, worst = [], self._exact(probes), 0.0
+        for batch in (1, 2, 5, 9, len(probes)):
+            served.append(self._served(probes, batch).double())
+            worst = max(worst, (served[-1] - exact).abs().max().item())
+        self._check_distance(worst, exact)
+        return max(4 * worst, ev.FLOORS.get(dtype, 1e-6) * (1 + exact.abs().max().item()))
+
+    def _check_distance(self, off: float, logits: Tensor) -> None:
+        dtype = next((p.dtype for p in self.model.parameters()), logits.dtype)
+        limit = ev.LIMITS.get(dtype, 1e-4) * (1 + logits.abs().max().item())
+        if not off <= limit:
+            raise InputError(
+                f"model refused: its answers differ from those of its layers in float64 by {off:.2g} (limit {limit:.2g}): "
+                "it depends on the other pictures of a batch, or computes what bounds do not see"
+            )
+
+
+def _complete(evidence: Evidence) -> tuple[Tensor, Tensor]:
+    if evidence.images is None or evidence.error is None:
+        raise InputError("bounds need the pictures again; this evidence comes without them")
+    return evidence.images, evidence.error
+
+
+def _probes(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "n C H W"]:
+    """Some pictures, extreme ones, and patches of those in each other."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand((2, *images.shape[1:]), generator=generator).to(images)
+    height, width = images.shape[2:]
+    rows, columns = torch.arange(height, device=images.device)[:, None], torch.arange(width, device=images.device)
+    checks = ((rows + columns) % 2).to(images).expand_as(noise[:1])
+    plain = torch.cat([images[:2], noise, noise.round(), checks, 1 - checks, 0 * noise[:1], 0 * noise[:1] + 1])
+    inside = (rows % 7 < 5) & (columns % 9 < 5)
+    return torch.cat([plain, torch.where(inside, plain.flip(0), plain)])

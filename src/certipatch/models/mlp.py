@@ -1,0 +1,33 @@
+"""A network of fully connected layers on all pixels of a picture."""
+
+import itertools
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Logits of whole pictures by fully connected layers with ReLU.
+
+    Args:
+        in_channels: C of the pictures.
+        num_classes: K.
+        image_size: (H, W) of the pictures.
+        widths: neurons of each hidden layer; (255,) is the network of Chiang et al. 2020 (appendix A.1).
+
+    ``forward`` maps pictures (N, C, H, W) to logits (N, K).
+    """
+
+    encoding = "picture"
+
+    def __init__(
+        self, in_channels: int, num_classes: int, image_size: tuple[int, int], widths: tuple[int, ...] = (255,)
+    ):
+        super().__init__()
+        sizes = (in_channels * image_size[0] * image_size[1], *widths)
+        hidden = [(nn.Linear(n, m), nn.ReLU()) for n, m in itertools.pairwise(sizes)]
+        self.body = nn.Sequential(nn.Flatten(), *itertools.chain.from_iterable(hidden))
+        self.head = nn.Linear(sizes[-1], num_classes)
+
+    def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+        return self.head(self.body(pictures))
