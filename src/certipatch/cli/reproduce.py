@@ -28,6 +28,8 @@ def reproduce(
 
       certipatch reproduce pg-table5 --data path/to/cifar10
 
+      certipatch reproduce ds-table2 --data path/to/mnist
+
       certipatch reproduce pg-table17 --data path/to/cifar10 --limit 1000 --model bagnet=models/mine
     """
     import json
@@ -51,7 +53,7 @@ def reproduce(
         load(data, split, limit=limit)  # says what is wrong before anything is computed
     folder = out or Path("runs") / "reproduce" / table
     with progress_bar(table) as progress:
-        bench = tables.Bench(folder, data or asked.study.data, split, limit, roles, progress)
+        bench = tables.Bench(out or folder.parent, data or asked.study.data, split, limit, roles, progress)
         found = tables.run(table, bench)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "table.md", found.markdown())
@@ -70,13 +72,23 @@ def _print(table) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     drawn = Table(title=table.title, title_justify="left", show_lines=False)
     for i, column in enumerate(["", "", *table.columns]):
         drawn.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
-    for text in table.texts():
-        drawn.add_row(*text, style="dim" if text[1] == "paper" else None)
-    console.print(drawn)
+    whole = [len(row.cells) == 1 < len(table.columns) for row in table.rows]  # one cell stands for all
+    for text, one in zip(table.texts(), whole, strict=True):
+        if not one:
+            drawn.add_row(*text, style="dim" if text[1] == "paper" else None)
+    console = Console()
+    console.width = max(console.width, Console(width=1000).measure(drawn).minimum)  # no word is broken
+    if drawn.rows:
+        console.print(drawn)
+    else:
+        console.print(table.title, markup=False, highlight=False)
+    for text, one in zip(table.texts(), whole, strict=True):
+        if one:
+            source = f" ({text[1]})" if text[1] != "ours" else ""
+            console.print(f"{text[0]}{source}: {text[2]}", markup=False, highlight=False)
     for note in table.notes:
         console.print(f"- {note}", markup=False, highlight=False)
 

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
+from certipatch.data import load
 from certipatch.errors import InputError
-from certipatch.reproduce import papers, patchguard
+from certipatch.reproduce import papers, patchguard, smoothing, smoothing_figures
 from certipatch.reproduce.bench import Bench
 from certipatch.reproduce.fields import receptive_field_figure
 from certipatch.reproduce.papers import Numbers
-from certipatch.reproduce.studies import CIFAR10, IMAGENETTE, Study
+from certipatch.reproduce.studies import CIFAR10, IMAGENETTE, SMOOTHING, Study, study_of
 from certipatch.reproduce.table import Table
 
 __all__ = ["TABLES", "Bench", "Reproduction", "Table", "find", "run"]
@@ -26,12 +27,24 @@ class Reproduction:
     paper: Numbers
     source: str
     title: str
+    studies: tuple[Study, ...] = ()
+    """Where the data say which study it is: these; ``study`` is the one without ``--data``."""
 
 
 def _pg(
     number: str, title: str, make: Callable[[Bench, Study, Numbers], Table], study: Study, paper: Numbers
 ) -> Reproduction:
     return Reproduction(make, study, paper, f"PatchGuard, {number}", title)
+
+
+def _ds(
+    number: str,
+    title: str,
+    make: Callable[[Bench, Study, Numbers], Table],
+    paper: Numbers | None = None,
+    studies: tuple[Study, ...] = SMOOTHING[:2],
+) -> Reproduction:
+    return Reproduction(make, studies[0], paper or {}, f"(De)Randomized Smoothing, {number}", title, studies)
 
 
 TABLES: dict[str, Reproduction] = {
@@ -117,6 +130,13 @@ TABLES: dict[str, Reproduction] = {
     ),
     "pg-table20": _pg("Table XX", "inference time", patchguard.inference_time, CIFAR10, papers.TIME_CIFAR10),
     "pg-fig7": _pg("Figure 7", "attention within a receptive field", receptive_field_figure, CIFAR10, {}),
+    "ds-fig1": _ds("Figure 1", "clean against certified accuracy", smoothing_figures.clean_and_certified),
+    "ds-fig3": _ds("Figure 3", "accuracy of single views against Δ", smoothing_figures.single_views),
+    "ds-fig5": _ds("Figure 5", "width and threshold", smoothing_figures.thresholds, papers.SMOOTHING_CHOICE),
+    "ds-fig6": _ds("Figure 6", "size of the patch", smoothing_figures.patch_sizes),
+    "ds-table1": _ds("Table 1", "the best of each method", smoothing.best, papers.SMOOTHING_BEST, SMOOTHING),
+    "ds-table2": _ds("Table 2", "derandomized and randomized columns", smoothing.methods, papers.SMOOTHING_METHODS),
+    "ds-several": _ds("supplement", "several bands or blocks per view", smoothing.several),
 }
 
 
@@ -133,9 +153,13 @@ def find(name: str) -> Reproduction:
 def run(name: str, bench: Bench) -> Table:
     """Make a table. InputError on data or models that do not fit."""
     asked = find(name)
+    study = asked.study
+    if asked.studies:
+        study = study_of(load(bench.data, bench.split, limit=bench.limit), asked.studies)
     for role in bench.models:
-        roles = [wanted.role for wanted in asked.study.models]
+        roles = [wanted.role for wanted in study.models]
         if role not in roles:
             raise InputError(f"{name} has no model {role!r}; its roles are {', '.join(roles)}")
-    table = asked.make(bench, asked.study, asked.paper)
-    return replace(table, name=name, title=f"{asked.source}: {asked.title}")
+    table = asked.make(bench, study, asked.paper)
+    about = f"{asked.source}: {asked.title}" + (f" ({study.title})" if study.title else "")
+    return replace(table, name=name, title=about)

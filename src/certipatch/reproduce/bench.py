@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int64
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from certipatch import devices, resources
 from certipatch import evidence as ev
 from certipatch.data import Pictures, load
-from certipatch.defenses import Card, Evidence, locate, open_defense, read_card
+from certipatch.defenses import Card, Defense, Evidence, RandomizedAblation, locate, open_defense, read_card
 from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.card import write_tensors
 from certipatch.errors import InputError
@@ -36,10 +37,12 @@ class Wanted:
     name: str
     hours: float | None = None
     """On two CPU cores, by its recipe; None where there is no recipe."""
+    work: str = "training"
+    """What takes so long."""
 
     def missing(self) -> NotRun:
         """What stands in the table where there is no such model."""
-        hours = "" if self.hours is None else f", about {self.hours:g} h of training"
+        hours = "" if self.hours is None else f", about {self.hours:g} h of {self.work}"
         return NotRun(f"not run{hours} ({self.name})")
 
 
@@ -55,6 +58,19 @@ class Outcomes:
         """Clean and certified accuracy, of all pictures or some."""
         right, certified = self.right[of], self.certified[of]
         return Share(int(right.sum()), len(right)), Share(int(certified.sum()), len(right))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """Which of N pictures a defense answers right, and the side of the largest square patch that it certifies."""
+
+    right: Bool[Tensor, " N"]
+    largest: Int64[Tensor, " N"]
+
+    def outcomes(self, side: int) -> Outcomes:
+        """Against a square patch anywhere: certificates nest."""
+        return Outcomes(self.right, self.right & (self.largest >= side))
 
 
 @final
@@ -79,6 +95,11 @@ class Bench:
         self.out, self.data, self.split, self.limit = out, data, split, limit
         self.models, self.progress = models or {}, progress
         self._pictures: dict[tuple[int, int] | None, Pictures] = {}
+        self._fingerprint: str | None = None
+
+    def beside(self, data: str) -> "Bench":
+        """The same for other data, with the usual models."""
+        return Bench(self.out, data, self.split, self.limit, None, self.progress)
 
     def folder(self, wanted: Wanted) -> Path | None:
         """Where the model is: as ``--model`` says, in the zoo, or in ``models/``; None where it is not."""
@@ -109,59 +130,123 @@ class Bench:
             )
         return notes
 
+    def fingerprint(self, card: Card) -> str:
+        """Of the pictures."""
+        self._fingerprint = self._fingerprint or self.pictures(card).fingerprint()
+        return self._fingerprint
+
     def logits(self, folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits (B, V, K) of all views and targets (B,), part by part."""
         card = read_card(folder)
+        opened: list[ViewDefense] = []
+
+        def ask(images: Float[Tensor, "B C H W"]) -> Tensor:
+            if not opened:
+                opened.append(_views_of(open_defense(str(folder))[0], card).to(images.device))
+            defense = opened[0]
+            views = defense.views_of(card.image_size)
+            return ev.logits(defense.model, views, images, batch_size=defense.batch_size).float()
+
+        return self._parts("logits", card, _identity(card), ask)
+
+    def counts(self, card: Card, defense: RandomizedAblation) -> Iterator[tuple[Tensor, Tensor]]:
+        """Votes (B, 2, K) in the two samples of randomized ablation and targets (B,), part by part."""
+
+        def ask(images: Float[Tensor, "B C H W"]) -> Tensor:
+            return defense.to(images.device).evidence(images).values
+
+        return self._parts("counts", card, f"{_identity(card)}/{defense.settings()}", ask)
+
+    def _parts(
+        self, kind: str, card: Card, asked: str, ask: Callable[[Float[Tensor, "B C H W"]], Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What ``ask`` says of all pictures, and their targets, a few at a time; what is kept is not asked again."""
         pictures = self.pictures(card)
-        key = hashlib.sha256(f"{card.sha256}/{pictures.fingerprint()}".encode()).hexdigest()[:16]
-        kept = self.out / "logits" / key
-        kept.mkdir(parents=True, exist_ok=True)
+        key = hashlib.sha256(f"{asked}/{self.fingerprint(card)}".encode()).hexdigest()[:16]
+        kept = self.out / kind / key
         device = devices.default()
-        defense = None
         for first in range(0, len(pictures), PART):
             indices = range(first, min(first + PART, len(pictures)))
             path = kept / f"part-{first:08d}.safetensors"
-            kept_part = _read(path, "logits")
+            kept_part = _read(path, kind)
             found = None if kept_part is None else kept_part[0]
             if found is None or len(found) != len(indices):
-                defense = defense or _views_of(open_defense(str(folder))[0], card)
                 images = pictures.images(indices)
                 if tuple(images.shape[2:]) != card.image_size:
                     height, width = card.image_size
                     raise InputError(f"{card.name} reads {height}x{width} pixels, {pictures.name} has others")
-                defense.to(device)
-                views = defense.views_of(card.image_size)
-                found = ev.logits(defense.model, views, images.to(device), batch_size=defense.batch_size).float().cpu()
-                write_tensors(path, {"logits": found})
-            self.progress(indices[-1] + 1, len(pictures), f"logits of {card.name}")
+                found = ask(images.to(device)).cpu()
+                _keep(path, {kind: found})
+            self.progress(indices[-1] + 1, len(pictures), f"{kind} of {card.name}")
             yield found, torch.from_numpy(pictures.labels[indices.start : indices.stop])
 
     def defense(self, folder: Path, method: str, threat: PatchThreat, **settings: Any) -> ViewDefense:
         """A method around the model's network."""
         return _views_of(open_defense(method, str(folder), threat, settings)[0], read_card(folder))
 
+    def evidence(
+        self, folder: Path, method: str, threat: PatchThreat, **settings: Any
+    ) -> Iterator[tuple[Defense, Evidence, Tensor]]:
+        """A method around the model's network, its evidence of the pictures, and their targets, part by part."""
+        card = read_card(folder)
+        if method == RandomizedAblation.name:
+            sampled = open_defense(method, str(folder), threat, settings)[0]
+            assert isinstance(sampled, RandomizedAblation)
+            for counts, targets in self.counts(card, sampled):
+                yield sampled, Evidence(counts, None, card.image_size), targets
+            return
+        defense = self.defense(folder, method, threat, **settings)
+        for logits, targets in self.logits(folder):
+            yield defense, evidence_of(defense, logits, card.image_size), targets
+
     def outcomes(self, wanted: Wanted, method: str, patch: int | str, **settings: Any) -> Outcomes | NotRun:
         """What a method around a model's network makes of every picture, against one square patch anywhere."""
+        threat = PatchThreat(patch)
+
+        def judge(defense: Defense, evidence: Evidence, targets: Tensor) -> list[Tensor]:
+            found = defense.certificate(evidence, threat)
+            right = found.label == targets
+            if found.alarm is not None:
+                right &= ~found.alarm
+            return [right, right & found.certified]
+
+        found = self._judged(wanted, method, threat, settings, str(patch), judge)
+        return found if isinstance(found, NotRun) else Outcomes(*found)
+
+    def reach(self, wanted: Wanted, method: str, **settings: Any) -> Reach | NotRun:
+        """The largest certified square of every picture, for methods whose answer does not depend on the patch."""
+
+        def judge(defense: Defense, evidence: Evidence, targets: Tensor) -> list[Tensor]:
+            largest = defense.largest_patch(evidence)
+            assert largest is not None, f"{method} is built for one patch"
+            return [defense.label(evidence) == targets, largest]
+
+        found = self._judged(wanted, method, PatchThreat(1), settings, "largest", judge)
+        return found if isinstance(found, NotRun) else Reach(*found)
+
+    def _judged(
+        self,
+        wanted: Wanted,
+        method: str,
+        threat: PatchThreat,
+        settings: dict[str, Any],
+        question: str,
+        judge: Callable[[Defense, Evidence, Tensor], list[Tensor]],
+    ) -> list[Tensor] | NotRun:
+        """Two tensors (N,) about all pictures, kept under the question."""
         folder = self.folder(wanted)
         if folder is None:
             return wanted.missing()
         card = read_card(folder)
-        pictures = self.pictures(card)
-        asked = json.dumps([card.sha256, pictures.fingerprint(), method, patch, settings], sort_keys=True)
+        number = len(self.pictures(card))
+        asked = json.dumps([_identity(card), self.fingerprint(card), method, question, settings], sort_keys=True)
         path = self.out / "outcomes" / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.safetensors"
-        kept = _read(path, "right", "certified")
-        if kept is None or any(tensor.shape != (len(pictures),) for tensor in kept):
-            defense = self.defense(folder, method, threat := PatchThreat(patch), **settings)
-            right, certified = [], []
-            for logits, targets in self.logits(folder):
-                found = defense.certificate(evidence_of(defense, logits, card.image_size), threat)
-                hit = found.label == targets
-                right.append(hit if found.alarm is None else hit & ~found.alarm)
-                certified.append(right[-1] & found.certified)
-            kept = [torch.cat(right), torch.cat(certified)]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, {"right": kept[0], "certified": kept[1]}, {"asked": asked})
-        return Outcomes(*kept)
+        kept = _read(path, "first", "second")
+        if kept is None or any(tensor.shape != (number,) for tensor in kept):
+            parts = [judge(*part) for part in self.evidence(folder, method, threat, **settings)]
+            kept = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+            _keep(path, {"first": kept[0], "second": kept[1]}, {"asked": asked})
+        return kept
 
 
 def evidence_of(defense: ViewDefense, logits: Tensor, image_size: tuple[int, int]) -> Evidence:
@@ -170,6 +255,11 @@ def evidence_of(defense: ViewDefense, logits: Tensor, image_size: tuple[int, int
     probe = torch.zeros((1, _channels(defense), *image_size), dtype=torch.float32, device=parameter.device)
     values, unsure, error = defense.values(logits, defense.tolerance(probe))
     return Evidence(values, unsure, image_size, error)
+
+
+def _identity(card: Card) -> str:
+    """All of a card that answers depend on."""
+    return json.dumps(card.model_dump(mode="json", include={"sha256", "defense", "settings", "views", "model"}))
 
 
 def _channels(defense: ViewDefense) -> int:
@@ -189,3 +279,11 @@ def _read(path: Path, *names: str) -> list[Tensor] | None:
         return [found[name] for name in names]
     except (OSError, KeyError, SafetensorError):
         return None
+
+
+def _keep(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a file, whole or not at all, also where another process writes the same one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    write_tensors(own, tensors, metadata)
+    own.replace(path)

@@ -15,13 +15,20 @@ class Share:
 
     count: int
     n: int
+    at: str = ""
+    """The parameters that it was reached with, where they were chosen."""
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.count / self.n
 
     def __str__(self) -> str:
         low, high = wilson(self.count, self.n)
-        return f"{100 * self.count / self.n:.1f} ±{50 * (high - low):.1f}"
+        return f"{self.percent:.1f} ±{50 * (high - low):.1f}" + (f" ({self.at})" if self.at else "")
 
     def to_json(self) -> dict[str, Any]:
-        return {"share": self.count / self.n, "ci95": wilson(self.count, self.n), "n": self.n}
+        share = {"share": self.count / self.n, "ci95": wilson(self.count, self.n), "n": self.n}
+        return share | ({"at": self.at} if self.at else {})
 
 
 @final

@@ -1,0 +1,125 @@
+"""Figures of tables: lines and points that are named where they are drawn, in colours that every eye tells apart."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
+
+from certipatch.report.compare_labels import label
+
+BLUE, RED, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA3377", "#000000"  # after Okabe & Ito
+STYLE: Any = {
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E0",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.5,
+    "savefig.dpi": 200.0,
+}
+
+
+@final
+@dataclass(frozen=True)
+class Series:
+    """Points of one kind.
+
+    Args:
+        name: written beside the line, or before the first of the ``tags``; "" for none.
+        points: (x, y).
+        intervals: (lowest, highest) y of each point, or none.
+        tags: written beside each point, or none.
+        joined: drawn as a line.
+        hollow: of somebody else's measurement.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: str
+    marker: str = "o"
+    intervals: Sequence[tuple[float, float]] = field(default_factory=tuple)
+    tags: Sequence[str] = field(default_factory=tuple)
+    joined: bool = True
+    hollow: bool = False
+
+
+def draw(
+    series: Sequence[Series],
+    axis_names: tuple[str, str],
+    limits: tuple[tuple[float, float], tuple[float, float]],
+    ticks: Sequence[tuple[float, str]] = (),
+) -> bytes:
+    """The figure as PNG; where there is no series, an empty one that says so."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.0, 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.set(xlabel=axis_names[0], ylabel=axis_names[1], xlim=limits[0], ylim=limits[1])
+        if ticks:
+            axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
+        names, colours, anchors, obstacles, unnamed = [], [], [], [], []
+        for one in series:
+            _plot(axes, one)
+            path = _path(one)
+            for i, tag in enumerate(one.tags):
+                names.append(f"{one.name}, {tag}" if one.name and i == 0 else tag)
+                colours.append(one.colour)
+                anchors.append(np.array([one.points[i]], dtype=float))
+                obstacles.append(path)
+            if one.name and not one.tags:
+                names.append(one.name)
+                colours.append(one.colour)
+                anchors.append(np.array(one.points, dtype=float))
+                obstacles.append(path)
+            elif not one.tags:
+                unnamed.append(path)
+        if names:
+            label(axes, names, colours, anchors, obstacles + unnamed, 8.0)
+        else:
+            axes.text(0.5, 0.5, "no model was run", transform=axes.transAxes, ha="center", color="#555555")
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def shades(colour: str, number: int) -> list[str]:
+    """From a colour to a light one of the same hue, dark ones first; all readable on white."""
+    base = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    mixed = [base * (1 - t) + 255 * t * 0.75 for t in np.linspace(0, 0.55, number)]
+    return ["#" + "".join(f"{int(value):02x}" for value in found) for found in mixed]
+
+
+def _plot(axes: Any, one: Series) -> None:
+    x, y = np.array(one.points, dtype=float).T
+    if one.intervals and one.joined and len(x) > 1:
+        axes.fill_between(x, *np.array(one.intervals).T, color=one.colour, alpha=0.13, linewidth=0)
+    elif one.intervals:
+        for place, ends in zip(x, one.intervals, strict=True):
+            axes.plot([place, place], ends, color=one.colour, linewidth=1.0)
+    axes.plot(
+        x,
+        y,
+        color=one.colour,
+        marker=one.marker,
+        markersize=5 if one.hollow else 4,
+        markerfacecolor="white" if one.hollow else one.colour,
+        linestyle="-" if one.joined else "",
+    )
+
+
+def _path(one: Series) -> np.ndarray:
+    """Where the series lies, densely, for the labels to keep off."""
+    points = np.array(one.points, dtype=float)
+    if not one.joined or len(points) < 2:
+        return points
+    steps = np.linspace(0, len(points) - 1, 12 * len(points))
+    return np.stack([np.interp(steps, np.arange(len(points)), column) for column in points.T], 1)
