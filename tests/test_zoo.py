@@ -11,7 +11,7 @@ from certipatch import defenses
 from certipatch.data import load
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("fashion-columns", "mnist-columns", "mnist-columns-votes", "mnist-patchguard")
+NAMES = ("fashion-columns", "mnist-columns", "mnist-columns-votes", "mnist-patchguard", "mnist-plain")
 
 
 @pytest.fixture(scope="module")
