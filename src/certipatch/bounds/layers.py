@@ -15,6 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -65,7 +66,7 @@ class Pointwise(Op):
 @final
 @dataclass(frozen=True, eq=False)
 class Monotone(Pointwise):
-    """A function that never falls. ``eps``: its relative rounding, ``floor`` its absolute one near 0."""
+    """A function that never falls. ``eps`` is its relative rounding, 0 for none; ``floor`` is added to it."""
 
     function: Callable[[Tensor], Tensor]
     eps: float = 0.0
@@ -75,10 +76,8 @@ class Monotone(Pointwise):
         found = inputs[0].map(self.function)
         if self.eps == 0:
             return found
-        return Interval(
-            found.lower - (self.eps * found.lower.abs() + self.floor),
-            found.upper + (self.eps * found.upper.abs() + self.floor),
-        )
+        below, above = (self.eps * (1 + end.abs()) + self.floor for end in (found.lower, found.upper))
+        return Interval(found.lower - below, found.upper + above)
 
 
 @final
@@ -89,13 +88,15 @@ class Scale(Pointwise):
     scale: Tensor
     shift: Tensor
     eps: float = 0.0
+    terms: Tensor | float = 0.0
+    """Sizes of what ``shift`` is the sum of, for its rounding."""
 
     def whole(self, *inputs: Interval) -> Interval:
         (x,) = inputs
         if x.is_point and self.eps == 0:
             return x.map(lambda x: x * self.scale + self.shift)
         centre, radius = x.centre * self.scale, x.radius * self.scale.abs()
-        guard = 8 * self.eps * (centre.abs() + radius + self.shift.abs()) if self.eps else 0.0
+        guard = 16 * self.eps * (centre.abs() + radius + self.shift.abs() + self.terms) if self.eps else 0.0
         centre = centre + self.shift
         return widened(centre - radius, centre + radius, guard)
 
@@ -110,14 +111,10 @@ class Linear(Op):
     eps: float = 0.0
     shape_of_map: tuple[int, int, int] | None = None
 
-    def __post_init__(self):
-        object.__setattr__(self, "_magnitude", self.weight.abs())
-        object.__setattr__(self, "_by_row", None)
-
-    @property
+    @cached_property
     def magnitude(self) -> Float[Tensor, "m n"]:
         """|W|"""
-        return self._magnitude  # type: ignore[attr-defined]
+        return self.weight.abs()
 
     @property
     def guard(self) -> float:
@@ -128,7 +125,7 @@ class Linear(Op):
         x = inputs[0].map(lambda x: x.flatten(1)) if self.shape_of_map else inputs[0]
         if x.is_point and self.eps == 0:
             return x.map(lambda x: F.linear(x, self.weight, self.bias))
-        centre, radius = F.linear(x.centre, self.weight, self.bias), F.linear(padded(x, self.guard), self.magnitude)
+        centre, radius = F.linear(x.centre, self.weight, self.bias), F.linear(guarded(x, self.guard), self.magnitude)
         guard = self.guard * self.bias.abs() if self.eps and self.bias is not None else 0.0
         return widened(centre - radius, centre + radius, guard)
 
@@ -137,30 +134,28 @@ class Linear(Op):
         if not isinstance(x, Window) or self.shape_of_map is None:
             return super().window(inputs, clean, image)
         moved, grown = changes(x, before, self.guard)
-        centre = _rows(moved, *self._layout()[0:1], x, self.shape_of_map)
-        radius = _rows(grown, *self._layout()[1:2], x, self.shape_of_map)
+        signed, size = self._by_row
+        centre, radius = _rows(moved, signed, x), _rows(grown, size, x)
         return added(image, centre, radius, self.eps)
 
-    def _layout(self) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def _by_row(self) -> tuple[Tensor, Tensor]:
         """W and |W| as (H, W, C, m), so that the cells of a window's row lie beside each other."""
-        if self._by_row is None:  # type: ignore[attr-defined]
-            assert self.shape_of_map is not None
-            weight = self.weight.T.unflatten(0, self.shape_of_map).permute(1, 2, 0, 3).contiguous()
-            object.__setattr__(self, "_by_row", (weight, weight.abs()))
-        return self._by_row  # type: ignore[attr-defined]
+        assert self.shape_of_map is not None
+        weight = self.weight.T.unflatten(0, self.shape_of_map).permute(1, 2, 0, 3).contiguous()
+        return weight, weight.abs()
 
 
-def _rows(x: Tensor, weight: Tensor, window: Window, shape: tuple[int, int, int]) -> Float[Tensor, "B m"]:
+def _rows(x: Tensor, weight: Float[Tensor, "H W C m"], window: Window) -> Float[Tensor, "B m"]:
     """W x for x that is 0 outside a window: row by row, or at once where rows are whole."""
-    cells = x.permute(0, 2, 3, 1)
-    (height, width), channels = window.size, shape[0]
+    cells, (height, width) = x.permute(0, 2, 3, 1), window.size
     weight = weight[window.top : window.top + height]
-    if width == shape[2]:
+    if width == weight.shape[1]:
         return cells.flatten(1) @ weight.flatten(0, 2)
     found = None
     for row, block in enumerate(weight):
-        part = cells[:, row].reshape(len(x), width * channels)
-        columns = block[window.left : window.left + width].reshape(width * channels, -1)
+        part = cells[:, row].flatten(1)
+        columns = block[window.left : window.left + width].flatten(0, 1)
         found = part @ columns if found is None else torch.addmm(found, part, columns)
     assert found is not None
     return found
@@ -180,14 +175,10 @@ class Conv(Op):
     groups: int = 1
     eps: float = 0.0
 
-    def __post_init__(self):
-        object.__setattr__(self, "_magnitude", self.weight.abs())
-        object.__setattr__(self, "_taps", None)
-
-    @property
+    @cached_property
     def magnitude(self) -> Float[Tensor, "O I h w"]:
         """|W|"""
-        return self._magnitude  # type: ignore[attr-defined]
+        return self.weight.abs()
 
     @property
     def guard(self) -> float:
@@ -205,7 +196,7 @@ class Conv(Op):
         if x.is_point and self.eps == 0:
             return x.map(lambda x: self._slide(x, self.weight, self.padding, self.bias))
         centre = self._slide(x.centre, self.weight, self.padding, self.bias)
-        radius = self._slide(padded(x, self.guard), self.magnitude, self.padding)
+        radius = self._slide(guarded(x, self.guard), self.magnitude, self.padding)
         guard = self.guard * self.bias.abs()[:, None, None] if self.eps and self.bias is not None else 0.0
         return widened(centre - radius, centre + radius, guard)
 
@@ -235,7 +226,7 @@ class Conv(Op):
                 len(columns),
             )
             centre, radius = (
-                self._scatter(part, taps, cut) for part, taps in zip((moved, grown), self._by_tap(), strict=True)
+                self._scatter(part, taps, cut) for part, taps in zip((moved, grown), self._by_tap, strict=True)
             )
         else:
             around = (
@@ -246,12 +237,11 @@ class Conv(Op):
         image = image.cut(rows.start, columns.start, len(rows), len(columns))
         return Window(rows.start, columns.start, added(image, centre, radius, self.eps))
 
+    @cached_property
     def _by_tap(self) -> tuple[Tensor, Tensor]:
         """W and |W| as (I, h·w·O)."""
-        if self._taps is None:  # type: ignore[attr-defined]
-            weight = self.weight.permute(1, 2, 3, 0).flatten(1).contiguous()
-            object.__setattr__(self, "_taps", (weight, weight.abs()))
-        return self._taps  # type: ignore[attr-defined]
+        weight = self.weight.permute(1, 2, 3, 0).flatten(1).contiguous()
+        return weight, weight.abs()
 
     def _scatter(self, x: Tensor, taps: Tensor, cut: tuple[int, int, int, int]) -> Tensor:
         """The convolution at stride 1 of x that is 0 outside, from what each cell adds to the outputs that read it."""
@@ -266,7 +256,7 @@ class Conv(Op):
         return found[:, top : top + rows, left : left + columns].permute(0, 3, 1, 2).contiguous()
 
 
-def padded(x: Interval, guard: float) -> Tensor:
+def guarded(x: Interval, guard: float) -> Tensor:
     """The radius, and what pays for rounding where ``guard`` > 0."""
     return x.radius + guard * (x.centre.abs() + x.radius) if guard else x.radius
 
@@ -519,7 +509,7 @@ def merged(layer: Linear, x: Interval, label: Int[Tensor, " B"], rivals: Int[Ten
         rivals: k's of each picture.
     """
     weight = layer.weight[label][:, None] - layer.weight[rivals]  # (B, R, n)
-    margin = x.centre @ weight.mT - padded(x, layer.guard) @ weight.abs().mT
+    margin = x.centre @ weight.mT - guarded(x, layer.guard) @ weight.abs().mT
     if layer.bias is None:
         return margin
     bias = layer.bias[label][:, None] - layer.bias[rivals]

@@ -1,5 +1,6 @@
 """Bounds of a whole network: every picture of a box in, an interval for every logit out, or margins between them."""
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -22,6 +23,8 @@ class Passage:
     inputs: tuple[tuple[int, ...], ...]
     classes: int
     dtype: torch.dtype
+    numbers: int
+    """Activations of one picture, in all values together, and weights of its margins."""
 
     def values(self, pictures: Interval, until: int | None = None) -> list[Interval]:
         """The picture's interval and that of every layer's answer, up to the layer ``until``."""
@@ -76,9 +79,9 @@ def passage(
     with torch.no_grad():
         shapes = [zeros.shape]
         found = [Interval(zeros, zeros)]
-        for step, op in zip(steps, ops, strict=True):
+        for step in steps:  # layers of their own: what layers keep of their weights has gradients only outside no_grad
             try:
-                found.append(op.whole(*(found[i] for i in step.inputs)))
+                found.append(step.make(Precision(at.dtype, 0.0)).whole(*(found[i] for i in step.inputs)))
             except (RuntimeError, IndexError) as error:
                 size = "x".join(map(str, picture))
                 reason = " ".join(str(error).split())[:120]
@@ -86,7 +89,9 @@ def passage(
             shapes.append(found[-1].shape)
     if len(shapes[-1]) != 2 or shapes[-1][1] < 2:
         raise InputError(f"interval bounds: the network gives {tuple(shapes[-1])} where logits (B, K ≥ 2) are needed")
-    return Passage(tuple(flatten_into_linear(ops, inputs, shapes)), inputs, shapes[-1][1], at.dtype)
+    last = ops[-1]
+    numbers = sum(map(math.prod, shapes)) + (last.weight.numel() if isinstance(last, Linear) else 0)
+    return Passage(tuple(flatten_into_linear(ops, inputs, shapes)), inputs, shapes[-1][1], at.dtype, numbers)
 
 
 def rivals_of(label: Int[Tensor, " B"], classes: int) -> Int[Tensor, "B R"]:

@@ -59,7 +59,7 @@ def _margins(passed: Passage, images: Tensor, label: Tensor, pixels: int, streng
             before, box = clean[inputs[0]], found[inputs[0]]
             if isinstance(op, Pointwise | Same | Flatten):
                 clean[number] = op.whole(before)
-            elif op is passed.head:
+            elif passed.head is not None and op is passed.head:
                 return _of_linear_network(passed.head, before, box, images.shape[1], pixels, label, rivals)
             elif isinstance(op, Linear | Conv):
                 found.append(first_layer(op, before, box, images.shape[1], pixels))
@@ -78,8 +78,8 @@ def _of_linear_network(
         others = rivals[chosen[0]]
         bias = None if head.bias is None else head.bias[y] - head.bias[others]
         layer = Linear(head.weight[y] - head.weight[others], bias, head.eps)
-        parts = (x.map(lambda x: x[chosen]) for x in (clean, box))  # noqa: B023
-        found = found.index_put((chosen,), first_layer(layer, *parts, channels, pixels).lower)
+        own, free = (x.map(lambda x: x[chosen]) for x in (clean, box))  # noqa: B023
+        found = found.index_put((chosen,), first_layer(layer, own, free, channels, pixels).lower)
     return found
 
 

@@ -192,12 +192,10 @@ def _batch_norm(layer: nn.Module, name: str, at: Precision) -> Op:
     scale = (at.of(layer.running_var) + layer.eps).rsqrt()
     if layer.weight is not None:
         scale = scale * at.of(layer.weight)
-    shift = -at.of(layer.running_mean) * scale
-    guard = 4 * at.eps  # of scale and shift themselves
-    if layer.bias is not None:
-        shift = shift + at.of(layer.bias)
-        guard += 4 * at.eps
-    return layers.Scale(scale[:, None, None], shift[:, None, None], guard)
+    moved = at.of(layer.running_mean) * scale
+    bias = torch.zeros_like(moved) if layer.bias is None else at.of(layer.bias)
+    scale, shift, terms = (t[:, None, None] for t in (scale, bias - moved, bias.abs() + moved.abs()))
+    return layers.Scale(scale, shift, at.eps, terms)
 
 
 def _dropout(layer: nn.Module, name: str, at: Precision) -> Op:
@@ -236,10 +234,9 @@ def _adaptive(layer: nn.Module, name: str, at: Precision) -> Op:
     return layers.Mean(True, at.eps)
 
 
-def _monotone(function: Callable[[Tensor], Tensor], at: Precision, exact: bool = False, steep: float = 1.0) -> Op:
-    """A library's function, trusted to err by at most 16 units in the last place."""
-    rounding = 0.0 if exact else 8 * at.eps
-    return layers.Monotone(function, rounding, rounding * max(1.0, steep) * 1e-3 if rounding else 0.0)
+def _monotone(function: Callable[[Tensor], Tensor], at: Precision, exact: bool = False, floor: float = 0.0) -> Op:
+    """A library's function, trusted to err by at most 8 eps of 1 and of its value."""
+    return layers.Monotone(function, 0.0 if exact else 8 * at.eps, floor)
 
 
 def _leaky(slope: float, name: str, at: Precision) -> Op:
@@ -251,7 +248,7 @@ def _leaky(slope: float, name: str, at: Precision) -> Op:
 def _elu(alpha: float, name: str, at: Precision) -> Op:
     if alpha < 0:
         _refuse(name, f"with alpha {alpha:g} it is not monotone")
-    return layers.Monotone(partial(F.elu, alpha=alpha), 8 * at.eps, 8 * at.eps * alpha)
+    return _monotone(partial(F.elu, alpha=alpha), at, floor=8 * at.eps * alpha)
 
 
 def _softplus(beta: float, threshold: float, name: str, at: Precision) -> Op:
@@ -262,8 +259,7 @@ def _softplus(beta: float, threshold: float, name: str, at: Precision) -> Op:
     )  # it falls by so much at the threshold
     if not gap < math.inf:
         _refuse(name, f"with the threshold {threshold:g} it is not monotone")
-    function = partial(F.softplus, beta=beta, threshold=threshold)
-    return layers.Monotone(function, 8 * at.eps, gap + 8 * at.eps)
+    return _monotone(partial(F.softplus, beta=beta, threshold=threshold), at, floor=gap)
 
 
 MODULES: dict[type, Callable[[Any, str, Precision], Op]] = {

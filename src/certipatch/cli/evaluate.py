@@ -53,6 +53,8 @@ def evaluate(
 
       certipatch evaluate --defense randomized-ablation --model fashion-columns --data fashion-sample --patch 5 --out runs/r
 
+      certipatch evaluate --defense interval-bounds --model models/mlp --data path/to/mnist --sparse 4 --out runs/ibp
+
       torchrun --nproc-per-node 2 -m certipatch evaluate --defense models/m --data path/to/mnist --patch 5 --out runs/m
     """
     import json

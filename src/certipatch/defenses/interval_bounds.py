@@ -87,7 +87,8 @@ class IntervalBounds(Defense):
                     self.model, images, label, found, dtype=torch.float64, outward=True, memory=self.memory
                 )
             bound = rivals.amin(2)
-        return Certificate(label, bound - 2 * error[:, None], threat, self.theorem, relation)
+        margin = (bound - 2 * error[:, None]).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        return Certificate(label, margin, threat, self.theorem, relation)
 
     def certified(self, evidence: Evidence, threat: Threat) -> Bool[Tensor, " B"]:
         """The verdict alone: each picture is left at the first location that fails."""
