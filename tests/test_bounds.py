@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
@@ -300,6 +301,38 @@ def test_one_layer_of_relu_has_exact_bounds_where_it_is_monotone():
         margin = patch_margins(net, x, y, found)
         exact = [worst(net, x[0], y[0], found.pixels(i).flatten().nonzero().flatten().tolist()) for i in range(4)]
     assert torch.allclose(margin[0], torch.stack(exact), 0, 1e-12)
+
+
+def exactly(net, x):
+    """Logits of a network of linear layers and ReLU, in rational numbers."""
+    values = [Fraction(value) for value in x.flatten().tolist()]
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            rows = zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+            values = [sum((Fraction(w) * v for w, v in zip(row, values, strict=True)), Fraction(b)) for row, b in rows]
+        elif isinstance(layer, nn.ReLU):
+            values = [max(value, Fraction(0)) for value in values]
+    return values
+
+
+def test_outward_bounds_hold_for_the_real_numbers():
+    """Where sums cancel, float64 errs; bounds that are rounded outward do not, by windows neither."""
+    erred = 0
+    for seed in range(8):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 3)).double().requires_grad_(False)
+        net[1].weight[:, 1:] *= 1e9
+        x, y, found = pictures(1, 1, (4, 4), seed), torch.tensor([seed % 3]), regions(PatchThreat(2), (4, 4))
+        net[1].bias.copy_(-(net[1].weight @ x.flatten()) + torch.randn(6, dtype=torch.float64))
+        true = exactly(net, x)
+        margins = [true[y] - true[int(k)] for k in rivals_of(y, 3)[0]]
+        for outward in (True, False):
+            bounds = patch_margins(net, x, y, found, strength=0.0, outward=outward)[0].tolist()
+            bounds += [margin_bounds(net, Interval(x, x), y, outward)[0].tolist()]
+            over = sum(Fraction(b) > m for row in bounds for b, m in zip(row, margins, strict=True))
+            erred += over * (not outward)
+            assert not (outward and over)
+    assert erred > 0  # the test has teeth
 
 
 @pytest.mark.parametrize("k", [1, 2])
