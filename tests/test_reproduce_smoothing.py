@@ -20,17 +20,17 @@ from certipatch.defenses import Card, read_card
 from certipatch.defenses.card import ViewSettings, save_weights, write
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings
-from certipatch.reproduce import papers, smoothing
+from certipatch.reproduce import papers, smoothing, smoothing_figures
 from certipatch.reproduce.bench import Bench, Outcomes
 from certipatch.reproduce.studies import SMOOTHING, SMOOTHING_CIFAR10, SMOOTHING_MNIST, study_of
 from certipatch.training.recipe import read
 from certipatch.training.train import train
 
 NAMES = ["ds-fig1", "ds-fig3", "ds-fig5", "ds-fig6", "ds-table1", "ds-table2", "ds-several"]
-FIVE = cp.PatchThreat(5)
+FIVE, SIZE = cp.PatchThreat(5), (20, 20)
 
 
-def untrained(folder, views, network, defense="derandomized-smoothing", **settings):
+def untrained(folder, views, network, defense="derandomized-smoothing", size=SIZE, **settings):
     """A model with fresh weights in a folder."""
     card = Card(
         name=folder.name,
@@ -38,7 +38,7 @@ def untrained(folder, views, network, defense="derandomized-smoothing", **settin
         settings=settings,
         views=views,
         model=ModelSettings(name=network, widths=None if network == "resnet18" else (8, 8)),
-        image_size=(12, 12),
+        image_size=size,
         channels=1,
         classes=tuple("0123456789"),
         sha256="",
@@ -49,18 +49,22 @@ def untrained(folder, views, network, defense="derandomized-smoothing", **settin
 
 
 @pytest.fixture(autouse=True)
-def no_other_data(monkeypatch):
-    monkeypatch.delenv("CERTIPATCH_DATA", raising=False)  # or Table 1 would take up all that is there
+def little(monkeypatch):
+    """Few thresholds, and only models and data that a test names."""
+    monkeypatch.delenv("CERTIPATCH_DATA", raising=False)
+    monkeypatch.setattr("certipatch.reproduce.bench.resources", SimpleNamespace(find=lambda *_: None))
+    for module in (smoothing, smoothing_figures):
+        monkeypatch.setattr(module, "THETAS", (0.0, 0.3, 0.6, None))
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Data that call themselves mnist, two trained column networks, and untrained ones of every other kind."""
     folder = tmp_path_factory.mktemp("smoothing")
-    data = write_parquet(folder / "mnist")
+    data = write_parquet(folder / "mnist", SIZE)
     roles = {}
     for width in (2, 3):
-        recipe = write_recipe(folder / f"s{width}.yaml", views={"name": "columns", "width": width}, epochs=2)
+        recipe = write_recipe(folder / f"s{width}.yaml", views={"name": "columns", "width": width}, epochs=12)
         train(read(recipe, [f"data={data}"]), folder / f"s{width}")
         roles[f"columns-s{width}"] = folder / f"s{width}"
     roles["rows-s1"] = untrained(folder / "rows", {"name": "rows", "width": 1}, "strip")
@@ -201,7 +205,6 @@ def test_parameters_are_chosen_on_the_validation_half_alone(world, tmp_path, mon
 
 def test_missing_models_say_what_they_take(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(resources, "find", lambda *_: None)
     for name in NAMES:
         done = run(name, "--data", world.data, "--out", tmp_path / name, "--json")
         assert done.exit_code == 0, done.output
@@ -214,10 +217,11 @@ def test_missing_models_say_what_they_take(world, tmp_path, monkeypatch):
     )
 
 
-def test_several_bands_per_view(world, tmp_path):
+def test_several_bands_per_view(tmp_path):
+    data = write_parquet(tmp_path / "mnist")
     views = {"name": "columns", "width": 1, "count": 2}
-    several = untrained(tmp_path / "several", views, "resnet18")
-    arguments = ["ds-several", "--data", world.data, "--limit", 4, "--out", tmp_path / "out", "--json"]
+    several = untrained(tmp_path / "several", views, "resnet18", size=(12, 12))
+    arguments = ["ds-several", "--data", data, "--limit", 4, "--out", tmp_path / "out", "--json"]
     done = run(*arguments, "--model", f"columns-s1-count2={several}")
     assert done.exit_code == 0, done.output
     assert row(json.loads(done.stdout), "columns, s = 1, 2 per view")[0]["n"] == 2

@@ -72,15 +72,16 @@ def _print(table) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=table.title, title_justify="left", show_lines=False)
-    for i, column in enumerate(["", "", *table.columns]):
-        drawn.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
     whole = [len(row.cells) == 1 < len(table.columns) for row in table.rows]  # one cell stands for all
-    for text, one in zip(table.texts(), whole, strict=True):
-        if not one:
-            drawn.add_row(*text, style="dim" if text[1] == "paper" else None)
+    lines = [text for text, one in zip(table.texts(), whole, strict=True) if not one]
+    drawn, widths = Table(title=table.title, title_justify="left", show_lines=False), []
+    for i, column in enumerate(["", "", *table.columns]):
+        widths.append(max((len(word) for line in [column, *(t[i] for t in lines)] for word in line.split()), default=0))
+        drawn.add_column(column, justify="left" if i < 2 else "right", min_width=widths[-1])
+    for line in lines:
+        drawn.add_row(*line, style="dim" if line[1] == "paper" else None)
     console = Console()
-    console.width = max(console.width, Console(width=1000).measure(drawn).minimum)  # no word is broken
+    console.width = max(console.width, sum(width + 3 for width in widths) + 1)  # no word is broken
     if drawn.rows:
         console.print(drawn)
     else:
