@@ -381,6 +381,26 @@ def test_maps_are_computed_from_all_places():
         assert np.array_equal(one.map, found.map(i).numpy())
 
 
+@pytest.mark.parametrize(
+    "threat",
+    [
+        PatchThreat((2, 3)),
+        PatchThreat(7, shape="diamond"),
+        PatchThreat(3, shape="line"),
+        PatchThreat(2, where="corners"),
+        PatchThreat(torch.tensor([[1, 0, 1], [0, 1, 0]], dtype=torch.bool), where=[(0, 0), (2, 3)]),
+    ],
+)
+def test_maps_pixel_by_pixel(threat):
+    evidence = Evidence(torch.rand(1, 7, 4, generator=torch.Generator().manual_seed(1)) > 0.6, None, SIZE)
+    found = CASES["votes"][0].certificate(evidence, threat)
+    expected = np.full(SIZE, np.inf)
+    for location, value in enumerate(found.margin[0].tolist()):
+        pixels = found.sees.locations.pixels(location).numpy()
+        expected[pixels] = np.minimum(expected[pixels], value)
+    assert np.array_equal(found.map(0).numpy(), expected)
+
+
 def test_threats_without_single_places_have_no_explorer():
     defense = CASES["votes"][0]
     values = torch.rand(2, 7, 4) > 0.5
@@ -429,7 +449,8 @@ const wait = setInterval(() => {
   const pointed = text("where");
   const pre = document.createElement("pre");
   pre.id = "results";
-  pre.textContent = "RESULTS" + encodeURIComponent(JSON.stringify({ results, filters, pointed, hacked: window.hacked ?? null })) + "END";
+  const found = { results, filters, pointed, hacked: window.hacked ?? null };
+  pre.textContent = "RESULTS" + encodeURIComponent(JSON.stringify(found)) + "END";
   document.body.append(pre);
 }, 20);
 """

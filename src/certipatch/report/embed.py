@@ -112,7 +112,8 @@ def _steps(margins: np.ndarray, scale: float) -> np.ndarray:
 
 def _fitted(pixels: np.ndarray, tile: tuple[int, int], how: Image.Resampling) -> Image.Image:
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    return picture if picture.size == tile[::-1] else picture.resize(tile[::-1], how)
+    height, width = tile
+    return picture if picture.size == (width, height) else picture.resize((width, height), how)
 
 
 def _sheet(tiles: list[Image.Image], pitch: tuple[int, ...], columns: int) -> Image.Image:
