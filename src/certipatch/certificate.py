@@ -5,9 +5,9 @@ from typing import Literal, final
 
 import torch
 from jaxtyping import Bool, Float64, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
-from certipatch.relation import Sees
+from certipatch.relation import Sees, rectangles
 from certipatch.threats import Threat
 
 Notion = Literal["recovery", "detection"]
@@ -56,12 +56,17 @@ class Certificate:
         if self.sees is None or self.sees.choices.shape[1] != 1:
             raise ValueError(f"a map needs one location per place of one patch; {self.threat} has no such places")
         locations = self.sees.locations
-        result = torch.full((locations.image_size[0] * locations.image_size[1],), torch.inf, dtype=torch.float64)
-        margin = self.margin[picture].cpu()
+        height, width = locations.image_size
+        margin, result = self.margin[picture].cpu(), torch.full((height, width), torch.inf, dtype=torch.float64)
         for number, mask in enumerate(locations.masks):
             members = locations.shape == number
-            corner = locations.top[members] * locations.image_size[1] + locations.left[members]
-            for down, right in torch.tensor(mask).nonzero().tolist():
-                place = corner + down * locations.image_size[1] + right
-                result.scatter_reduce_(0, place, margin[members], "amin")
-        return result.view(locations.image_size)
+            corner = locations.top[members] * width + locations.left[members]
+            places = torch.full((height * width,), torch.inf, dtype=torch.float64)
+            places = places.scatter_reduce_(0, corner, margin[members], "amin").view(height, width)
+            for top, bottom, left, right in rectangles(mask):
+                # a rectangle covers (y, x) from the corners (y − bottom, y − top] x (x − right, x − left]
+                padded = nn.functional.pad(places, (right - 1, 0, bottom - 1, 0), value=torch.inf)[None, None]
+                down = nn.functional.max_pool2d(-padded, (bottom - top, 1), stride=1)
+                covered = -nn.functional.max_pool2d(down, (1, right - left), stride=1)[0, 0]
+                result = torch.minimum(result, covered[:height, :width])
+        return result

@@ -120,13 +120,13 @@ def _touched(shown: Int[Tensor, "v H1 W1"], mask: Mask) -> Bool[Tensor, "v h w"]
     """Whether the mask with its corner at (t, l) holds a visible pixel, from the integral image of visible pixels."""
     down, right = shown.shape[1] - len(mask), shown.shape[2] - len(mask[0])
     hit = torch.zeros(shown.shape[0], down, right, dtype=torch.bool)
-    for top, bottom, left, stop in _rectangles(mask):
+    for top, bottom, left, stop in rectangles(mask):
         corner = [shown[:, y : y + down, x : x + right] for y in (top, bottom) for x in (left, stop)]
         hit |= corner[0] + corner[3] > corner[1] + corner[2]
     return hit
 
 
-def _rectangles(mask: Mask) -> Iterator[tuple[int, int, int, int]]:
+def rectangles(mask: Mask) -> Iterator[tuple[int, int, int, int]]:
     """Disjoint rectangles (top, bottom, left, right; ends exclusive) that make up a mask: runs of equal rows."""
     top = 0
     while top < len(mask):

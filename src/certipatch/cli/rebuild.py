@@ -11,7 +11,7 @@ import torch
 from certipatch import devices, report
 from certipatch.cli.work import MAX_SHOWN, certify_shown, check_shape, open_named, own_run
 from certipatch.data import load, read_picture
-from certipatch.defenses import METHODS, Card, Defense
+from certipatch.defenses import METHODS, Card, Defense, locate, read_card
 from certipatch.errors import InputError
 from certipatch.evaluation import files, run
 from certipatch.evaluation.claim import FREE, difference, plain
@@ -92,15 +92,15 @@ def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None
     place = model or (config["model"] if isinstance(config.get("model"), str) else name.rpartition(":")[2])
     around = name.startswith(f"{method}:") and method in METHODS
     try:
-        defense, card, _ = open_named(method if around else place, place if around else None, threat, settings)
+        found = read_card(locate(place))
+        if found.sha256 == wanted and (around or found.defense == method):
+            return open_named(method if around else place, place if around else None, threat, settings)[:2]
     except InputError as error:
         raise InputError(f"the model of {out} cannot be opened: {error}; name its place with --model") from None
-    if card.sha256 != wanted or defense.name != method:
-        raise InputError(
-            f"{place} is not the model of {out}: it is {defense.name} with the weights {card.sha256[:12]}…, the run's was "
-            f"{method[:40]} with {wanted[:12]}…; name the right one with --model"
-        )
-    return defense, card
+    raise InputError(
+        f"{place} is not the model of {out}: it is {found.defense} with the weights {found.sha256[:12]}…, the run's was "
+        f"{method[:40]} with {wanted[:12]}…; name the right one with --model"
+    )
 
 
 def _of_certify(out: Path, config: dict[str, Any], model: str | None) -> str:
