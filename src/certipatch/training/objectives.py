@@ -87,7 +87,7 @@ def worst_mask_margin(
 def mask_margin_loss(
     scores: Float[Tensor, "B V K"],
     target: Int64[Tensor, " B"],
-    families: Sequence[tuple[Bool[Tensor, "L v"], Bool[Tensor, "W v"]]],
+    families: Sequence[tuple[Bool[Tensor, "_ _"], Bool[Tensor, "_ _"]]],
     temperature: float,
     scale: float,
 ) -> Float[Tensor, ""]:
@@ -95,7 +95,7 @@ def mask_margin_loss(
 
     Args:
         scores: evidence ≥ 0.
-        families: ``sees`` and windows of each family of views, which follow each other along V. A place of one family
+        families: ``sees`` (L, v) and windows (W, v) of each family of views, which follow each other along V. A place of one family
             goes with every place of another (columns and rows do under a square patch), so that a margin is the sum of
             one from each, and its smooth minimum is found per family.
         temperature: of the smooth minimum.
