@@ -95,9 +95,9 @@ def mask_margin_loss(
 
     Args:
         scores: evidence ≥ 0.
-        families: ``sees`` (L, v) and windows (W, v) of each family of views, which follow each other along V. A place of one family
-            goes with every place of another (columns and rows do under a square patch), so that a margin is the sum of
-            one from each, and its smooth minimum is found per family.
+        families: ``sees`` (L, v) and windows (W, v) of each family of views, which follow each other along V. A place
+            of one family goes with every place of another (columns and rows do under a square patch), so that a margin
+            is the sum of one from each, and its smooth minimum is found per family.
         temperature: of the smooth minimum.
         scale: steepness of the loss of a margin.
     """
