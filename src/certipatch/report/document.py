@@ -87,7 +87,7 @@ def page(
         ],
     }
     template = _template()
-    bare = template.render(values, data=None, fitting=0, explored=0)
+    bare = template.render(values, data=" ", fitting=len(shown), explored=max(1, len(shown) - 1))
     data, fitting, explored = embed(shown, places, scale, LIMIT - len(bare.encode()) - 4096)
     return template.render(values, data=Markup(data) if shown else None, fitting=fitting, explored=explored)
 

@@ -42,7 +42,10 @@
   // ---- pictures: tiles of a few sheets
   const sheets = data.sheets.map((sheet) => Object.fromEntries(["pictures", "maps"].map((kind) => {
     const image = sheet[kind] ? new Image() : null;
-    if (image) image.src = sheet[kind];
+    if (image) {
+      image.ready = new Promise((done, failed) => { [image.onload, image.onerror] = [done, failed]; });
+      image.src = sheet[kind];
+    }
     return [kind, image];
   })));
   const mapped = sheets.every((sheet) => sheet.maps);
@@ -207,7 +210,7 @@
     const [lo, hi] = explorer.bounds || [0, 0];
     const gain = classes.map((k) => (k === y || !explorer.bounds ? 0 : touched * hi));
     const least = classes.map((k, c) => outside[c] + (explorer.bounds ? touched * (k === y ? lo : 0) : 0));
-    const base = Math.min(explorer.bounds ? (V - touched) * lo + touched * lo : 0, 0, ...least);
+    const base = Math.min(0, ...least);
     const end = Math.max(1e-9, ...classes.map((_, c) => Math.max(least[c], outside[c] + gain[c], found.outside[c] + found.inside[c]) - base));
     const order = classes.map((_, c) => c).sort((a, b) => (classes[b] === y) - (classes[a] === y) || outside[b] - outside[a] || classes[a] - classes[b]);
     const rows = order.slice(0, 5);
@@ -395,7 +398,7 @@
     return best;
   }
 
-  Promise.all(sheets.flatMap((sheet) => Object.values(sheet)).filter(Boolean).map((image) => image.decode())).then(() => {
+  Promise.all(sheets.flatMap((sheet) => Object.values(sheet)).filter(Boolean).map((image) => image.ready)).then(() => {
     gallery();
     if (explorer) explore();
     document.documentElement.dataset.ready = "true";
