@@ -4,7 +4,14 @@ Not in modules whose functions promise a ValueError (InputError) on tensors of t
 would answer with its own TypeCheckError first.
 """
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from forks import Forks
 
 HOOKED = (
     "certificate",
@@ -17,3 +24,13 @@ HOOKED = (
 )
 
 install_import_hook([f"certipatch.{name}" for name in HOOKED], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator["Forks"]:
+    """A server that forks real processes, to be killed."""
+    from forks import Forks
+
+    server = Forks()
+    yield server
+    server.close()

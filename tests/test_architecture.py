@@ -10,7 +10,13 @@ import pytest
 import certipatch
 
 ROOT = Path(certipatch.__file__).parent
-FREE = {"errors", "versions", "resources", "devices", "workers"}  # helpers at the top: they import nothing of the package
+FREE = {
+    "errors",
+    "versions",
+    "resources",
+    "devices",
+    "workers",
+}  # helpers at the top: they import nothing of the package
 ORDER = ["threats", "views", "relation", "models", "evidence", "certificate", "rules", "bounds", "defenses", "attacks", "data",
          "training", "evaluation", "audit", "report", "reproduce", "testing", "cli", "__main__"]  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,9 @@ def fabric(precision: Any = "32-true") -> "Fabric":
     return found
 
 
-def of_worker() -> torch.device:
-    """The device of this process: the default one, or under torchrun its own share of the host's."""
-    return default() if workers.count() == 1 else fabric().device
+def worker() -> tuple[torch.device, workers.Workers]:
+    """The device of this process, and its place among the workers: alone on the default one, or as torchrun says."""
+    if workers.count() == 1:
+        return default(), workers.Workers()
+    found = fabric()
+    return found.device, workers.join(found.broadcast(secrets.token_hex(8)))

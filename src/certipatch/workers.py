@@ -86,16 +86,18 @@ class Workers:
         return self._store is None or self._store.add("said", 1) == 1
 
 
-def join(connect: timedelta = CONNECT) -> Workers:
-    """This process among those that torchrun started; alone without torchrun."""
+def join(name: str, connect: timedelta = CONNECT) -> Workers:
+    """This process among those that torchrun started; alone without torchrun.
+
+    ``name`` is the same for all, and a new one for each task: the store outlives restarts, and keeps what they left.
+    """
     if count() == 1:
         return Workers()
     from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
     store, _, _ = next(iter(rendezvous("env://", timeout=connect)))
     store.set_timeout(WAIT)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Workers(rank(), count(), PrefixStore(f"certipatch/{attempt}", store))
+    return Workers(rank(), count(), PrefixStore(f"certipatch/{name}", store))
 
 
 def speaks() -> bool:
@@ -103,6 +105,7 @@ def speaks() -> bool:
     if count() == 1:
         return True
     try:
-        return join(timedelta(seconds=5)).first_to_say()
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return join(f"attempt {attempt}", timedelta(seconds=5)).first_to_say()
     except (OSError, RuntimeError, ValueError):  # nobody there to ask: rather twice than never
         return True

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import yaml
 
-from certipatch import devices, report, workers
+from certipatch import devices, report
 from certipatch.certificate import Certificate
 from certipatch.data import load, read_picture
 from certipatch.defenses import METHODS, Card, Defense, Evidence, locate, open_defense, read_card
 from certipatch.errors import InputError
 from certipatch.evaluation import files, run
+from certipatch.evaluation.claim import sweep
 from certipatch.threats import Threat
 from certipatch.versions import versions
 
@@ -37,7 +38,7 @@ def evaluate_into(
 
     Under torchrun this process is one of several workers; all but the first give an empty dictionary.
     """
-    crew, device = workers.join(), devices.of_worker()
+    device, crew = devices.worker()
     defense, card, name = open_named(defense_name, model_name, threat, changes)
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, limit=limit)
@@ -54,6 +55,8 @@ def evaluate_into(
     summary = run.evaluate(job, out, progress, crew)
     if crew.first and not (out / "report.html").exists():
         files.write_text(out / "report.html", report.of_run(job, out, summary))
+    if crew.first:
+        sweep(out)
     return summary
 
 

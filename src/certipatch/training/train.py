@@ -156,10 +156,10 @@ def share_of_batch(pictures: int, rank: int, count: int) -> tuple[slice, float]:
 
 def _check_same_start(fabric: Fabric, first: int, out: Path) -> None:
     """InputError unless all processes go on from the same step, as they do where they share a folder."""
-    steps = torch.as_tensor(fabric.all_gather(torch.tensor(first))).flatten().tolist()
-    if len(set(steps)) > 1:
+    expected = fabric.broadcast(first)
+    if first != expected:
         raise InputError(
-            f"processes found checkpoints of the steps {sorted(set(steps))} in {out}; give all hosts one folder"
+            f"process {fabric.global_rank} finds step {first} in {out}, the first one step {expected}; give one shared folder"
         )
 
 
@@ -179,7 +179,9 @@ def _start_from(name: str, network: nn.Module) -> None:
     weights = cards.read_weights(folder, cards.read(folder))
     own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     if own != {key: tuple(value.shape) for key, value in weights.items()}:
-        raise InputError(f"start: {name} holds another network than the recipe's; use the same model, views and classes")
+        raise InputError(
+            f"start: {name} holds another network than the recipe's; use the same model, views and classes"
+        )
     network.load_state_dict(weights)
 
 
