@@ -66,14 +66,20 @@ def test_several_processes_give_the_summary_of_one(home, whole, forks, tmp_path,
     assert json.loads((tmp_path / "run" / "timing.json").read_text())["workers"] == count
 
 
+SLOW = {  # so that every worker gets some parts
+    "certipatch.evaluation.run.write_part": "lambda *part: (__import__('time').sleep(0.1), "
+    "__import__('certipatch.evaluation.records').evaluation.records.write_part(*part))"
+}
+
+
 def test_one_of_three_is_killed_and_two_others_go_on(home, whole, forks, tmp_path):
-    first, second, third = (
-        Command(command(home, tmp_path / "run"), folder=str(tmp_path), kill_at=at) for at in (None, 5, None)
-    )
-    ended = forks.run(first, second, third, workers=True)
+    arguments = command(home, tmp_path / "run")
+    workers = [Command(arguments, folder=str(tmp_path), kill_at=at, change=SLOW) for at in (None, 6, None)]
+    ended = forks.run(*workers, workers=True)
     assert ended[1].code == -signal.SIGKILL
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "records").glob("*.parquet")}
-    assert not (tmp_path / "run" / "summary.json").exists() or len(kept) == PARTS
+    assert 0 < len(kept) < PARTS
+    assert not (tmp_path / "run" / "summary.json").exists()
     ended = forks.run(*[Command(command(home, tmp_path / "run"))] * 2, workers=True)
     assert [process.code for process in ended] == [0, 0]
     same(tmp_path / "run", whole)
@@ -140,7 +146,7 @@ def test_torchrun_restarts_a_killed_worker(home, whole, tmp_path):
     process = subprocess.Popen(
         [sys.executable, *launch, "-m", "certipatch", *arguments],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
@@ -151,10 +157,10 @@ def test_torchrun_restarts_a_killed_worker(home, whole, tmp_path):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         if children.exists():
             os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
-        out, _ = process.communicate(timeout=1200)
+        out, err = process.communicate(timeout=1200)
     finally:
         process.terminate()
-    assert process.returncode == 0
+    assert process.returncode == 0, err
     assert "certified" in out
     assert (tmp_path / "run" / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
 

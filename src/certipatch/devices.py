@@ -1,5 +1,6 @@
 """Where networks run, unless the caller says."""
 
+import atexit
 import logging
 import os
 import secrets
@@ -39,9 +40,24 @@ def fabric(precision: Any = "32-true") -> "Fabric":
         )
     if total % here:
         raise InputError(f"{total} processes are not {here} on each host; give the same --nproc-per-node everywhere")
+    if total > 1:
+        _meet(kind)
     found = Fabric(accelerator=kind, devices=here, num_nodes=total // here, precision=precision)
     found.launch()
     return found
+
+
+def _meet(kind: str) -> None:
+    """Join the process group under keys of this attempt, which Fabric would not do.
+
+    torchrun's store outlives a restart, and keeps the addresses of the processes that are gone; whoever reads those
+    fails ("connection refused", torch 2.13).
+    """
+    group = torch.distributed
+    if not group.is_initialized():
+        backend, store = group.get_default_backend_for_device(kind), workers.shared_store("group")
+        group.init_process_group(backend, store=store, rank=workers.rank(), world_size=workers.count())
+        atexit.register(lambda: group.destroy_process_group() if group.is_initialized() else None)
 
 
 def worker() -> tuple[torch.device, workers.Workers]:

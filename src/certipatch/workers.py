@@ -89,15 +89,19 @@ class Workers:
 def join(name: str, connect: timedelta = CONNECT) -> Workers:
     """This process among those that torchrun started; alone without torchrun.
 
-    ``name`` is the same for all, and a new one for each task: the store outlives restarts, and keeps what they left.
+    ``name`` is the same for all, and a new one for each task: the store keeps what earlier ones left.
     """
-    if count() == 1:
-        return Workers()
+    return Workers(rank(), count(), shared_store(name, connect) if count() > 1 else None)
+
+
+def shared_store(name: str, connect: timedelta = CONNECT) -> "Store":
+    """torchrun's key value store, under keys that no other ``name`` and no earlier attempt has used."""
     from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
     store, _, _ = next(iter(rendezvous("env://", timeout=connect)))
     store.set_timeout(WAIT)
-    return Workers(rank(), count(), PrefixStore(f"certipatch/{name}", store))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"certipatch/{attempt}/{name}", store)
 
 
 def speaks() -> bool:
@@ -105,7 +109,6 @@ def speaks() -> bool:
     if count() == 1:
         return True
     try:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return join(f"attempt {attempt}", timedelta(seconds=5)).first_to_say()
+        return join("errors", timedelta(seconds=5)).first_to_say()
     except (OSError, RuntimeError, ValueError):  # nobody there to ask: rather twice than never
         return True
