@@ -179,6 +179,7 @@
     strip.setAttribute("viewBox", `0 0 ${box[0]} ${box[1]}`);
     strip.setAttribute("preserveAspectRatio", "none");
     strip.parentElement.classList.add(kind);
+    if (rows <= 3) strip.parentElement.style.maxWidth = "none";
     $("stage").style.setProperty("--ratio", W / H);
     strip.style.aspectRatio = kind === "grid" ? `${columns} / ${rows}` : "";
     if (V > 4096) { strip.parentElement.hidden = true; return; }
