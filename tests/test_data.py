@@ -303,8 +303,12 @@ def test_bad_parquet(tmp_path, monkeypatch):
 def test_mixed_shapes(tmp_path):
     encoded = [encode(GREY[0]), encode(GREY[0][:5]), encode(COLOUR)]
     data = load(str(write_parquet(tmp_path / "m" / "test-0.parquet", encoded, [0, 0, 0])))
-    fails(r"picture 0' \(6x5, 1 channels\) and 'm test picture 1' \(5x5.*give a size", data.images, [0, 1])
-    fails(r"picture 2' \(6x5, 3 channels\) .* one colour mode", data.images, [0, 2])
+    fails(r"picture 0' \(6x5\) and 'm test picture 1' \(5x5.*give a size", data.images, [0, 1])
+    mixed = load(str(tmp_path / "m"), size=(6, 5))
+    assert torch.equal(mixed.images([2, 0])[1], data.images([0])[0].expand(3, -1, -1)), "grey becomes colour"
+    assert torch.equal(mixed.decode_all(), torch.from_numpy(mixed.pixels([0, 1, 2])).permute(0, 3, 1, 2))
+    assert torch.equal(load(str(tmp_path / "m"), size=(6, 5), channels=3).images([0])[0], mixed.images([2, 0])[1])
+    fails("RGB where grey", load(str(tmp_path / "m"), size=(6, 5), channels=1).images, [0, 2])
     fails("give a size", data.decode_all)
 
 

@@ -64,7 +64,7 @@ def open_run(out: Path, data: str | None = None, model: str | None = None) -> tu
     defense, card = _reopen(out, config, threat, model)
     source, size = data or source, card.image_size if card.resize else None
     try:
-        pictures = load(source, split, size=size, limit=images)
+        pictures = load(source, split, size=size, channels=card.channels, limit=images)
     except InputError as error:
         raise InputError(f"the pictures of {out} cannot be opened: {error}; name their place with --data") from None
     fingerprint = pictures.fingerprint()
@@ -119,7 +119,7 @@ def _of_certify(out: Path, config: dict[str, Any], model: str | None) -> str:
             raise InputError(f"{path}, a picture of {out}, cannot be read ({error.strerror}); {again}") from None
         if not same:
             raise InputError(f"{path} is no longer the picture that {out} certified; {again}")
-        image = read_picture(path, size=card.image_size if card.resize else None)
+        image = read_picture(path, card.image_size if card.resize else None, card.channels)
         check_shape((*image.shape[1:], image.shape[0]), card, str(path))
         images.append(image)
     if not images:

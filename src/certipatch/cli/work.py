@@ -41,7 +41,7 @@ def evaluate_into(
     device, crew = devices.worker()
     defense, card, name = open_named(defense_name, model_name, threat, changes)
     size = card.image_size if card.resize else None
-    pictures = load(data, split, size=size, limit=limit)
+    pictures = load(data, split, size=size, channels=card.channels, limit=limit)
     if len(pictures.class_names) != len(card.classes):
         raise InputError(
             f"{pictures.name} has {len(pictures.class_names)} classes, but {name} knows {len(card.classes)}"
@@ -74,7 +74,7 @@ def certify_files(
         raise InputError(f"{out} exists and is not empty; give a new --out")
     images = []
     for path in paths:
-        image = read_picture(path, size=card.image_size if card.resize else None)
+        image = read_picture(path, card.image_size if card.resize else None, card.channels)
         check_shape((*image.shape[1:], image.shape[0]), card, str(path))
         images.append(image)
     pictures = torch.stack(images)

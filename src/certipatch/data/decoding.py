@@ -66,14 +66,24 @@ def decode_loud(encoded: bytes, name: str, size: tuple[int, int] | None = None) 
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def read_picture(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> "torch.Tensor":
+def coloured(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (H, W, 3): a grey picture (H, W, 1) with its one channel three times, a colour picture as it is."""
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
+
+
+def read_picture(
+    path: str | os.PathLike[str], size: tuple[int, int] | None = None, channels: int | None = None
+) -> "torch.Tensor":
     """A picture file of the user's own as float32 of shape (C, H, W) in [0, 1]; `size` = (H, W) as in `decode`.
+
+    With `channels` = 3 a grey picture becomes a colour one.
 
     Raises InputError for a missing file, a folder, a file above MAX_FILE bytes, and all that `decode` refuses.
     """
     import torch
 
     pixels = decode(read_bytes(path), os.fspath(path), size)
+    pixels = coloured(pixels) if channels == 3 else pixels
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float() / 255
 
 

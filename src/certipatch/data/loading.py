@@ -20,6 +20,7 @@ def load(
     split: str | None = None,
     *,
     size: tuple[int, int] | None = None,
+    channels: int | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> Pictures:
@@ -31,6 +32,8 @@ def load(
     or `CLASS/*.png`; the last has one split, `all`.
     split: default is `test`, else `validation`, else the only split.
     size: (H, W) in pixels that each picture is resized and centre-cropped to; default: as they are.
+    channels: 3 turns grey pictures into colour ones, 1 refuses colour; by default pictures are as they are, but for grey
+    ones among colour ones.
     limit: take only the first so many pictures.
     seed: the order of the pictures of class folders; data of other kinds keep their own order.
 
@@ -56,9 +59,8 @@ def load(
         found = _hub(data, split, limit)
     else:
         raise InputError(_unknown(data))
-    return Pictures(
-        name, found.split, source, found.labels, _class_names(found, name), _note(found, name), found.store, size
-    )
+    names, note = _class_names(found, name), _note(found, name)
+    return Pictures(name, found.split, source, found.labels, names, note, found.store, size, channels)
 
 
 def _check(split: str | None, limit: int | None, seed: int) -> None:

@@ -5,12 +5,12 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, final
 
 import numpy as np
 
-from certipatch.data.decoding import decode, decode_loud
+from certipatch.data.decoding import coloured, decode, decode_loud
 from certipatch.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ class Pictures:
     name: the dataset's known name, or the folder's own name (never a path). split: the split's name.
     source: the path or Hub id as it was given. labels: int64 (N,). class_names: one per class.
     note: one remark for reports, or None. store: the encoded pictures. size: (H, W) that each picture is resized
-    and centre-cropped to, or None.
+    and centre-cropped to, or None. channels: 3 turns grey pictures into colour ones, and 1 refuses colour; None turns grey
+    ones where both occur together.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Pictures:
     note: str | None
     store: Store
     size: tuple[int, int] | None = None
+    channels: int | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,10 +101,15 @@ class Pictures:
         return total.hexdigest()
 
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
-        """The pictures at `indices` as uint8 of shape (B, H, W, C). Raises InputError if they differ in shape."""
+        """The pictures at `indices` as uint8 of shape (B, H, W, C). Raises InputError if they differ in size."""
         arrays = [decode(self.encoded(i), self.store.where(i), self.size) for i in indices]
         if not arrays:
             raise InputError("no indices were given; give at least one picture index")
+        for i, array in zip(indices, arrays, strict=True):
+            if self.channels is not None and array.shape[2] > self.channels:
+                raise InputError(f"{self.store.where(i)!r} is RGB where grey pictures are needed; convert it first")
+        if self.channels == 3 or len({array.shape[2] for array in arrays}) > 1:
+            arrays = [coloured(array) for array in arrays]
         for i, array in zip(indices, arrays, strict=True):
             self._check_same(indices[0], arrays[0], i, array)
         return np.stack(arrays)
@@ -116,8 +123,15 @@ class Pictures:
     def decode_all(self, threads: int | None = None) -> "torch.Tensor":
         """All pictures as uint8 of shape (N, C, H, W), decoded in `threads` threads (default: one per core).
 
-        Raises InputError if they differ in shape or would fill more than MAX_DECODED bytes.
+        Raises InputError if they differ in size or would fill more than MAX_DECODED bytes.
         """
+        try:
+            return self._decode_all(threads)
+        except _Colour:
+            return replace(self, channels=3)._decode_all(threads)
+
+    def _decode_all(self, threads: int | None) -> "torch.Tensor":
+        """Raises _Colour at a colour picture if the first one is grey."""
         import torch
 
         first = self.pixels([0])[0]
@@ -133,6 +147,9 @@ class Pictures:
         def fill(start: int) -> None:
             for i in range(start, min(start + _CHUNK, len(self))):
                 array = decode_loud(self.encoded(i), self.store.where(i), self.size)
+                if array.shape[2] > channels:
+                    raise _Colour
+                array = coloured(array) if channels == 3 else array
                 self._check_same(0, first, i, array)
                 out[i] = array.transpose(2, 0, 1)
 
@@ -146,17 +163,13 @@ class Pictures:
         return torch.from_numpy(out)
 
     def _check_same(self, i: int, first: np.ndarray, j: int, other: np.ndarray) -> None:
-        if first.shape == other.shape:
-            return
-        if first.shape[:2] != other.shape[:2]:
-            advice = "give a size"
-        else:
-            advice = "convert them to one colour mode"
-        one, two = (
-            f"{self.store.where(k)!r} ({a.shape[0]}x{a.shape[1]}, {a.shape[2]} channels)"
-            for k, a in ((i, first), (j, other))
-        )
-        raise InputError(f"pictures {one} and {two} differ in shape; {advice}")
+        if first.shape != other.shape:
+            one, two = (f"{self.store.where(k)!r} ({a.shape[0]}x{a.shape[1]})" for k, a in ((i, first), (j, other)))
+            raise InputError(f"pictures {one} and {two} differ in size; give a size")
+
+
+class _Colour(Exception):
+    """A colour picture among grey ones."""
 
 
 def choose_split(splits: Iterable[str], wanted: str | None, source: str) -> str:
