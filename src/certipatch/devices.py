@@ -1,6 +1,7 @@
 """Where networks run, unless the caller says."""
 
 import atexit
+import ctypes
 import logging
 import os
 import secrets
@@ -19,6 +20,18 @@ def default() -> torch.device:
     """The accelerator that torch sees, if it knows float64, which margins need; else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None or found.type == "mps" else found
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees: each step of a training asks for the same again.
+
+    glibc would give large pieces back to the system and take them anew, zeroed page by page: a bf16 step of the conv
+    network took 0.92 s so and 0.77 s without (two cores). Elsewhere this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28), (-8, 1)):
+            mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD, M_ARENA_MAX of malloc.h
 
 
 def fabric(precision: Any = "32-true") -> "Fabric":

@@ -42,8 +42,10 @@ def train(
     asked = read(path, changes)
     folder = out or Path("models") / asked.name
 
+    from certipatch import devices
     from certipatch.training.train import train as run
 
+    devices.keep_freed_memory()
     with progress_bar(f"train {asked.name}") as progress:
         card = run(asked, folder, progress)
     if workers.rank() != 0:
