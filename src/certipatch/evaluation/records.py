@@ -41,6 +41,32 @@ EVIDENCE = pa.schema(
         ("largest_patch", pa.int64()),
     ]
 )
+ATTACK_RECORD = pa.schema(
+    [
+        *(RECORD.field(name) for name in ("index", "sha256", "target", "label", "alarm", "certified", "margin")),
+        ("attacked", pa.bool_()),  # false where the answer was wrong and nothing certified
+        ("broken", pa.bool_()),
+        ("attacked_label", pa.int64()),
+        ("attacked_alarm", pa.bool_()),
+        ("loss", pa.float64()),  # the largest lead of a wrong class that was found
+        ("top", pa.int64()),  # where the patch of the attack is; null where it has no place
+        ("left", pa.int64()),
+        ("height", pa.int64()),
+        ("width", pa.int64()),
+        ("places", pa.int64()),  # places that were attacked to the end
+        ("certified_places", pa.int64()),  # of these, places with a margin > 0
+        ("violated", pa.int64()),  # places with a margin > 0 at which the answer changed
+    ]
+)
+ATTACK_EVIDENCE = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("pixels", pa.binary()),  # int32, changed pixels y·W + x; null where there are more than MAX_SCORES
+        ("values", pa.binary()),  # float32, their channels
+        ("tried", pa.binary()),  # int32, places attacked to the end, numbered as in the threat's locations
+    ]
+)
+SCHEMAS = {"evaluate": (RECORD, EVIDENCE), "attack": (ATTACK_RECORD, ATTACK_EVIDENCE)}
 MAX_ROW = 4096  # bytes of a record; larger ones are not ours
 MAX_SCORES = 65_536  # stored numbers per picture; larger evidence is computed again where it is needed
 
@@ -66,7 +92,7 @@ def read_part(out: Path, config: dict[str, Any], first: int) -> pa.Table | None:
         with pq.ParquetFile(part_path(out, "records", first)) as file:
             about = file.metadata
             size = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-            if about.num_rows != count or size > MAX_ROW * count or not file.schema_arrow.equals(RECORD):
+            if about.num_rows != count or size > MAX_ROW * count or not file.schema_arrow.equals(_schemas(config)[0]):
                 return None
             table, digest = file.read(), (file.schema_arrow.metadata or {}).get(b"digest", b"").decode()
         right = digest == _digest(config, table, sha256(part_path(out, "evidence", first)))
@@ -77,12 +103,12 @@ def read_part(out: Path, config: dict[str, Any], first: int) -> pa.Table | None:
 
 def read_records(out: Path) -> pa.Table:
     """All records of a run, in the order of the pictures."""
-    return _read_all(out, "records", RECORD)
+    return _read_all(out, "records")
 
 
 def read_evidence(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """The evidence behind all records of a run, in the order of the pictures; only some columns where asked."""
-    return _read_all(out, "evidence", EVIDENCE, columns)
+    return _read_all(out, "evidence", columns)
 
 
 def evidence_rows(indices: list[int], evidence: Evidence, largest: list[int | None]) -> pa.Table:
@@ -126,8 +152,15 @@ def _digest(config: dict[str, Any], records: pa.Table, evidence: str) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _read_all(out: Path, folder: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+def _schemas(config: dict[str, Any]) -> tuple[pa.Schema, pa.Schema]:
+    """Columns of the records and of the evidence, by the command that wrote them."""
+    command = config.get("command")
+    return SCHEMAS.get(command if isinstance(command, str) else "", (RECORD, EVIDENCE))
+
+
+def _read_all(out: Path, folder: str, columns: Sequence[str] | None = None) -> pa.Table:
     config, tables = read_config(out), []
+    schema = _schemas(config)[0 if folder == "records" else 1]
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     try:
         if "part" in config:  # other files there are none of this run's

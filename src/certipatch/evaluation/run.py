@@ -11,6 +11,7 @@ when there are none left; the first waits for the others' parts, makes those tha
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,10 +93,33 @@ class Job:
         }
 
 
+@final
+@dataclass(frozen=True)
+class Kind:
+    """What is done with the pictures of a job: part by part, then summed up.
+
+    make: job, run folder, configuration, first picture, and what to tell when further pictures of the part are done →
+    the part's records, written. counts: how many pictures of some records have which outcomes, by name. summarize:
+    configuration, run folder, defense → summary. timing: job, pictures, seconds → speed.
+    """
+
+    make: Callable[[Any, Path, dict[str, Any], int, Callable[[int], None]], pa.Table]
+    counts: Callable[[pa.Table], dict[str, int]]
+    summarize: Callable[[dict[str, Any], Path, Any], dict[str, Any]]
+    timing: Callable[[Any, int, float], dict[str, Any]]
+
+
 def evaluate(
     job: Job, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
 ) -> dict[str, Any]:
-    """Certify every picture of ``job`` into the run folder ``out``; gives the summary.
+    """Certify every picture of ``job`` into the run folder ``out``; gives the summary. As ``work``."""
+    return work(job, EVALUATE, out, progress, workers)
+
+
+def work(
+    job: Any, kind: Kind, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
+) -> dict[str, Any]:
+    """Go through the pictures of a job into the run folder ``out``; gives the summary.
 
     Parts that are there are kept; damaged and foreign ones are made again. A finished run is left as it is. Of several
     ``workers`` the first gives the summary, shows progress and ends last; the others give an empty dictionary.
@@ -110,13 +134,13 @@ def evaluate(
     if not workers.first:
         _same_job(job.config(config["dataset_sha256"]), config, workers)
     job.defense.check(job.pictures.images(range(1)).to(job.device))  # tolerances from the same picture everywhere
-    tally = _Tally(job, out, config, progress)
+    tally = _Tally(job, kind, out, config, progress)
     if workers.first:
         tally.look()
     started, longest = time.monotonic(), 0.0
     for ticket in workers.tickets(len(missing)):
         began = time.monotonic()
-        records = _make(job, out, config, missing[ticket])
+        records = kind.make(job, out, config, missing[ticket], tally.within)
         longest = max(longest, time.monotonic() - began)
         if workers.first:
             tally.add(missing[ticket], records)
@@ -129,19 +153,19 @@ def evaluate(
         if tally.look():
             longest, fresh = max(longest, time.monotonic() - fresh), time.monotonic()
         elif time.monotonic() - fresh > max(PATIENCE, 4 * longest):
-            tally.add(left[0], _make(job, out, config, left[0]))
+            tally.add(left[0], kind.make(job, out, config, left[0], tally.within))
         else:
             time.sleep(0.05)
     seconds = time.monotonic() - started
-    summary = summarize(config, out, job.defense)
+    summary = kind.summarize(config, out, job.defense)
     count = workers.count
     if not missing and not (out / "timing.json").exists():  # killed between the last part and here: one part once more
         started = time.monotonic()
-        _make(job, out, config, 0)
+        kind.make(job, out, config, 0, lambda done: None)
         seconds, missing, count = time.monotonic() - started, [0], 1
     if missing:
         evaluated = sum(len(_indices(config, first)) for first in missing)
-        write_json(out / "timing.json", _timing(job, evaluated, seconds) | {"workers": count})
+        write_json(out / "timing.json", kind.timing(job, evaluated, seconds) | {"workers": count})
     write_json(out / "summary.json", summary)
     sweep(out)
     return summary
@@ -189,22 +213,24 @@ def _indices(config: dict[str, Any], first: int) -> range:
 
 @final
 class _Tally:
-    """The parts that are there, and how many of their pictures are right and certified."""
+    """The parts that are there, and the outcomes of their pictures."""
 
-    def __init__(self, job: Job, out: Path, config: dict[str, Any], progress: Progress):
+    def __init__(self, job: Any, kind: Kind, out: Path, config: dict[str, Any], progress: Progress):
         self.seen: set[int] = set()
-        self._job, self._out, self._config, self._progress = job, out, config, progress
-        self._images = self._correct = self._certified = 0
+        self._job, self._kind, self._out, self._config, self._progress = job, kind, out, config, progress
+        self._images, self._counts, self._text = 0, Counter(), ""
 
     def add(self, first: int, records: pa.Table) -> None:
         """Count the records of the part that begins with picture ``first``, and show how far the run is."""
         self.seen.add(first)
-        right = (np.asarray(records["label"]) == np.asarray(records["target"])) & ~np.asarray(records["alarm"])
-        self._images += len(right)
-        self._correct += int(right.sum())
-        self._certified += int((right & np.asarray(records["certified"])).sum())
-        share, robust = self._correct / self._images, self._certified / self._images
-        self._progress(self._images, self._config["images"], f"clean {share:.1%}, certified {robust:.1%}")
+        self._images += len(records)
+        self._counts.update(self._kind.counts(records))
+        self._text = ", ".join(f"{name} {number / self._images:.1%}" for name, number in self._counts.items())
+        self._progress(self._images, self._config["images"], self._text)
+
+    def within(self, done: int) -> None:
+        """Show that ``done`` pictures of the part at work are done."""
+        self._progress(min(self._images + done, self._config["images"]), self._config["images"], self._text)
 
     def look(self) -> bool:
         """Count the parts that are there and not yet counted; whether there were any.
@@ -230,16 +256,22 @@ class _Tally:
                 )
 
 
-def _make(job: Job, out: Path, config: dict[str, Any], first: int) -> pa.Table:
-    """Evaluate a part, and write it."""
+def part_of(job: Any, config: dict[str, Any], first: int) -> tuple[range, torch.Tensor]:
+    """Numbers and pictures of a part, on the job's device. InputError where they do not have its size."""
     indices = _indices(config, first)
     images = job.pictures.images(indices)
-    if tuple(images.shape[2:]) != job.image_size:
+    if tuple(images.shape[2:]) != tuple(job.image_size):
         raise InputError(
             f"{job.pictures.name} has pictures of {images.shape[2]}x{images.shape[3]} pixels, but {job.defense_name} "
             f"reads {job.image_size[0]}x{job.image_size[1]}"
         )
-    evidence = job.defense.evidence(images.to(job.device))
+    return indices, images.to(job.device)
+
+
+def _make(job: Job, out: Path, config: dict[str, Any], first: int, notify: Callable[[int], None]) -> pa.Table:
+    """Evaluate a part, and write it."""
+    indices, images = part_of(job, config, first)
+    evidence = job.defense.evidence(images)
     found, largest = job.defense.certificate(evidence, job.threat), job.defense.largest_patch(evidence)
     return store(
         job, out, config, indices, evidence, found, [None] * len(indices) if largest is None else largest.tolist()
@@ -284,6 +316,11 @@ def _records(job: Job, indices: range, found: Certificate) -> pa.Table:
     )
 
 
+def _counts(records: pa.Table) -> dict[str, int]:
+    right = (np.asarray(records["label"]) == np.asarray(records["target"])) & ~np.asarray(records["alarm"])
+    return {"clean": int(right.sum()), "certified": int((right & np.asarray(records["certified"])).sum())}
+
+
 def _timing(job: Job, images: int, seconds: float) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -296,3 +333,6 @@ def _timing(job: Job, images: int, seconds: float) -> dict[str, Any]:
         "multiply_adds_per_image": counter.get_total_flops() // 2,
         "device": f"{probe.device.type}, {torch.get_num_threads()} threads",
     }
+
+
+EVALUATE = Kind(_make, _counts, summarize, _timing)

@@ -1,0 +1,21 @@
+"""Attacks that paint patches, adaptive to each defense; every one is decided by the defense's own answer."""
+
+import difflib
+
+from certipatch.attacks.base import Answer, Attack, Outcome, Task, Victim, certifies
+from certipatch.attacks.patch_pgd import PatchPGD
+from certipatch.attacks.places import Places
+from certipatch.errors import InputError
+
+__all__ = ["ATTACKS", "Answer", "Attack", "Outcome", "PatchPGD", "Places", "Task", "Victim", "certifies", "find"]
+
+ATTACKS: dict[str, Attack] = {attack.name: attack for attack in (PatchPGD(),)}
+
+
+def find(name: str) -> Attack:
+    """An attack by name. InputError with the nearest name."""
+    if name in ATTACKS:
+        return ATTACKS[name]
+    near = difflib.get_close_matches(name, ATTACKS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(ATTACKS)}"
+    raise InputError(f"unknown attack {name!r}; {hint}")

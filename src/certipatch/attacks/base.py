@@ -1,0 +1,170 @@
+"""What an attack is: a victim, a task of pictures and places, and an outcome that the victim's own answers decide."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Generator, Tensor
+
+from certipatch.attacks import losses
+from certipatch.attacks.places import Places
+from certipatch.defenses.base import Defense, ViewDefense
+from certipatch.errors import InputError
+from certipatch.threats import PatchThreat, SparseThreat, Threat
+
+Notify = Callable[[int], None]
+"""Told the number of pictures that are done with."""
+
+
+@final
+@dataclass(frozen=True)
+class Answer:
+    """Hard answers: labels, and which pictures raise an alarm (detection only)."""
+
+    label: Int64[Tensor, " N"]
+    alarm: Bool[Tensor, " N"]
+
+
+@final
+class Victim:
+    """A defense under attack: its answers, and the leads that attacks raise.
+
+    Args:
+        defense: anything with ``predict``; a detector says with ``alarm`` or its rule which pictures raise one.
+        adaptive: attack through the defense; False: its network alone, as an attacker who knows nothing of it would.
+    """
+
+    def __init__(self, defense: Any, adaptive: bool = True):
+        self.defense, self.adaptive = defense, adaptive
+
+    def answer(self, images: Float[Tensor, "N C H W"]) -> Answer:
+        """What the defense itself says."""
+        with torch.no_grad():
+            if getattr(self.defense, "notion", "recovery") != "detection":
+                label = self.defense.predict(images)
+                return Answer(label, torch.zeros_like(label, dtype=torch.bool))
+            evidence = self.defense.evidence(images)
+            label = self.defense.label(evidence)
+            if isinstance(self.defense, ViewDefense) and hasattr(self.defense.rule(evidence.image_size), "alarm"):
+                alarm = self.defense.rule(evidence.image_size).alarm(evidence.values)  # type: ignore[attr-defined]
+            else:
+                alarm = self.defense.certificate(evidence, PatchThreat(1)).alarm
+            return Answer(label, alarm)
+
+    def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
+        """How far each class is from being the answer; differentiable."""
+        found = losses.leads if self.adaptive else losses.bare_leads
+        return found(self.defense, images, generator)
+
+    def check_gradients(self, images: Float[Tensor, "N C H W"]) -> None:
+        """InputError where the defense gives no gradient with respect to the picture."""
+        probe = images[:1].detach().clone().requires_grad_()
+        try:
+            with torch.enable_grad():
+                found = self.leads(probe, torch.Generator().manual_seed(0))
+                grad = torch.autograd.grad(found.sum(), probe, allow_unused=True)[0] if found.requires_grad else None
+        except (RuntimeError, NotImplementedError):
+            grad = None
+        if grad is None or not bool(torch.isfinite(grad).all()):
+            name = getattr(self.defense, "name", type(self.defense).__name__)
+            raise InputError(
+                f"{name} gives no gradient with respect to the picture; attacks that need none: square, universal with "
+                "--steps 0"
+            )
+
+
+@final
+@dataclass(frozen=True)
+class Task:
+    """What to attack, and how hard.
+
+    images: (B, C, H, W). label: the answers to change. threat: None for the L∞ attack. numbers: what the pictures are
+    called, so that their random numbers do not depend on the batch they come in. starts, steps, step: restarts,
+    iterations of each, size of a step. search: how places are chosen, see ``locate``. margins: of the places, (B, L), from
+    the certificate, or None. target: the class that shall be answered, or None for any other. epsilon: of L∞.
+    batch: rows of one gradient. prepared: what ``Attack.prepare`` gave.
+    """
+
+    images: Float[Tensor, "B C H W"]
+    label: Int64[Tensor, " B"]
+    threat: Threat | None
+    numbers: list[int]
+    starts: int
+    steps: int
+    step: float = 0.05
+    search: str = "auto"
+    margins: Float64[Tensor, "B L"] | None = None
+    target: int | None = None
+    epsilon: float = 0.0
+    seed: int = 0
+    batch: int = 256
+    prepared: Tensor | None = None
+
+    def generator(self, picture: int, start: int) -> Generator:
+        """Random numbers of one start on one picture."""
+        text = f"{self.seed}/{self.numbers[picture]}/{start}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))
+
+    def places(self) -> Places:
+        """The places of the threat's patches. InputError without a patch threat."""
+        if not isinstance(self.threat, PatchThreat):
+            raise InputError(f"there are no places of {self.threat}; give --patch")
+        return Places(self.threat, (self.images.shape[2], self.images.shape[3]))
+
+
+@final
+@dataclass(eq=False)
+class Outcome:
+    """What an attack found on B pictures.
+
+    broken: the answer is another one (of a detector: and there is no alarm), or with a target that one; decided by the
+    victim. attacked: the picture that did it, or of unbroken ones the one of largest loss. label, alarm: the answer to
+    ``attacked``. loss: largest lead of a wrong class. choice: the places painted (B, count), −1 where the attack has
+    none. tried: for every picture the numbers of the places tried. violated: places of positive margin at which an
+    attack changed the answer, which no theorem allows.
+    """
+
+    broken: Bool[Tensor, " B"]
+    attacked: Float[Tensor, "B C H W"]
+    label: Int64[Tensor, " B"]
+    alarm: Bool[Tensor, " B"]
+    loss: Float[Tensor, " B"]
+    choice: Int64[Tensor, "B count"]
+    queries: int = 0
+    tried: list[set[int]] = field(default_factory=list)
+    violated: list[set[int]] = field(default_factory=list)
+
+
+class Attack(ABC):
+    """One attack, without state: settings are in the task."""
+
+    name: ClassVar[str]
+    gradients: ClassVar[bool] = True
+    """Whether it needs gradients of the victim."""
+    starts: ClassVar[int]
+    """Default number of restarts."""
+    steps: ClassVar[int]
+    """Default number of iterations of each."""
+
+    def check(self, threat: Threat | None) -> None:
+        """InputError where the attack does not fit the threat."""
+        if not isinstance(threat, PatchThreat):
+            hint = "sparse" if isinstance(threat, SparseThreat) else "linf"
+            raise InputError(f"{self.name} paints a patch: give --patch, or use --attack {hint}")
+
+    def prepare(self, victim: Victim, task: Task) -> Tensor | None:
+        """What is learned once from some of the pictures, for all of them; None where there is nothing."""
+        return None
+
+    @abstractmethod
+    def run(self, victim: Victim, task: Task, notify: Notify = lambda done: None) -> Outcome:
+        """Attack every picture of a task."""
+
+
+def certifies(defense: object) -> bool:
+    """Whether a defense gives certificates at all; empirical ones do not."""
+    return isinstance(defense, Defense)

@@ -1,0 +1,44 @@
+"""Patch PGD: the iterative sign method on a patch, with random starts (Chiang et al. 2020, https://arxiv.org/abs/2003.06693).
+
+Differences to the original: places are searched too, not only drawn at random (``--search``); the loss is the lead of a
+wrong class under the defense itself (``losses``), not the network's cross-entropy; a picture that fell takes no further
+starts; rows of all pictures and starts share one batch.
+"""
+
+from typing import ClassVar, final
+
+import torch
+
+from certipatch.attacks.base import Attack, Notify, Outcome, Task, Victim
+from certipatch.attacks.locate import plan
+from certipatch.attacks.pool import Pool
+
+
+@final
+class PatchPGD(Attack):
+    """Gradient sign steps on the patch, random starts, places by search; the paper's 80 x 150 steps of 0.05."""
+
+    name: ClassVar[str] = "patch-pgd"
+    starts: ClassVar[int] = 80
+    steps: ClassVar[int] = 150
+
+    def run(self, victim: Victim, task: Task, notify: Notify = lambda done: None) -> Outcome:
+        victim.check_gradients(task.images)
+        places = task.places()
+        chosen = plan(victim, task, places)
+        masks = [places.masks(choice) for choice in chosen]
+
+        def begin(picture: int, start: int):
+            noise = torch.rand(task.images.shape[1:], generator=task.generator(picture, start))
+            return noise, masks[picture][start], chosen[picture][start]
+
+        pool = Pool(victim, task, begin, places.count, [len(choice) for choice in chosen], notify)
+        while pool.refill():
+            paint = pool.paint.detach().requires_grad_()
+            with torch.enable_grad():
+                images = pool.images(paint)
+                loss = pool.loss(victim.leads(images, pool.generator))
+                (gradient,) = torch.autograd.grad(loss.sum(), paint)
+            stay = pool.settle(images, loss)
+            pool.paint = (pool.paint + task.step * gradient[stay].sign()).clamp_(0, 1)
+        return pool.finish()
