@@ -23,6 +23,8 @@ from certipatch.defenses.bagcert import BagCert
 from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+from certipatch.defenses.digital_watermarking import DigitalWatermarking
+from certipatch.defenses.empirical import EmpiricalDefense
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.errors import InputError
@@ -85,6 +87,18 @@ def _(defense: RandomizedAblation, images: Tensor, generator: Generator) -> Tens
     else:
         logits = view_logits(defense.model, PixelSets(family.draw(size, SAMPLED, generator)), images)
     return lead_of(soft_votes(logits, None).mean(1))
+
+
+@leads.register
+def _(defense: EmpiricalDefense, images: Tensor, generator: Generator) -> Tensor:
+    """Through the cleaning itself."""
+    return lead_of(defense.model(defense.cleaned(images)).float())
+
+
+@leads.register
+def _(defense: DigitalWatermarking, images: Tensor, generator: Generator) -> Tensor:
+    """BPDA: the network sees the masked picture, the gradient comes back as if nothing had been masked."""
+    return lead_of(defense.model(images + (defense.cleaned(images) - images).detach()).float())
 
 
 def view_logits(

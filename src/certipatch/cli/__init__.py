@@ -6,7 +6,7 @@ import sys
 import typer
 
 from certipatch import workers
-from certipatch.cli import certify, compare, demo, evaluate, listing, report, reproduce, train
+from certipatch.cli import attack, certify, compare, demo, evaluate, listing, report, reproduce, train
 from certipatch.errors import InputError
 
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # click's, which typer brings along under one name or another
@@ -25,6 +25,7 @@ COMMANDS = {
     "train": train.train,
     "evaluate": evaluate.evaluate,
     "certify": certify.certify,
+    "attack": attack.attack,
     "compare": compare.compare,
     "report": report.report,
     "reproduce": reproduce.reproduce,

@@ -13,7 +13,7 @@ def list_(
     what: Annotated[str | None, typer.Argument(help=" | ".join(KINDS), metavar="[KIND]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """List defenses, shipped models, datasets and recipes.
+    """List defenses, shipped models, attacks, datasets and recipes.
 
     Examples:
 
@@ -51,7 +51,9 @@ def _rows(kind: str) -> dict[str, str]:
 
         return names()
     if kind == "attacks":
-        return {}
+        from certipatch.attacks import ATTACKS
+
+        return {name: (attack.__doc__ or "").splitlines()[0] for name, attack in ATTACKS.items()}
     if kind == "recipes":
         from certipatch import resources
 

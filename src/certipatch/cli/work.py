@@ -39,7 +39,7 @@ def evaluate_into(
     Under torchrun this process is one of several workers; all but the first give an empty dictionary.
     """
     device, crew = devices.worker()
-    defense, card, name = open_named(defense_name, model_name, threat, changes)
+    defense, card, name = open_certified(defense_name, model_name, threat, changes)
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, channels=card.channels, limit=limit)
     if len(pictures.class_names) != len(card.classes):
@@ -69,7 +69,7 @@ def certify_files(
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
-    defense, card, name = open_named(defense_name, model_name, threat, changes)
+    defense, card, name = open_certified(defense_name, model_name, threat, changes)
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; give a new --out")
     images = []
@@ -134,6 +134,16 @@ def open_named(
     threat_fits(threat, read_card(folder))
     defense, card = open_defense(defense_name, model_name, threat, changes)
     return defense, card, folder.name if model_name is None else f"{defense_name}:{folder.name}"
+
+
+def open_certified(
+    defense_name: str, model_name: str | None, threat: Threat, changes: dict[str, Any] | None
+) -> tuple[Defense, Card, str]:
+    """As ``open_named``. InputError for an empirical defense, which proves nothing."""
+    defense, card, name = open_named(defense_name, model_name, threat, changes)
+    if not isinstance(defense, Defense):
+        raise InputError(f"{name} is an empirical defense, it certifies nothing; attack it: certipatch attack")
+    return defense, card, name
 
 
 def certify_sample(defense_name: str, data: str, threat: Threat, indices: Iterable[int]) -> list[str]:

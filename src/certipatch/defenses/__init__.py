@@ -11,7 +11,9 @@ from certipatch.defenses.card import Card, load_folder
 from certipatch.defenses.card import read as read_card
 from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.interval_bounds import IntervalBounds
+from certipatch.defenses.local_gradients_smoothing import LocalGradientsSmoothing
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
@@ -26,8 +28,10 @@ __all__ = [
     "ClippedBagNet",
     "Defense",
     "DerandomizedSmoothing",
+    "DigitalWatermarking",
     "Evidence",
     "IntervalBounds",
+    "LocalGradientsSmoothing",
     "PatchGuard",
     "PatchGuardPlusPlus",
     "RandomizedAblation",
@@ -39,7 +43,7 @@ __all__ = [
     "zoo",
 ]
 
-METHODS: dict[str, type[Defense]] = {
+METHODS: dict[str, type[Any]] = {
     method.name: method
     for method in (
         DerandomizedSmoothing,
@@ -50,6 +54,8 @@ METHODS: dict[str, type[Defense]] = {
         PatchGuardPlusPlus,
         IntervalBounds,
         Undefended,
+        LocalGradientsSmoothing,
+        DigitalWatermarking,
     )
 }
 

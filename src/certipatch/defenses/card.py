@@ -23,7 +23,9 @@ from certipatch.defenses.bagcert import BagCert
 from certipatch.defenses.base import Defense
 from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.interval_bounds import IntervalBounds
+from certipatch.defenses.local_gradients_smoothing import LocalGradientsSmoothing
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
@@ -125,7 +127,26 @@ class DetectionSettings(Settings):
     patch: Side = 5
 
 
+class GradientSettings(Settings):
+    """Local gradients smoothing; the paper's."""
+
+    window: int = Field(default=15, ge=1, le=4096)
+    overlap: int = Field(default=5, ge=0, le=4096)
+    threshold: float = Field(default=0.1, ge=0, le=1)
+    smoothing: float = Field(default=2.3, ge=0)
+
+
+class WatermarkSettings(Settings):
+    """Digital watermarking."""
+
+    share: float = Field(default=0.1, gt=0, lt=1)
+    neighbours: float = Field(default=0.4, ge=0, le=1)
+    size: int | None = Field(default=None, ge=1, le=4095)
+
+
 SETTINGS: dict[str, type[Settings]] = {
+    "lgs": GradientSettings,
+    "dw": WatermarkSettings,
     "derandomized-smoothing": SmoothingSettings,
     "randomized-ablation": RandomizedSettings,
     "patchguard": PatchGuardSettings,
@@ -136,6 +157,8 @@ SETTINGS: dict[str, type[Settings]] = {
     "undefended": Settings,
 }
 Method = Literal[
+    "lgs",
+    "dw",
     "derandomized-smoothing",
     "randomized-ablation",
     "patchguard",
@@ -146,7 +169,12 @@ Method = Literal[
     "undefended",
 ]
 # Defenses of networks that read whole pictures, without views.
-PLAIN: dict[str, Callable[..., Defense]] = {"undefended": Undefended, "interval-bounds": IntervalBounds}
+PLAIN: dict[str, Callable[..., Any]] = {
+    "undefended": Undefended,
+    "interval-bounds": IntervalBounds,
+    "lgs": LocalGradientsSmoothing,
+    "dw": DigitalWatermarking,
+}
 
 
 class Described(BaseModel):
@@ -221,7 +249,7 @@ def build(card: Described, network: nn.Module, threat: Threat | None = None) -> 
     settings = dict(card.settings)
     found = card.created_views()
     if card.defense in PLAIN:
-        return PLAIN[card.defense](network)
+        return PLAIN[card.defense](network, **settings)
     if card.defense in ("patchguard", "patchguard-plus-plus"):
         patch = settings.pop("patch")
         given = isinstance(threat, PatchThreat) and not settings.get("fixed")

@@ -1,0 +1,148 @@
+"""``certipatch attack``: how much accuracy an attack leaves, and whether it breaks a certificate."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from certipatch.cli.options import (
+    CountOption,
+    ModelOption,
+    PatchOption,
+    SetOption,
+    ShapeOption,
+    SparseOption,
+    WhereOption,
+    changes_from,
+    threat_from,
+)
+from certipatch.errors import InputError
+
+
+def attack(
+    out: Annotated[Path, typer.Option("--out", help="Run folder: written here, resumed from here.")],
+    defense: Annotated[
+        str | None, typer.Option("--defense", help="A zoo model, a trained folder, or with --model a method.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A dataset name or folder, as for evaluate.")] = None,
+    name: Annotated[
+        str,
+        typer.Option("--attack", help="patch-pgd, lavan, universal, square, sparse or linf (certipatch list attacks)."),
+    ] = "patch-pgd",
+    model: ModelOption = None,
+    settings: SetOption = None,
+    patch: PatchOption = None,
+    shape: ShapeOption = None,
+    count: CountOption = 1,
+    where: WhereOption = "anywhere",
+    sparse: SparseOption = None,
+    epsilon: Annotated[
+        str | None, typer.Option("--epsilon", help="For linf, instead of a patch: the largest change, as 8/255.")
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first N pictures.", metavar="N")] = None,
+    starts: Annotated[
+        int | None, typer.Option("--starts", help="Restarts per picture. Default: the attack's.", min=1, metavar="N")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Iterations of each. Default: the attack's.", min=0, metavar="N")
+    ] = None,
+    step: Annotated[float, typer.Option("--step", help="Size of a step.", min=0.0, max=1.0)] = 0.05,
+    search: Annotated[
+        str,
+        typer.Option("--search", help="Places: auto, random, exhaustive, gradient, margin or certified (those only)."),
+    ] = "auto",
+    target: Annotated[
+        int | None, typer.Option("--target", help="Only this class counts as success.", metavar="CLASS")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Attack the bare network: know nothing of the defense.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.", min=0)] = 0,
+    batch: Annotated[int, typer.Option("--batch", help="Attacked pictures per gradient.", min=1, metavar="N")] = 256,
+    part: Annotated[
+        int | None, typer.Option("--part", help="Pictures per record file. Default: 50.", min=1, metavar="N")
+    ] = None,
+    all_zoo: Annotated[bool, typer.Option("--all-zoo", help="Every shipped model, every attack that fits.")] = False,
+    minutes: Annotated[
+        float, typer.Option("--minutes", help="With --all-zoo: how long.", min=0.01, metavar="N")
+    ] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+) -> None:
+    """Attack every picture, those with a certificate too. A broken certificate is exit code 1. Stops and resumes.
+
+    Examples:
+
+      certipatch attack --defense fashion-columns --data fashion-sample --patch 5 --attack patch-pgd --limit 100 --out runs/a
+
+      certipatch attack --defense lgs --model mnist-plain --data path/to/mnist --patch 5 --where corners --out runs/lgs
+
+      certipatch attack --defense mnist-plain --data path/to/mnist --attack linf --epsilon 0.1 --out runs/linf
+
+      certipatch attack --defense fashion-columns --data fashion-sample --sparse 4 --attack sparse --out runs/sparse
+
+      certipatch attack --all-zoo --minutes 10 --out runs/soundness
+    """
+    import json
+
+    from certipatch.cli.progress import progress_bar
+
+    if all_zoo:
+        if defense or model or data or patch or sparse or epsilon:
+            raise InputError("--all-zoo attacks every shipped model; leave --defense, --data and the threat out")
+        from certipatch.cli.attacking import campaign_into
+
+        with progress_bar("campaign") as progress:
+            table = campaign_into(out, minutes, seed, progress)
+        print(json.dumps(table, ensure_ascii=False) if as_json else table["text"])
+        raise typer.Exit(1 if table["broken_certificates"] else 0)
+    if defense is None or data is None:
+        raise InputError("give --defense and --data, or --all-zoo")
+    threat = None
+    if epsilon is None:
+        if name == "linf":
+            raise InputError("linf needs --epsilon, as 8/255, in place of a patch")
+        threat = threat_from(patch, shape, count, where, sparse)
+    elif name != "linf" or patch or sparse:
+        raise InputError("--epsilon is the threat of --attack linf; give it alone")
+    from certipatch.cli.attacking import attack_into, summary_lines
+
+    options = {
+        "starts": starts,
+        "steps": steps,
+        "step": step,
+        "search": search,
+        "target": target,
+        "adaptive": not plain,
+        "seed": seed,
+        "batch": batch,
+        "part": part,
+        "epsilon": _fraction(epsilon),
+    }
+    with progress_bar("attack") as progress:
+        summary = attack_into(
+            out, defense, data, threat, name, split, limit, progress, model, changes_from(settings), options
+        )
+    if not summary:  # another worker than the first
+        return
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False))
+    else:
+        for line in summary_lines(summary, out):
+            typer.echo(line)
+    if summary["broken_certificates"]:
+        raise typer.Exit(1)
+
+
+def _fraction(text: str | None) -> float:
+    """A number such as 0.1 or 8/255, above 0 and up to 1."""
+    if text is None:
+        return 0.0
+    try:
+        over, _, under = text.partition("/")
+        value = float(over) / float(under or 1)
+    except (ValueError, ZeroDivisionError):
+        value = 0.0
+    if not 0 < value <= 1:
+        raise InputError(f"--epsilon {text!r} is not understood; write a number above 0 and up to 1, as 0.1 or 8/255")
+    return value

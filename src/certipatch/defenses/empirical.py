@@ -1,0 +1,56 @@
+"""Empirical defenses: an answer and no proof. They have no ``certify``, so that a false certificate cannot be written."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from certipatch import evidence as ev
+from certipatch.errors import InputError
+
+
+class EmpiricalDefense(ABC):
+    """Cleans a picture of what looks like a patch, then asks a plain network.
+
+    Args:
+        model: an ``nn.Module`` (N, C, H, W) → (N, K) in eval mode.
+        batch_size: pictures per forward pass (default: 2²⁰ pixels).
+    """
+
+    name: ClassVar[str]
+    theorem: ClassVar[str] = "none: nothing is certified"
+
+    def __init__(self, model: nn.Module, batch_size: int | None = None):
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.model, self.batch_size = model, batch_size
+
+    @abstractmethod
+    def cleaned(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
+        """The pictures that the network is shown."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The defense's own settings, as plain JSON values."""
+
+    @torch.no_grad()
+    def predict(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, " B"]:
+        """The label of every picture. InputError on pictures that are not floats in [0, 1]."""
+        ev.check_images(images)
+        batch = self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
+        logits = torch.cat([self.model(self.cleaned(part)) for part in images.split(batch)])
+        if logits.ndim != 2 or not bool(torch.isfinite(logits).all()):
+            raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
+        return logits.argmax(1)
+
+    def check(self, images: Float[Tensor, "B C H W"]) -> None:
+        """Refuse a model in training mode (InputError)."""
+        if self.model.training:
+            raise InputError("model refused: it is in training mode, call model.eval()")
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the network."""
+        self.model.to(device)
+        return self
