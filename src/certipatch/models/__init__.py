@@ -14,6 +14,7 @@ from certipatch.models.mlp import MLP
 from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
 from certipatch.models.strip import CrossNet, StripNet
+from certipatch.models.vit import ViT
 from certipatch.views import Bands, Blocks, Cross, RandomViews, Views
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ResNet18",
     "SmallBagNet",
     "StripNet",
+    "ViT",
     "create",
     "descriptions",
     "receptive_fields",
@@ -42,6 +44,7 @@ NETWORKS = {
     "small-bagnet": SmallBagNet,
     "mlp": MLP,
     "cnn": CNN,
+    "vit": ViT,
 }
 LOCAL = ("bagnet", "small-bagnet")  # networks of local logits, whose views are their receptive fields
 
@@ -51,10 +54,10 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["strip", "crop", "conv", "resnet18", "bagnet", "small-bagnet", "mlp", "cnn"]
+    name: Literal["strip", "crop", "conv", "resnet18", "bagnet", "small-bagnet", "mlp", "cnn", "vit"]
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(default=None, min_length=1, max_length=8)
     depth: int | None = Field(default=None, ge=1, le=32)
-    """Residual blocks per stage; of a CNN: its convolutions, 2, 4 or 5."""
+    """Residual blocks per stage; of a CNN: its convolutions, 2, 4 or 5; of a ViT: its blocks."""
     depths: tuple[Annotated[int, Field(ge=1, le=32)], ...] | None = Field(default=None, min_length=4, max_length=4)
     """Of a BagNet: blocks of each stage."""
     field: int | None = Field(default=None, ge=1, le=64)
@@ -63,6 +66,12 @@ class ModelSettings(BaseModel):
     """Of a BagNet: side in pixels that pictures are resized to inside the network."""
     kernel: int | None = Field(default=None, ge=1, le=64)
     """Of a CNN: side of the first convolution."""
+    patch: int | None = Field(default=None, ge=1, le=64)
+    """Of a ViT: side of a token in pixels."""
+    dim: int | None = Field(default=None, ge=1, le=1280)
+    """Of a ViT: channels of a token."""
+    heads: int | None = Field(default=None, ge=1, le=32)
+    """Of a ViT: heads of each attention."""
 
 
 def create(
@@ -81,6 +90,8 @@ def create(
             return SmallBagNet(in_channels, num_classes, image_size, **sizes)
         if settings.name == "conv":
             return ConvNet(views, in_channels, num_classes, image_size, **sizes)
+        if settings.name == "vit":
+            return ViT(views, in_channels, num_classes, image_size, **sizes)
         if settings.name == "resnet18":
             return ResNet18(in_channels, num_classes, **sizes)
         if settings.name in ("mlp", "cnn"):
