@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from certipatch.errors import InputError
 from certipatch.views import Views
-from certipatch.views.render import render
+from certipatch.views.render import render, render_each
 
 PIXELS = 2**20  # of one forward pass, unless a batch size is given: 1024 views of 32x32, 20 of 224x224
 # By parameter type: the largest change of a logit, relative to 1 + the largest, that counts as rounding; the least
@@ -63,13 +63,36 @@ def logits(
         step = max(1, batch_size // len(images_part))
         parts = []
         for chosen in index.split(step):
-            rendered = render(encoding, images_part, views, chosen)
+            rendered = render(encoding, images_part, views, chosen, getattr(model, "fill", 0.5))
             answer = model(rendered.flatten(0, 1))
             if answer.ndim != 2 or len(answer) != rendered.shape[0] * rendered.shape[1]:
                 raise InputError(f"the model gives {tuple(answer.shape)} where (N, K) is needed")
             parts.append(answer.unflatten(0, rendered.shape[:2]))
         pictures.append(torch.cat(parts, dim=1))
     return torch.cat(pictures)
+
+
+@torch.inference_mode()
+def logits_of(
+    model: nn.Module,
+    views: Views,
+    images: Float[Tensor, "B C H W"],
+    picture: Int64[Tensor, " n"],
+    index: Int64[Tensor, " n"],
+    batch_size: int | None = None,
+) -> Float[Tensor, "n K"]:
+    """The network's logits for view ``index[i]`` of picture ``picture[i]``, n ≥ 1, in batches of ``batch_size``."""
+    batch_size = batch_size or max(1, PIXELS // (images.shape[2] * images.shape[3]))
+    parts = []
+    for of, chosen in zip(picture.split(batch_size), index.split(batch_size), strict=True):
+        taken = images[of.to(images.device)]
+        answer = model(
+            render_each(getattr(model, "encoding", "null"), taken, views, chosen, getattr(model, "fill", 0.5))
+        )
+        if answer.ndim != 2 or len(answer) != len(of):
+            raise InputError(f"the model gives {tuple(answer.shape)} where (N, K) is needed")
+        parts.append(answer)
+    return torch.cat(parts)
 
 
 def forward_passes(model: nn.Module, views: Views, image_size: tuple[int, int]) -> int:
@@ -172,7 +195,7 @@ def _checked(
             raise InputError(f"model refused: {reason}{training}; an answer changed by {change:.2g} (limit {limit:g})")
         worst = max(worst, (other - reference).abs().max().item())
 
-    training = "; it is in training mode, call model.eval()" if model.training else ""
+    training = "; it is in training mode, call model.eval()" if any(m.training for m in model.modules()) else ""
     measure(torch.cat([answer(probe[None]) for probe in probes]), alone, "the same view twice gives two answers")
     coupled = "a view's answer depends on the other pictures in the batch"
     neighbours = torch.cat([torch.zeros_like(probes[:1]), torch.ones_like(probes[:1]), random_like(probes[:1])])

@@ -14,6 +14,8 @@ from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.interval_bounds import IntervalBounds
 from certipatch.defenses.local_gradients_smoothing import LocalGradientsSmoothing
+from certipatch.defenses.minority_reports import MinorityReports
+from certipatch.defenses.patchcleanser import PatchCleanser
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
@@ -32,6 +34,8 @@ __all__ = [
     "Evidence",
     "IntervalBounds",
     "LocalGradientsSmoothing",
+    "MinorityReports",
+    "PatchCleanser",
     "PatchGuard",
     "PatchGuardPlusPlus",
     "RandomizedAblation",
@@ -53,6 +57,8 @@ METHODS: dict[str, type[Any]] = {
         BagCert,
         PatchGuardPlusPlus,
         IntervalBounds,
+        PatchCleanser,
+        MinorityReports,
         Undefended,
         LocalGradientsSmoothing,
         DigitalWatermarking,

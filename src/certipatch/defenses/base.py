@@ -31,6 +31,8 @@ class Evidence:
     """How far a score of each picture may be off; None for votes, which have ``unsure`` for it."""
     images: Float[Tensor, "B C H W"] | None = None
     """The pictures, where a certificate needs the network again (interval bounds); such evidence is not stored."""
+    passes: Int64[Tensor, " B"] | None = None
+    """Network calls that each picture took, where pictures differ in that."""
 
 
 class Defense(ABC):
@@ -136,7 +138,8 @@ class ViewDefense(Defense):
         """The measured rounding of a score for pictures of this size; runs the model check the first time."""
         first = next(self.model.parameters(), images)
         autocast = torch.is_autocast_enabled(images.device.type)
-        key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
+        training = any(module.training for module in self.model.modules())
+        key = (*images.shape[1:], images.dtype, images.device, training, first.dtype, autocast)
         if key not in self._tolerance:
             views = self.views_of((images.shape[2], images.shape[3]))
             self._tolerance[key] = ev.check_model(self.model, views, images, self.batch_size, raw=self.raw)

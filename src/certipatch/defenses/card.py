@@ -26,6 +26,8 @@ from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.interval_bounds import IntervalBounds
 from certipatch.defenses.local_gradients_smoothing import LocalGradientsSmoothing
+from certipatch.defenses.minority_reports import MinorityReports
+from certipatch.defenses.patchcleanser import PatchCleanser
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
@@ -144,6 +146,31 @@ class WatermarkSettings(Settings):
     size: int | None = Field(default=None, ge=1, le=4095)
 
 
+PerAxis = Annotated[int, Field(ge=1, le=256)]
+Fill = Annotated[float, Field(ge=0, le=1)]
+
+
+class MaskSettings(Settings):
+    """Masks over the picture. ``patch`` is what they are made for where no threat is given."""
+
+    masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
+    stride: Side | tuple[Side, Side] | None = None
+    fill: Fill | tuple[Fill, ...] | None = None
+    patch: Side = 5
+
+
+class PatchCleanserSettings(MaskSettings):
+    """PatchCleanser. Without ``maps`` it stops as soon as the verdict is known."""
+
+    maps: bool = False
+
+
+class MinorityReportsSettings(MaskSettings):
+    """Minority Reports."""
+
+    threshold: float = Field(default=0.5, ge=0, lt=1)
+
+
 SETTINGS: dict[str, type[Settings]] = {
     "lgs": GradientSettings,
     "dw": WatermarkSettings,
@@ -154,6 +181,8 @@ SETTINGS: dict[str, type[Settings]] = {
     "bagcert": BagCertSettings,
     "patchguard-plus-plus": DetectionSettings,
     "interval-bounds": Settings,
+    "patchcleanser": PatchCleanserSettings,
+    "minority-reports": MinorityReportsSettings,
     "undefended": Settings,
 }
 Method = Literal[
@@ -166,6 +195,8 @@ Method = Literal[
     "bagcert",
     "patchguard-plus-plus",
     "interval-bounds",
+    "patchcleanser",
+    "minority-reports",
     "undefended",
 ]
 # Defenses of networks that read whole pictures, without views.
@@ -174,7 +205,10 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "interval-bounds": IntervalBounds,
     "lgs": LocalGradientsSmoothing,
     "dw": DigitalWatermarking,
+    "patchcleanser": PatchCleanser,
+    "minority-reports": MinorityReports,
 }
+BUILT_FOR_A_PATCH = ("patchguard", "patchguard-plus-plus", "patchcleanser", "minority-reports")
 
 
 class Described(BaseModel):
@@ -243,17 +277,17 @@ def build(card: Described, network: nn.Module, threat: Threat | None = None) -> 
     """The defense that ``card`` describes around ``network``.
 
     Args:
-        threat: the patch that PatchGuard and PatchGuard++ are built for; None for the one in their settings. Where it is
+        threat: the patch that PatchGuard, PatchCleanser and their kin are built for; None for the one in their settings. Where it is
             a sparse threat they are built for a patch of so many pixels a side, which never certifies more.
     """
     settings = dict(card.settings)
     found = card.created_views()
-    if card.defense in PLAIN:
-        return PLAIN[card.defense](network, **settings)
-    if card.defense in ("patchguard", "patchguard-plus-plus"):
+    if card.defense in BUILT_FOR_A_PATCH:
         patch = settings.pop("patch")
         given = isinstance(threat, PatchThreat) and not settings.get("fixed")
         settings["threat"] = threat if given else PatchThreat(patch)
+    if card.defense in PLAIN:
+        return PLAIN[card.defense](network, **settings)
     if card.defense == "patchguard":
         settings["clip"] = math.inf if settings["clip"] is None else settings["clip"]
     return BUILDERS[card.defense](network, views=card.random_views() or found, **settings)

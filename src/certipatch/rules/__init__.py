@@ -3,7 +3,8 @@
 from certipatch.rules.base import Rule, Verdict
 from certipatch.rules.clipped_sum import ClippedSum
 from certipatch.rules.clopper_pearson import ClopperPearson
-from certipatch.rules.masked_detection import MaskedDetection
+from certipatch.rules.double_mask import DoubleMask
+from certipatch.rules.masked_detection import MaskedDetection, MinorityReports
 from certipatch.rules.order_statistics import Median, TrimmedMean
 from certipatch.rules.robust_mask import RobustMask
 from certipatch.rules.vote import Vote
@@ -12,9 +13,11 @@ from certipatch.rules.windows import JointWindows, Windows
 __all__ = [
     "ClippedSum",
     "ClopperPearson",
+    "DoubleMask",
     "JointWindows",
     "MaskedDetection",
     "Median",
+    "MinorityReports",
     "RobustMask",
     "Rule",
     "TrimmedMean",

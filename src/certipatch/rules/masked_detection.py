@@ -1,4 +1,7 @@
-"""Attack detection: an alarm when hiding some window of evidence gives another answer (PatchGuard++, Xiang & Mittal 2021)."""
+"""Attack detection: an alarm when hiding part of the picture gives another answer.
+
+``MaskedDetection`` hides windows of evidence (PatchGuard++, Xiang & Mittal 2021), ``MinorityReports`` parts of the picture.
+"""
 
 from dataclasses import dataclass
 from typing import Any, final
@@ -84,24 +87,107 @@ class MaskedDetection(Rule):
             here = slice(first, first + step)
             scores = clipped(evidence[here], -torch.inf, torch.inf)
             means = windows.outside(scores) / left.clamp(min=1)[:, None]
-            confidence = means.softmax(2)
+            confidence = means.softmax(2).masked_fill(left[:, None] == 0, 0.0)  # nothing left over says nothing
             rounding = 8 * evidence.shape[1] * EPSILON * (1 + scores.abs().amax((1, 2))) + 2 * off[here].to(
                 scores.device
             )
-            own = confidence.gather(2, label[here, None, None].expand(-1, len(windows), 1))[..., 0]
-            others = confidence.scatter(2, label[here, None, None].expand(-1, len(windows), 1), -1.0).amax(2)
-            empty = left == 0
-            alarm = ((others > self.threshold - rounding[:, None]) & (others >= own - rounding[:, None]) & ~empty).any(
-                1
-            )
-            says = torch.where((own > others + rounding[:, None]) & ~empty, own, -torch.inf)
-            best = torch.full((len(scores), len(sees)), -torch.inf, dtype=torch.float64, device=scores.device)
-            for w in range(len(windows)):
-                best = torch.where(covering[:, w], torch.maximum(best, says[:, w, None]), best)
-            total = scores.sum(1)
-            top = total.topk(2, 1).values  # an answer that rounding could turn is not certified
-            safe = ~alarm & (top[:, 0] - top[:, 1] > evidence.shape[1] * rounding)
-            margin = best - self.threshold - rounding[:, None]
+            top = scores.sum(1).topk(2, 1).values  # an answer that rounding could turn is not certified
+            sure = top[:, 0] - top[:, 1] > evidence.shape[1] * rounding
+            alarm, margin = dissent(confidence, label[here], covering, self.threshold, rounding, sure)
             alarms.append(alarm)
-            margins.append(torch.where(safe[:, None], margin, -torch.inf))
+            margins.append(margin)
         return Verdict(label, torch.cat(margins), torch.cat(alarms))
+
+
+@final
+@dataclass(frozen=True)
+class MinorityReports(Rule):
+    """ŷ = answer to the whole picture, view 0; an alarm where under some mask, views 1 to M, another class scores
+    above τ, and no less than ŷ.
+
+    **Theorem.** On the clean picture ŷ = y raises no alarm, and some mask that covers the patch leaves a picture that says
+    y with a score above τ. Then after any attack at l the answer is y, or an alarm is raised.
+
+    *Proof.* Under that mask the attacked picture is the clean one: it still says y with a score above τ. If the attacked
+    picture's own answer is another class, that is a masked answer that differs from it: an alarm.
+
+    The margin is the largest such score, less τ and ``error``; −inf where no mask covers, and where the picture raises an
+    alarm as it is. A comparison that ``error`` could turn raises an alarm, and certifies nothing.
+
+    Source: McCoyd et al., Minority Reports Defense, 2020. Departs from it: masks cover every place by construction, also
+    at borders and corners, where the paper's grid of predictions has fewer; the answer is that to the whole picture.
+
+    Args:
+        threshold: τ in [0, 1), in the unit of the evidence (B, 1 + M, K): softmax scores.
+    """
+
+    threshold: float = 0.5
+
+    def __post_init__(self):
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold must lie in [0, 1), not {self.threshold}")
+
+    @property
+    def theorem(self) -> str:
+        return f"no alarm, and a mask that covers the patch leaves y a score > {self.threshold:g}"
+
+    def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
+        check_evidence(evidence)
+        return clipped(evidence[:, 0], -torch.inf, torch.inf).argmax(1)
+
+    def alarm(self, evidence: Shaped[Tensor, "B V K"]) -> Bool[Tensor, " B"]:
+        """Pictures that raise an alarm."""
+        found = self.certify(evidence, torch.ones((1, evidence.shape[1]), dtype=torch.bool)).alarm
+        assert found is not None
+        return found
+
+    def certify(
+        self,
+        evidence: Shaped[Tensor, "B V K"],
+        sees: Bool[Tensor, "L V"],
+        unsure: Bool[Tensor, "B V"] | None = None,
+        error: Float64[Tensor, " B"] | None = None,
+    ) -> Verdict:
+        label = self.predict(evidence)
+        check_relation(evidence, sees, unsure, error)
+        if unsure is not None and bool(unsure.any()):
+            raise ValueError("detection reads scores, which have an error instead of unsure views")
+        if evidence.shape[1] < 2:
+            raise ValueError("detection needs the whole picture and at least one masked one")
+        scores = clipped(evidence, -torch.inf, torch.inf)
+        rounding = scores.new_zeros(len(scores)) if error is None else 2 * error.to(scores.device)
+        top = scores[:, 0].topk(2, 1).values
+        sure = (top[:, 0] - top[:, 1] > rounding) | (error is None)  # nothing turns an exact answer, not even a tie
+        covering = ~sees[:, 1:].to(scores.device)
+        alarm, margin = dissent(scores[:, 1:], label, covering, self.threshold, rounding, sure)
+        return Verdict(label, margin, alarm)
+
+
+def dissent(
+    scores: Float64[Tensor, "B W K"],
+    label: Int64[Tensor, " B"],
+    covering: Bool[Tensor, "L W"],
+    threshold: float,
+    rounding: Float64[Tensor, " B"],
+    sure: Bool[Tensor, " B"],
+) -> tuple[Bool[Tensor, " B"], Float64[Tensor, "B L"]]:
+    """Alarms, and margins, from the scores of every masked answer; a score of 0 for all classes says nothing.
+
+    Args:
+        scores: of K classes under W masks.
+        label: the answer to the whole.
+        covering: masks that hide all that an attacker at l can change.
+        threshold: τ; a masked answer counts above it.
+        rounding: how far differences of scores may be off.
+        sure: pictures whose answer to the whole rounding cannot turn.
+    """
+    chosen = label[:, None, None].expand(-1, scores.shape[1], 1)
+    own, others = scores.gather(2, chosen)[..., 0], scores.scatter(2, chosen, -torch.inf).amax(2)
+    silent = (scores == 0).all(2)
+    off = rounding[:, None]
+    alarm = ((others > threshold - off) & (others >= own - off) & ~silent).any(1)
+    says = torch.where((own > others + off) & ~silent, own, -torch.inf)
+    best = torch.full((len(scores), len(covering)), -torch.inf, dtype=torch.float64, device=scores.device)
+    for w in range(scores.shape[1]):
+        best = torch.where(covering[:, w], torch.maximum(best, says[:, w, None]), best)
+    return alarm, torch.where((sure & ~alarm)[:, None], best - threshold - off, -torch.inf)

@@ -9,7 +9,7 @@ from certipatch.views.bands import Bands, Columns, Rows
 from certipatch.views.base import Views
 from certipatch.views.blocks import Blocks
 from certipatch.views.cross import Cross
-from certipatch.views.masks import PixelSets, masked
+from certipatch.views.masks import MaskPairs, PixelSets, mask_set, masked
 from certipatch.views.random import OneOf, RandomColumns, RandomPixels, RandomViews
 from certipatch.views.receptive_fields import ReceptiveFields
 
@@ -18,6 +18,7 @@ __all__ = [
     "Blocks",
     "Columns",
     "Cross",
+    "MaskPairs",
     "OneOf",
     "PixelSets",
     "RandomColumns",
@@ -27,6 +28,7 @@ __all__ = [
     "Rows",
     "Views",
     "create",
+    "mask_set",
     "masked",
 ]
 
@@ -45,6 +47,8 @@ def create(settings: dict[str, Any]) -> Views | RandomViews:
             return ReceptiveFields(**values)
         if name == "pixel-sets":
             return PixelSets(torch.tensor(rest["visible"], dtype=torch.bool))
+        if name == "mask-pairs":
+            return MaskPairs(torch.tensor(rest["masks"], dtype=torch.bool))
         if name == OneOf.name:
             views = create(rest["views"])
             assert isinstance(views, Views)

@@ -1,13 +1,26 @@
-"""Views given pixel by pixel: the picture with a mask over it, or any other pixel sets."""
+"""Views given pixel by pixel, and the picture with masks over it: mask sets that cover a patch wherever it lies.
 
+Per axis of n pixels, for a patch of p and k masks (Xiang et al., PatchCleanser, USENIX Security 2022, section 3.4): stride
+s = ⌈(n − p + 1)/k⌉, masks of m = p + s − 1 pixels, starting at min(i·s, n − m). A patch that starts at t lies in the last
+mask that starts at or before t: t − start ≤ s − 1, so the patch ends within p + s − 1 pixels of it.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+from math import comb
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 from certipatch.errors import InputError
-from certipatch.views.base import Views
+from certipatch.threats import PatchThreat
+from certipatch.views.base import Views, runs
+
+MASKS = 6  # per axis, unless a number or a stride is given
+MAX_MASKS = 1000  # half a million pairs
+Pair = tuple[int, int]
 
 
 @final
@@ -26,10 +39,7 @@ class PixelSets(Views):
         self._visible = visible.detach().cpu().clone()
 
     def number(self, image_size: tuple[int, int]) -> int:
-        if tuple(image_size) != tuple(self._visible.shape[1:]):
-            raise InputError(
-                f"these views are for pictures of {tuple(self._visible.shape[1:])} pixels, not {tuple(image_size)}"
-            )
+        _check_size(image_size, self._visible)
         return len(self._visible)
 
     def visible(self, image_size: tuple[int, int], index: Int[Tensor, " v"] | None = None) -> Bool[Tensor, "v H W"]:
@@ -40,6 +50,118 @@ class PixelSets(Views):
         return {"name": "pixel-sets", "visible": self._visible.to(torch.uint8).tolist()}
 
 
+@final
+class MaskPairs(Views):
+    """The picture under every mask, and under every two: M(M+1)/2 views, numbered as ``pair_table`` says.
+
+    Args:
+        masks: bool (M, H, W), True where the mask hides the pixel.
+    """
+
+    def __init__(self, masks: Tensor):
+        if masks.dtype != torch.bool or masks.ndim != 3 or masks.numel() == 0:
+            raise InputError(
+                f"masks are a bool tensor (M, H, W) with at least one mask, not {masks.dtype} {tuple(masks.shape)}"
+            )
+        _check_number(len(masks))
+        self.masks = masks.detach().cpu().clone()
+        self._pairs = torch.triu_indices(len(masks), len(masks))
+
+    def number(self, image_size: tuple[int, int]) -> int:
+        _check_size(image_size, self.masks)
+        return self._pairs.shape[1]
+
+    def visible(self, image_size: tuple[int, int], index: Int[Tensor, " v"] | None = None) -> Bool[Tensor, "v H W"]:
+        self.number(image_size)
+        one, other = self._pairs if index is None else self._pairs[:, index]
+        return ~(self.masks[one] | self.masks[other])
+
+    def settings(self) -> dict[str, Any]:
+        return {"name": "mask-pairs", "masks": self.masks.to(torch.uint8).tolist()}
+
+
+def _check_size(image_size: tuple[int, int], masks: Tensor) -> None:
+    if tuple(image_size) != tuple(masks.shape[1:]):
+        raise InputError(f"these views are for pictures of {tuple(masks.shape[1:])} pixels, not {tuple(image_size)}")
+
+
+def _check_number(masks: int) -> None:
+    if masks > MAX_MASKS:
+        raise InputError(f"{masks} masks are too many (up to {MAX_MASKS}); use fewer masks per axis")
+
+
 def masked(masks: Tensor) -> PixelSets:
     """Views that show everything but a mask: bool ``masks`` (V, H, W), True where the mask hides the pixel."""
     return PixelSets(~masks)
+
+
+def pair_table(masks: int) -> Int64[Tensor, "M M"]:
+    """The view of every two of M masks, in either order; on the diagonal the masks alone.
+
+    Views are numbered row by row: (0, 0), (0, 1), …, (0, M−1), (1, 1), (1, 2), …
+    """
+    one, other = torch.triu_indices(masks, masks)
+    table = torch.zeros((masks, masks), dtype=torch.int64)
+    table[one, other] = table[other, one] = torch.arange(len(one))
+    return table
+
+
+def axis_masks(length: int, patch: int, masks: int | None, stride: int | None = None) -> tuple[int, list[int]]:
+    """Width and starts of the masks along one axis that cover a run of ``patch`` pixels anywhere.
+
+    Args:
+        length, patch: pixels of the axis and of the patch, patch ≤ length.
+        masks: how many masks at most; None for as many as ``stride`` needs.
+        stride: pixels from mask to mask; None for the smallest that so many masks allow.
+
+    Without both, 6 masks; with both the masks may be too few: there are as many starts as are needed.
+    """
+    step = stride or -(-(length - patch + 1) // (masks or MASKS))
+    width = min(patch + step - 1, length)
+    needed = -(-(length - width) // step) + 1
+    return width, sorted({min(i * step, length - width) for i in range(needed)})
+
+
+def window_masks(image_size: Pair, patch: Pair, masks: Pair | None, stride: Pair | None) -> Bool[Tensor, "M H W"]:
+    """Rectangular masks that cover a rectangle of ``patch`` (h, w) pixels anywhere: rows of masks x columns of masks.
+
+    Errors: InputError where so many masks at such a stride do not cover, with the number that would.
+    """
+    sides = []
+    for axis, (length, side) in enumerate(zip(image_size, patch, strict=True)):
+        number, step = masks and masks[axis], stride and stride[axis]
+        width, starts = axis_masks(length, side, number, step)
+        if number is not None and number < len(starts):
+            raise InputError(
+                f"mask set does not cover {patch[0]}×{patch[1]} patches: {number} masks at a stride of {step} leave some of "
+                f"{length} pixels out; use k ≥ {len(starts)} masks per axis, or a larger stride"
+            )
+        sides.append((length, width, starts))
+    _check_number(len(sides[0][2]) * len(sides[1][2]))
+    rows, columns = (runs(*side) for side in sides)
+    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(0, 1)
+
+
+def mask_set(
+    threats: Sequence[PatchThreat], image_size: Pair, masks: Pair | None = None, stride: Pair | None = None
+) -> Bool[Tensor, "M H W"]:
+    """Masks of which, for each threat and each choice of the attacker, one hides all that the attacker repaints.
+
+    ``masks`` and ``stride`` are for rows and columns; without both there are 6 masks per axis. Every shape is covered as
+    its bounding box, each with windows of its own unless it fits into another's. Against several patches a mask is the
+    union of as many windows.
+
+    Errors: InputError where a threat does not fit the picture, or masks and stride do not cover.
+    """
+    found = []
+    for count in sorted({threat.count for threat in threats}):
+        every = {(len(m), len(m[0])) for t in threats if t.count == count for m in t.masks(image_size)}
+        boxes = sorted(b for b in every if not any(o != b and o[0] >= b[0] and o[1] >= b[1] for o in every))
+        windows = torch.cat([window_masks(image_size, box, masks, stride) for box in boxes])
+        _check_number(comb(len(windows), count))
+        chosen = list(combinations(range(len(windows)), min(count, len(windows))))
+        found.append(torch.stack([windows[list(members)].any(0) for members in chosen]))
+    both = torch.cat(found).unique(dim=0)
+    _check_number(len(both))
+    first = both.flatten(1).int().argmax(1)  # top left corner first, so that masks are in reading order
+    return both[first.argsort(stable=True)]

@@ -13,6 +13,9 @@ from certipatch.views.bands import Bands, Rows
 from certipatch.views.base import Views
 from certipatch.views.blocks import Blocks
 
+Fill = float | tuple[float, ...]
+"""What hidden pixels are painted with: one value, or one per channel."""
+
 
 def null(images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "v H W"]) -> Float[Tensor, "B v C2 H W"]:
     """Visible pixels as ``[x, 1 − x]``, hidden ones as zeros in all 2C channels, a value that no pixel has.
@@ -24,12 +27,17 @@ def null(images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "v H W"]) -> Fl
 
 
 def fill(
-    images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "v H W"], value: float = 0.5
+    images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "v H W"], value: Fill = 0.5
 ) -> Float[Tensor, "B v C H W"]:
-    """Hidden pixels replaced by one constant, for networks that know nothing of ablation."""
-    return torch.where(
-        visible[None, :, None], images[:, None], torch.full((), value, dtype=images.dtype, device=images.device)
-    )
+    """Hidden pixels replaced by one constant, or one per channel, for networks that know nothing of ablation."""
+    return torch.where(visible[None, :, None], images[:, None], constant(images, value))
+
+
+def constant(images: Float[Tensor, "B C H W"], value: Fill) -> Float[Tensor, "..."]:
+    """The value of hidden pixels, as a tensor that broadcasts over pictures. InputError unless one per channel."""
+    if isinstance(value, tuple) and len(value) not in (1, images.shape[1]):
+        raise InputError(f"a fill has one value, or one for each of {images.shape[1]} channels, not {len(value)}")
+    return torch.tensor(value, dtype=images.dtype, device=images.device).view(-1, 1, 1)
 
 
 def crop(
@@ -63,9 +71,12 @@ def crop(
 
 
 def render(
-    encoding: str, images: Float[Tensor, "B C H W"], views: Views, index: Int[Tensor, " v"]
+    encoding: str, images: Float[Tensor, "B C H W"], views: Views, index: Int[Tensor, " v"], value: Fill = 0.5
 ) -> Float[Tensor, "B v ..."]:
-    """Views ``index`` of every picture in one of the encodings ``null``, ``fill``, ``crop``. ValueError on another."""
+    """Views ``index`` of every picture in one of the encodings ``null``, ``fill``, ``crop``. ValueError on another.
+
+    ``value`` is what ``fill`` paints hidden pixels with.
+    """
     if encoding == "crop":
         if not isinstance(views, Bands | Blocks):
             raise InputError("only bands and blocks can be cropped; use the null encoding")
@@ -73,4 +84,16 @@ def render(
     if encoding not in ("null", "fill"):
         raise InputError(f"unknown encoding {encoding!r}; use null, fill or crop")
     visible = views.visible((images.shape[2], images.shape[3]), index).to(images.device)
-    return null(images, visible) if encoding == "null" else fill(images, visible)
+    return null(images, visible) if encoding == "null" else fill(images, visible, value)
+
+
+def render_each(
+    encoding: str, images: Float[Tensor, "n C H W"], views: Views, index: Int[Tensor, " n"], value: Fill = 0.5
+) -> Float[Tensor, "n ..."]:
+    """View ``index[i]`` of picture i, in the encodings ``null`` or ``fill``. ValueError on another."""
+    if encoding not in ("null", "fill"):
+        raise InputError(f"single views are rendered for the encodings null and fill, not {encoding!r}")
+    visible = views.visible((images.shape[2], images.shape[3]), index).to(images.device)[:, None]
+    if encoding == "null":
+        return torch.cat([images, 1 - images], dim=1) * visible
+    return torch.where(visible, images, constant(images, value))

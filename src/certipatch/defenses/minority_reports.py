@@ -1,0 +1,80 @@
+"""Minority Reports (McCoyd et al. 2020): lay every mask over the picture in turn; a sure dissenter is an alarm."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor, nn
+
+from certipatch import evidence as ev
+from certipatch.certificate import Notion
+from certipatch.defenses.base import ViewDefense
+from certipatch.defenses.patchcleanser import (
+    BehindMasks,
+    PerAxis,
+    checked_threats,
+    covering_masks,
+    mask_settings,
+    per_axis,
+)
+from certipatch.rules import MinorityReports as Rule
+from certipatch.threats import PatchThreat
+from certipatch.views import PixelSets, Views
+from certipatch.views.render import Fill
+
+
+@final
+class MinorityReports(ViewDefense):
+    """Detects attacks: a certified picture keeps its answer or raises an alarm. Around any classifier.
+
+    Args:
+        model: as for ``PatchCleanser``.
+        threat: the patch, or patches, that masks are made for.
+        masks: masks per axis, k or (rows, columns); by default 6, or as many as ``stride`` needs. Or bool (M, H, W), your
+            own.
+        stride: pixels from mask to mask.
+        fill: what masks are painted with; None for the model's own ``fill``, else 0.5.
+        threshold: τ: a masked answer counts when its softmax score exceeds it. Larger raises fewer alarms on clean
+            pictures and certifies less.
+        batch_size: pictures per forward pass.
+
+    Takes M + 1 passes. ``predict`` gives the label; whether an alarm is raised is ``certify(…).alarm``.
+    """
+
+    name: ClassVar[str] = "minority-reports"
+    notion: ClassVar[Notion] = "detection"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        threat: PatchThreat | Sequence[PatchThreat],
+        masks: PerAxis | Bool[Tensor, "M H W"] = None,
+        stride: PerAxis = None,
+        fill: Fill | None = None,
+        threshold: float = 0.5,
+        batch_size: int | None = None,
+    ):
+        super().__init__(BehindMasks(model, fill), None, batch_size)
+        self.threats = checked_threats(threat)
+        self.masks: Any = masks if isinstance(masks, Tensor) else per_axis(masks, "masks")
+        self.stride, self._rule = per_axis(stride, "stride"), Rule(threshold)
+        self.theorem = self._rule.theorem
+
+    def settings(self) -> dict[str, Any]:
+        return mask_settings(self) | {"threshold": self._rule.threshold}
+
+    def views_of(self, image_size: tuple[int, int]) -> Views:
+        if image_size not in self._views:
+            masks, _ = covering_masks(self.threats, image_size, self.masks, self.stride)
+            self._views[image_size] = PixelSets(torch.cat([torch.ones_like(masks[:1]), ~masks]))
+        return self._views[image_size]
+
+    def rule(self, image_size: tuple[int, int]) -> Rule:
+        return self._rule
+
+    def values(
+        self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance
+    ) -> tuple[Tensor, None, Float64[Tensor, " B"]]:
+        scores = ev.scores(logits)
+        return scores, None, tolerance.of(scores).flatten(1).amax(1).double()

@@ -1,0 +1,116 @@
+"""Double masking (PatchCleanser, Xiang et al., USENIX Security 2022): a rule on tables of predictions under masks."""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float64, Int64, Shaped
+from torch import Tensor
+
+from certipatch.rules.base import HUGE, Rule, Verdict, check_evidence, check_relation
+from certipatch.views.masks import pair_table
+
+CHUNK_BYTES = 256 * 2**20  # working memory of one step
+
+
+@final
+@dataclass(frozen=True)
+class DoubleMask(Rule):
+    """The answer that survives every second mask.
+
+    Evidence is about the picture under every mask and every two of them: V = M(M+1)/2 views, numbered as
+    ``views.masks.pair_table`` says. A view predicts its largest entry, on a tie the smaller class; so 0/1 tables of
+    predictions are evidence, and so are scores.
+
+    *Rule* (Algorithm 1). Unanimous one-mask predictions are the answer. Otherwise every disagreer with the majority (of
+    smallest class on a tie) is looked at under every second mask; the first disagreer whose predictions all stay its own
+    is the answer; without one, the majority.
+
+    **Theorem.** If some mask c predicts y alone and together with every second mask, and the attacker owns none of these
+    views, the answer is y before and after the attack.
+
+    *Proof.* Mask c still predicts y alone and in every pair. Every disagreer d that predicts another class than y has
+    the pair (d, c), which predicts y: it fails. So a disagreer that passes predicts y. If the majority is y, the answer
+    is y: without a passing disagreer the majority, with one the y that it predicts. If it is another class, then c is a
+    disagreer, and passes.
+
+    A patch within mask c is hidden in all views of c, so c's views are nobody's. The condition is also necessary, as
+    long as less than half of the masks cover the location: if no mask that covers it is so, the attacker makes all
+    others predict some z ≠ y alone, which is then the majority, and every pair that he owns; no disagreer passes.
+
+    The margin is the smallest gap between y and another class over the views of c, for the best such c: of integers the
+    difference plus 1 − [y > k], so that it is positive exactly where y is predicted. −inf where no mask covers.
+
+    Departs from the paper: its certificate (Algorithm 2) asks the condition of every mask and of every pair; this asks
+    it of one mask for each location, which is implied, certifies more where covers overlap, and says where it fails.
+    """
+
+    @property
+    def theorem(self) -> str:
+        return "some mask that covers the patch predicts y alone and together with every second mask"
+
+    def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
+        check_evidence(evidence)
+        table = pair_table(number_of_masks(evidence.shape[1])).to(evidence.device)
+        return double_masking(predictions(evidence)[:, table], evidence.shape[2])
+
+    def certify(
+        self,
+        evidence: Shaped[Tensor, "B V K"],
+        sees: Bool[Tensor, "L V"],
+        unsure: Bool[Tensor, "B V"] | None = None,
+        error: Float64[Tensor, " B"] | None = None,
+    ) -> Verdict:
+        check_evidence(evidence)
+        check_relation(evidence, sees, unsure, error)
+        masks = number_of_masks(evidence.shape[1])
+        table = pair_table(masks).to(evidence.device)
+        label = double_masking(predictions(evidence)[:, table], evidence.shape[2])
+        covers = ~sees.to(evidence.device)[:, table].any(2)  # (L, M)
+        margins = [torch.zeros((0, len(sees)), dtype=torch.float64, device=evidence.device)]
+        step = max(1, CHUNK_BYTES // (8 * max(3 * evidence[:1].numel(), 2 * covers.numel())))
+        for first in range(0, len(evidence), step):
+            here = slice(first, first + step)
+            gap = leads(evidence[here], label[here])
+            if error is not None:
+                gap = gap - 2 * error[here, None].to(gap.device)
+            if unsure is not None:
+                gap = gap.masked_fill(unsure[here], -torch.inf)
+            rows = gap[:, table].amin(2)
+            margins.append(torch.where(covers, rows[:, None], -torch.inf).amax(2))
+        return Verdict(label, torch.cat(margins))
+
+
+def number_of_masks(views: int) -> int:
+    """M of V = M(M+1)/2 views. ValueError where V is no such number."""
+    masks = (isqrt(8 * views + 1) - 1) // 2
+    if masks * (masks + 1) // 2 != views:
+        raise ValueError(f"double masking has M(M+1)/2 views (1, 3, 6, 10, …), not {views}")
+    return masks
+
+
+def predictions(evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, "B V"]:
+    """The class of largest entry of every view; the smaller one on a tie."""
+    return (evidence.to(torch.uint8) if evidence.dtype == torch.bool else evidence).argmax(2)
+
+
+def leads(evidence: Shaped[Tensor, "B V K"], label: Int64[Tensor, " B"]) -> Float64[Tensor, "B V"]:
+    """How far the label leads in every view: positive exactly where it is predicted (of reals: and not by a tie)."""
+    chosen = label[:, None, None].expand(-1, evidence.shape[1], 1)
+    if evidence.is_floating_point():
+        values = evidence.double().clamp(-HUGE, HUGE)
+        return values.gather(2, chosen)[..., 0] - values.scatter(2, chosen, -torch.inf).amax(2)
+    values = evidence.long()
+    handicap = (torch.arange(values.shape[2], device=values.device) < label[:, None]).long()[:, None]  # [y > k]
+    least = torch.iinfo(torch.int64).min // 2
+    return (values.gather(2, chosen)[..., 0] - (values + handicap).scatter(2, chosen, least).amax(2) + 1).double()
+
+
+def double_masking(table: Int64[Tensor, "B M M"], classes: int) -> Int64[Tensor, " B"]:
+    """Labels from predictions under every two masks; on the diagonal those under one."""
+    alone = table.diagonal(dim1=1, dim2=2)
+    majority = torch.nn.functional.one_hot(alone, classes).sum(1).argmax(1)
+    passes = (alone != majority[:, None]) & (table == alone[:, :, None]).all(2)
+    first = passes.int().argmax(1, keepdim=True)
+    return torch.where(passes.any(1), alone.gather(1, first)[:, 0], majority)
