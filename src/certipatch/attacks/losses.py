@@ -35,7 +35,7 @@ from certipatch.views.random import OneOf
 from certipatch.views.render import render
 
 LEAK = 0.02  # slope of what is flat in the defense
-SOFTNESS = 2.0  # logits over which a vote turns
+SOFTNESS = 1.0  # logits over which a vote turns
 SAMPLED = 32  # random views behind one gradient of a sampled defense
 EXACT = ev.Tolerance(0.0, 0.0)
 

@@ -8,10 +8,11 @@ starts; rows of all pictures and starts share one batch.
 from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
 from certipatch.attacks.base import Attack, Notify, Outcome, Task, Victim
 from certipatch.attacks.locate import plan
-from certipatch.attacks.pool import Pool
+from certipatch.attacks.pool import Pool, climb
 
 
 @final
@@ -32,13 +33,7 @@ class PatchPGD(Attack):
             noise = torch.rand(task.images.shape[1:], generator=task.generator(picture, start))
             return noise, masks[picture][start], chosen[picture][start]
 
-        pool = Pool(victim, task, begin, places.count, [len(choice) for choice in chosen], notify)
-        while pool.refill():
-            paint = pool.paint.detach().requires_grad_()
-            with torch.enable_grad():
-                images = pool.images(paint)
-                loss = pool.loss(victim.leads(images, pool.generator))
-                (gradient,) = torch.autograd.grad(loss.sum(), paint)
-            stay = pool.settle(images, loss)
-            pool.paint = (pool.paint + task.step * gradient[stay].sign()).clamp_(0, 1)
-        return pool.finish()
+        def move(pool: Pool, gradient: Tensor) -> None:
+            pool.paint = (pool.paint + task.step * gradient.sign()).clamp_(0, 1)
+
+        return climb(Pool(victim, task, begin, places.count, [len(choice) for choice in chosen], notify), move)

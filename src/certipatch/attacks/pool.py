@@ -88,17 +88,15 @@ class Pool:
             self.choice = torch.cat([self.choice, torch.stack(choices)])
         return len(self.picture) > 0
 
-    def images(self, paint: Float[Tensor, "R C H W"] | None = None) -> Float[Tensor, "R C H W"]:
+    def images(self) -> Float[Tensor, "R C H W"]:
         """The attacked pictures of all rows."""
-        return torch.where(self.mask, self.paint if paint is None else paint, self.task.images[self.picture])
+        return torch.where(self.mask, self.paint, self.task.images[self.picture])
 
-    def loss(self, leads: Float[Tensor, "R K"], aims: Int64[Tensor, " R"] | None = None) -> Float[Tensor, " R"]:
+    def loss(self, leads: Float[Tensor, "R K"]) -> Float[Tensor, " R"]:
         """The lead of the target, or of the foremost class that is not to be the answer."""
         if self.task.target is not None:
             return leads[:, self.task.target]
         own = self.task.label[self.picture].to(leads.device)
-        if aims is not None:
-            return leads.gather(1, aims[:, None])[:, 0]
         return leads.scatter(1, own[:, None], -torch.inf).amax(1)
 
     def settle(self, images: Float[Tensor, "R C H W"], loss: Float[Tensor, " R"]) -> Bool[Tensor, " R"]:
@@ -177,3 +175,23 @@ class Pool:
         if not bool(stay.all()):
             self.picture, self.start, self.age = self.picture[stay], self.start[stay], self.age[stay]
             self.paint, self.mask, self.choice = self.paint[stay], self.mask[stay], self.choice[stay]
+
+
+def climb(
+    pool: Pool, move: Callable[[Pool, Tensor], None], aim: Callable[[Pool, Tensor], Tensor] | None = None
+) -> Outcome:
+    """Gradient ascent on all rows until the pool is empty.
+
+    Args:
+        move: changes ``pool.paint`` (and ``mask``), given the gradient of the loss at every pixel of the picture.
+        aim: loss of every row from the leads (R, K), where it is not the pool's own.
+    """
+    while pool.refill():
+        images = pool.images().detach().requires_grad_()
+        with torch.enable_grad():
+            leads = pool.victim.leads(images, pool.generator)
+            loss = pool.loss(leads)
+            (gradient,) = torch.autograd.grad((loss if aim is None else aim(pool, leads)).sum(), images)
+        stay = pool.settle(images, loss)
+        move(pool, gradient[stay])
+    return pool.finish()

@@ -1,18 +1,27 @@
 """What ``attack`` does, once its options are read. Imports torch."""
 
+import os
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from certipatch import attacks, devices
 from certipatch.cli.work import check_shape, open_named
-from certipatch.data import load
+from certipatch.data import Pictures, load
+from certipatch.data.known import SAMPLE, names
+from certipatch.data.loading import DATA_VARIABLE
+from certipatch.defenses import Card, zoo
 from certipatch.errors import InputError
 from certipatch.evaluation import attack as attacking
 from certipatch.evaluation import files
-from certipatch.evaluation.claim import sweep
+from certipatch.evaluation.attack_campaign import Cell, as_text, campaign
+from certipatch.evaluation.claim import difference, plain, sweep
 from certipatch.report.attack_page import of_attack
-from certipatch.threats import PatchThreat, Threat, threat_from_dict
+from certipatch.threats import PatchThreat, SparseThreat, Threat, threat_from_dict
+from certipatch.versions import versions
 
 Progress = Callable[[int, int, str], None]
 
@@ -66,6 +75,71 @@ def attack_into(
     if crew.first:
         sweep(out)
     return summary
+
+
+def campaign_into(out: Path, minutes: float, seed: int, progress: Progress) -> dict[str, Any]:
+    """Attack every shipped model with every attack that fits; gives the table, and writes it. Stops and resumes.
+
+    Pictures are those of the model's own test split where they are at hand ($CERTIPATCH_DATA), else the shipped sample,
+    made to fit: certificates are claims about any picture.
+    """
+    cards = zoo()
+    config = {
+        "command": "campaign",
+        "minutes": minutes,
+        "seed": seed,
+        "models": {name: card.sha256 for name, card in cards.items()},
+        "versions": versions(),
+    }
+    if (out / "config.yaml").exists():
+        if key := difference(files.read_config(out), plain(config), {"versions"}):
+            raise InputError(f"{out} holds another campaign: {key} differs; give a new --out")
+    elif out.exists() and any(not files.is_leftover(path) for path in out.iterdir()):
+        raise InputError(f"{out} exists and is no run folder; give a new or empty --out")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_text(out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    if (out / "summary.json").exists():
+        return files.read_json(out / "summary.json")
+    opened = cache(lambda name, threat: _opened(name, cards[name], threat))
+    cells = [
+        Cell(name, attack, threat, partial(opened, name, threat))
+        for name in cards
+        for attack in attacks.ATTACKS.values()
+        if (threat := _fitting(attack)) is not None
+    ]
+    rows = campaign(cells, out, 60 * minutes, seed, progress)
+    table = {
+        "minutes": round(sum(row["seconds"] for row in rows) / 60, 2),
+        "certified_pairs": sum(row["certified_pairs"] for row in rows),
+        "broken_certificates": sum(row["broken_certificates"] for row in rows),
+        "changed_by_chance": sum(row["changed_by_chance"] for row in rows),
+        "rows": rows,
+        "text": as_text(rows),
+        "seed": seed,
+        "versions": config["versions"],
+    }
+    files.write_text(out / "campaign.md", table["text"] + "\n")
+    files.write_json(out / "summary.json", table)
+    return table
+
+
+def _fitting(attack: attacks.Attack) -> Threat | None:
+    """The threat of a campaign that an attack fits; None for the L∞ attack, against which nothing is certified."""
+    for threat in (PatchThreat(5), SparseThreat(1)):
+        try:
+            attack.check(threat)
+        except InputError:
+            continue
+        return threat
+    return None
+
+
+def _opened(name: str, card: Card, threat: Threat) -> tuple[Any, Pictures]:
+    defense = open_named(name, None, threat, None)[0]
+    own = str(card.data.get("name"))
+    here = own in names() and Path(os.environ.get(DATA_VARIABLE, ""), own).is_dir() and DATA_VARIABLE in os.environ
+    return defense, load(own if here else SAMPLE, size=card.image_size, channels=card.channels)
 
 
 def summary_lines(summary: dict[str, Any], out: Path) -> list[str]:

@@ -28,7 +28,7 @@ from certipatch.evaluation.files import write_bytes
 from certipatch.evaluation.metrics import wilson
 from certipatch.evaluation.records import ATTACK_EVIDENCE, ATTACK_RECORD, MAX_SCORES, read_records, write_part
 from certipatch.evaluation.run import Kind, Progress, part_of, work
-from certipatch.threats import PatchThreat, Threat
+from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.versions import versions
 from certipatch.workers import Workers
 
@@ -190,6 +190,7 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Records and evidence of a part, one dictionary per picture."""
     position = {i: at for at, i in enumerate(chosen)}
+    sparse = isinstance(job.threat, SparseThreat)  # one location: the whole picture
     single = isinstance(job.threat, PatchThreat) and job.threat.count == 1
     locations = job.threat.locations(job.image_size) if isinstance(job.threat, PatchThreat) else None
     rows = []
@@ -214,6 +215,7 @@ def _rows(
         }
         if outcome is not None and i in position:
             at = position[i]
+            attacked_whole = len(outcome.tried[at]) > 0
             tried = sorted(place for place in outcome.tried[at] if place >= 0)
             pixels, values = _changed(images[i], outcome.attacked[at].cpu())
             certified_places = 0
@@ -224,8 +226,8 @@ def _rows(
                 "attacked_label": int(outcome.label[at]),
                 "attacked_alarm": bool(outcome.alarm[at]),
                 "loss": float(outcome.loss[at]),
-                "places": len(tried),
-                "certified_places": certified_places,
+                "places": int(attacked_whole) if sparse else len(tried),
+                "certified_places": int(attacked_whole and row["certified"]) if sparse else certified_places,
                 "violated": len(outcome.violated[at]),
                 "pixels": pixels,
                 "values": values,

@@ -1,0 +1,185 @@
+"""A soundness campaign: every defense against every attack that fits it, for a given time, looking for one false certificate.
+
+A *cell* is a defense and an attack. Each round attacks some further pictures in two ways: as ``attack`` does, and at
+certified places only, there with few steps at many places or with many steps at few. Certificates are claims about any
+picture and about each place, so a picture needs no true label, and one that is open somewhere is attacked where it is
+not. A round of a cell is written before the next begins: a campaign stops and resumes.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import torch
+
+from certipatch.attacks import Attack, Task, Victim, certifies
+from certipatch.data import Pictures
+from certipatch.errors import InputError
+from certipatch.evaluation.attack import _save_break, sampled
+from certipatch.evaluation.files import read_json, write_json
+from certipatch.threats import PatchThreat, Threat
+
+COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
+Progress = Callable[[int, int, str], None]
+
+
+@final
+@dataclass(frozen=True)
+class Cell:
+    """A defense under an attack. ``open`` gives the defense and its pictures; it is called when the cell's turn comes."""
+
+    name: str
+    attack: Attack
+    threat: Threat
+    open: Callable[[], tuple[Any, Pictures]]
+
+
+def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: Progress) -> list[dict[str, Any]]:
+    """Attack until the time is used up, all cells in turn, those with least time first; one row per cell.
+
+    Each cell gets at least one round. A cell that cannot be attacked at all has ``skipped``, the reason.
+    """
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+    rows = [_stored(out, cell) for cell in cells]
+    total, longest = sum(row["seconds"] for row in rows), 0.0
+    progress(int(min(total, seconds)), int(seconds), "")
+    while True:
+        ready = [i for i, row in enumerate(rows) if "skipped" not in row]
+        fresh = [i for i in ready if rows[i]["rounds"] == 0]
+        if not ready or (not fresh and total >= seconds):
+            break
+        i = fresh[0] if fresh else min(ready, key=lambda i: rows[i]["seconds"])
+        started = time.monotonic()
+        try:
+            found = attack_round(cells[i], out, seed, rows[i]["rounds"], seconds / max(1, len(ready)))
+        except InputError as error:
+            rows[i]["skipped"] = str(error)
+            found = dict.fromkeys(COUNTS, 0)
+        for key in COUNTS:
+            rows[i][key] += found[key]
+        spent = time.monotonic() - started
+        rows[i]["rounds"] += 1
+        rows[i]["seconds"] = round(rows[i]["seconds"] + spent, 3)
+        write_json(_path(out, cells[i]), rows[i])
+        total, longest = sum(row["seconds"] for row in rows), max(longest, spent)
+        pairs, broken = (sum(row[key] for row in rows) for key in ("certified_pairs", "broken_certificates"))
+        progress(int(min(total, seconds)), int(seconds), f"{pairs:,} certified pairs attacked, {broken} broken")
+    return rows
+
+
+def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) -> dict[str, int]:
+    """One round of a cell on its next pictures; gives its counts. The first rounds, and those of short shares, are small."""
+    defense, pictures = cell.open()
+    cell.attack.check(cell.threat)
+    size = 2 if number == 0 or share < 20 else 16
+    first = (max(0, number - 1) * 16 + (2 if number else 0)) % max(1, len(pictures) - size)
+    indices = range(first, first + size)
+    images = pictures.images(indices)
+    victim = Victim(defense)
+    counts = dict.fromkeys(COUNTS, 0)
+    if certifies(defense):
+        found = defense.certify(images, cell.threat)
+        label, margins = found.label, found.margin.cpu()
+        usable = torch.ones_like(label, dtype=torch.bool) if found.alarm is None else ~found.alarm
+    else:
+        label, margins = victim.answer(images).label, None
+        usable = torch.ones_like(label, dtype=torch.bool)
+    many = number % 2 == 0 and size > 2
+    base = Task(
+        images=images,
+        label=label,
+        threat=cell.threat,
+        numbers=list(indices),
+        starts=2,
+        steps=min(cell.attack.steps, 20),
+        margins=margins,
+        seed=seed + number,
+    )
+    tasks = [base]
+    single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1
+    if margins is not None and single and bool((margins > 0).any()):
+        steps = 4 if many else 40
+        starts = 4 if size == 2 else 64 if many else 8
+        tasks.append(
+            replace(
+                base,
+                starts=starts,
+                steps=min(cell.attack.steps, steps),
+                step=0.25 if many else 0.05,
+                search="certified",
+            )
+        )
+    for task in tasks:
+        chosen = usable.cpu()
+        if task.search == "certified":
+            chosen &= (margins > 0).any(1)  # type: ignore[operator]
+        rows = chosen.nonzero().flatten()
+        if not len(rows):
+            continue
+        part = replace(
+            task,
+            images=images[rows],
+            label=label[rows],
+            numbers=[indices[i] for i in rows.tolist()],
+            margins=None if margins is None else margins[rows],
+        )
+        outcome = cell.attack.run(victim, part)
+        counts["pictures"] += len(rows)
+        for at, i in enumerate(rows.tolist()):
+            own = None if margins is None else margins[i]
+            tried = [place for place in outcome.tried[at] if place >= 0]
+            sure = own is not None and bool((own > 0).all())
+            if single and own is not None:
+                covered = int((own[tried] > 0).sum())
+            else:
+                covered = int(sure) * min(1, len(outcome.tried[at]))
+            counts["certified_pairs"] += covered
+            counts["other_pairs"] += max(0, len(outcome.tried[at]) - covered)
+            violated = bool(outcome.violated[at]) or (sure and bool(outcome.broken[at]))
+            if violated and sampled(defense):
+                counts["changed_by_chance"] += 1
+            elif violated:
+                counts["broken_certificates"] += 1
+                (out / "broken").mkdir(exist_ok=True)
+                row = {"index": indices[i], "label": int(label[i]), "attacked_label": int(outcome.label[at])}
+                row |= {"margin": own, "top": None, "left": None, "height": None, "width": None, "cell": cell.name}
+                _save_break(out, indices[i], images[i].cpu(), outcome.attacked[at].cpu(), row)
+            elif bool(outcome.broken[at]):
+                counts["changed_elsewhere"] += 1
+    return counts
+
+
+def _path(out: Path, cell: Cell) -> Path:
+    return out / "cells" / f"{cell.name.replace('/', '_')}--{cell.attack.name}.json"
+
+
+def _stored(out: Path, cell: Cell) -> dict[str, Any]:
+    """A cell's row from an earlier start, or an empty one."""
+    empty = {"defense": cell.name, "attack": cell.attack.name, "threat": str(cell.threat), "rounds": 0, "seconds": 0.0}
+    empty |= dict.fromkeys(COUNTS, 0)
+    try:
+        found = read_json(_path(out, cell))
+    except InputError:
+        return empty
+    whole = all(isinstance(found.get(key), int | float) and found[key] >= 0 for key in (*COUNTS, "rounds", "seconds"))
+    return found if whole and found.keys() >= empty.keys() else empty
+
+
+def as_text(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table, with their sums."""
+    titles = ("defense", "attack", "pictures", "certified pairs", "broken", "other pairs", "changed there", "seconds")
+    lines = ["| " + " | ".join(titles) + " |", "| " + " | ".join(["---"] * 2 + ["---:"] * 6) + " |"]
+    keys = ("pictures", "certified_pairs", "broken_certificates", "other_pairs", "changed_elsewhere")
+    for row in rows:
+        if "skipped" in row:
+            lines.append(f"| {row['defense']} | {row['attack']} | does not fit: {row['skipped']} | | | | | |")
+            continue
+        chance = f" ({row['changed_by_chance']} by chance)" if row["changed_by_chance"] else ""
+        cells = [f"{row[key]:,}" for key in keys]
+        cells[2] += chance
+        lines.append(f"| {row['defense']} | {row['attack']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+    sums = [f"{sum(row[key] for row in rows):,}" for key in keys]
+    lines.append(f"| all | | {' | '.join(sums)} | {sum(row['seconds'] for row in rows):.0f} |")
+    return "\n".join(lines)
