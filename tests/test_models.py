@@ -5,6 +5,8 @@ import torch
 
 from certipatch import models
 from certipatch import views as vw
+from certipatch.errors import InputError
+from certipatch.evidence import check_model
 from certipatch.models import CropNet, ModelSettings, ResNet18, StripNet
 from certipatch.views.render import render
 
@@ -51,6 +53,23 @@ def test_crop_network(views):
     answers = network(shown.flatten(0, 1))
     assert answers.shape == (2 * len(every), 5)
     assert answers.std(0).min() > 0
+
+
+def test_crossed_conv_networks_answer_any_mixture_of_columns_and_rows():
+    torch.manual_seed(0)
+    views, images = vw.Cross(2, 2), torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    network = settled(models.create(ModelSettings(name="conv", widths=(4, 6)), views, 1, 3, (8, 8)))
+    mixed = torch.tensor([5, 0, 7, 2])
+    rendered = render("crop", images, views, mixed)
+    assert rendered.shape == (3, 4, 3, 8, 2)
+    answers = network(rendered.flatten(0, 1)).unflatten(0, (3, 4))
+    for place, view in enumerate(mixed):
+        part = int(view >= 4)
+        alone = render("crop", images, views.parts[part], view[None] - 4 * part)
+        torch.testing.assert_close(answers[:, place], network.parts[part](alone[:, 0]), rtol=1e-12, atol=1e-12)
+    check_model(network, views, images)
+    with pytest.raises(InputError, match="square"):
+        render("crop", images[:, :, :6], views, mixed)
 
 
 def test_resnet():

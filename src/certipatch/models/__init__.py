@@ -8,7 +8,7 @@ from torch import nn
 from certipatch.errors import InputError
 from certipatch.models.bagnet import BagNet, SmallBagNet
 from certipatch.models.cnn import CNN
-from certipatch.models.conv import ConvNet
+from certipatch.models.conv import ConvNet, CrossConvNet
 from certipatch.models.crop import CropNet
 from certipatch.models.mlp import MLP
 from certipatch.models.receptive_field import receptive_fields
@@ -24,6 +24,7 @@ __all__ = [
     "BagNet",
     "ConvNet",
     "CropNet",
+    "CrossConvNet",
     "CrossNet",
     "ModelSettings",
     "ResNet18",
@@ -88,6 +89,8 @@ def create(
             return BagNet(in_channels, num_classes, **sizes)
         if settings.name == "small-bagnet":
             return SmallBagNet(in_channels, num_classes, image_size, **sizes)
+        if settings.name == "conv" and isinstance(views, Cross):
+            return CrossConvNet(views, in_channels, num_classes, image_size, **sizes)
         if settings.name == "conv":
             return ConvNet(views, in_channels, num_classes, image_size, **sizes)
         if settings.name == "vit":

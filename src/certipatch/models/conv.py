@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certipatch.errors import InputError
-from certipatch.views import Bands, Blocks, RandomViews, Views
+from certipatch.views import Bands, Blocks, Cross, RandomViews, Views
 
 
 class ConvNet(nn.Module):
@@ -66,3 +66,36 @@ class ConvNet(nn.Module):
 
     def forward(self, views: Float[Tensor, "N C1 h w"]) -> Float[Tensor, "N K"]:
         return self.head(torch.amax(self.body(views), dim=(2, 3)))
+
+
+class CrossConvNet(nn.Module):
+    """Two conv networks, one for the column crops of a cross and one for its row crops; arguments as for ``ConvNet``.
+
+    The last channel of a crop says which of the two it is, so that ``forward`` takes any mixture of them.
+    """
+
+    encoding = "crop"
+
+    def __init__(
+        self,
+        views: Cross,
+        in_channels: int,
+        num_classes: int,
+        image_size: tuple[int, int],
+        widths: tuple[int, ...] = (64, 128, 256),
+    ):
+        super().__init__()
+        self.parts = nn.ModuleList(ConvNet(part, in_channels, num_classes, image_size, widths) for part in views.parts)
+        self.num_classes = num_classes
+
+    def forward(self, views: Float[Tensor, "N C2 h w"]) -> Float[Tensor, "N K"]:
+        turned = views[:, -1, 0, 0] > 0.5
+        found = [
+            (chosen, part(views[chosen, :-1]))
+            for part, chosen in zip(self.parts, (~turned, turned), strict=True)
+            if bool(chosen.any())
+        ]
+        answers = torch.empty((len(views), self.num_classes), dtype=found[0][1].dtype, device=views.device)
+        for chosen, answer in found:
+            answers[chosen] = answer
+        return answers

@@ -12,6 +12,7 @@ from certipatch.errors import InputError
 from certipatch.views.bands import Bands, Rows
 from certipatch.views.base import Views
 from certipatch.views.blocks import Blocks
+from certipatch.views.cross import Cross
 
 Fill = float | tuple[float, ...]
 """What hidden pixels are painted with: one value, or one per channel."""
@@ -41,13 +42,16 @@ def constant(images: Float[Tensor, "B C H W"], value: Fill) -> Float[Tensor, "..
 
 
 def crop(
-    images: Float[Tensor, "B C H W"], views: Bands | Blocks, index: Int[Tensor, " v"]
+    images: Float[Tensor, "B C H W"], views: Bands | Blocks | Cross, index: Int[Tensor, " v"]
 ) -> Float[Tensor, "B v C1 h w"]:
     """The visible pixels alone, and their position in [0, 1) as further channels.
 
     A column band gives H x s pixels, a row band the same picture turned (W x s), each with one channel of position;
-    a block gives s x s pixels with two.
+    a block gives s x s pixels with two. A cross gives its columns and rows with one more channel: 0 for columns, 1 for
+    rows.
     """
+    if isinstance(views, Cross):
+        return _crop_cross(images, views, index)
     if views.count != 1:
         raise InputError(f"a crop shows one band or block, not {views.count}; use the null encoding")
     size = images.shape[2], images.shape[3]
@@ -70,6 +74,23 @@ def crop(
     return torch.cat([pixels, channels], dim=2)
 
 
+def _crop_cross(
+    images: Float[Tensor, "B C H W"], views: Cross, index: Int[Tensor, " v"]
+) -> Float[Tensor, "B v C2 s w"]:
+    height, width = images.shape[2:]
+    if height != width:
+        raise InputError(f"a cross can be cropped from square pictures alone, not {height}x{width}; use strip networks")
+    columns, rows = views.parts
+    first = columns.number((height, width))
+    turned = index >= first
+    shape = (len(images), len(index), images.shape[1] + 2, height, views.width)
+    cropped = torch.empty(shape, dtype=images.dtype, device=images.device)
+    for part, chosen, flag in ((columns, ~turned, 0.0), (rows, turned, 1.0)):
+        cropped[:, chosen, :-1] = crop(images, part, index[chosen] - int(flag) * first)
+        cropped[:, chosen, -1] = flag
+    return cropped
+
+
 def render(
     encoding: str, images: Float[Tensor, "B C H W"], views: Views, index: Int[Tensor, " v"], value: Fill = 0.5
 ) -> Float[Tensor, "B v ..."]:
@@ -78,7 +99,7 @@ def render(
     ``value`` is what ``fill`` paints hidden pixels with.
     """
     if encoding == "crop":
-        if not isinstance(views, Bands | Blocks):
+        if not isinstance(views, Bands | Blocks | Cross):
             raise InputError("only bands and blocks can be cropped; use the null encoding")
         return crop(images, views, index)
     if encoding not in ("null", "fill"):
