@@ -277,8 +277,8 @@ def build(card: Described, network: nn.Module, threat: Threat | None = None) -> 
     """The defense that ``card`` describes around ``network``.
 
     Args:
-        threat: the patch that PatchGuard, PatchCleanser and their kin are built for; None for the one in their settings. Where it is
-            a sparse threat they are built for a patch of so many pixels a side, which never certifies more.
+        threat: the patch that PatchGuard, PatchCleanser and their kin are built for; None for the one in their settings.
+            Where it is a sparse threat they are built for a patch of so many pixels a side, which never certifies more.
     """
     settings = dict(card.settings)
     found = card.created_views()
