@@ -25,12 +25,15 @@ from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.empirical import EmpiricalDefense
+from certipatch.defenses.patchcleanser import PatchCleanser
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.errors import InputError
-from certipatch.rules import ClippedSum, MaskedDetection, RobustMask, Rule, Vote
+from certipatch.rules import ClippedSum, DoubleMask, MaskedDetection, MinorityReports, RobustMask, Rule, Vote
+from certipatch.rules.double_mask import number_of_masks
 from certipatch.rules.order_statistics import OrderStatistic
 from certipatch.views import PixelSets, Views
+from certipatch.views.masks import pair_table
 from certipatch.views.random import OneOf
 from certipatch.views.render import render
 
@@ -90,6 +93,19 @@ def _(defense: RandomizedAblation, images: Tensor, generator: Generator) -> Tens
 
 
 @leads.register
+def _(defense: PatchCleanser, images: Tensor, generator: Generator) -> Tensor:
+    """Through double masking: every mask alone, and with one second mask, drawn anew at each step."""
+    views = defense.views_of((images.shape[2], images.shape[3]))
+    number = number_of_masks(views.number((images.shape[2], images.shape[3])))
+    table, every = pair_table(number), torch.arange(number)
+    second = (every + torch.randint(1, max(2, number), (number,), generator=generator)) % number
+    index = torch.cat([table[every, every], table[every, second]])
+    logits = view_logits(defense.model, views, images, index).float()
+    alone, paired = lead_of(logits.flatten(0, 1)).view(logits.shape).split(number, 1)
+    return twice_masked(alone, paired)
+
+
+@leads.register
 def _(defense: EmpiricalDefense, images: Tensor, generator: Generator) -> Tensor:
     """Through the cleaning itself."""
     return lead_of(defense.model(defense.cleaned(images)).float())
@@ -116,7 +132,7 @@ def view_logits(
     step = max(1, ev.PIXELS // images[:, 0].numel())
 
     def answers(pictures: Tensor, chosen: Tensor) -> Tensor:
-        shown = render(encoding, pictures, views, chosen)
+        shown = render(encoding, pictures, views, chosen, getattr(model, "fill", 0.5))
         return model(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
 
     if len(index) <= step or not images.requires_grad:
@@ -204,18 +220,45 @@ def _(rule: OrderStatistic, evidence: Tensor) -> Tensor:
 
 @rule_leads.register
 def _(rule: MaskedDetection, evidence: Tensor) -> Tensor:
-    """The answer without an alarm: class k leads, and so it does, or nothing scores above τ, outside of every window.
-
-    The hardest windows of each class count, the weakest links of the attack.
-    """
+    """The answer without an alarm, under every window."""
     windows = rule._windows
     kept = (~windows.members).sum(1).to(evidence.device)
     means = (windows.outside(evidence) / kept.clamp(min=1)[:, None])[:, kept > 0]
-    shape = means.shape
-    confidence = means.softmax(2).flatten(0, 1)
-    ahead = lead_of(confidence)
-    quiet = torch.maximum(ahead, rule.threshold - (confidence - ahead)).view(shape)
-    full = lead_of(evidence.mean(1).softmax(1))
-    logits = LEAK * (lead_of(evidence.mean(1)) + lead_of(means.flatten(0, 1)).view(shape).amin(1))
-    hardest = quiet.topk(min(3, shape[1]), 1, largest=False).values.mean(1)
-    return torch.minimum(full, hardest) + logits.clamp(max=0)
+    slope = LEAK * (lead_of(evidence.mean(1)) + lead_of(means.flatten(0, 1)).view(means.shape).amin(1))
+    return unseen(evidence.mean(1).softmax(1), means.softmax(2), rule.threshold) + slope.clamp(max=0)
+
+
+@rule_leads.register
+def _(rule: MinorityReports, evidence: Tensor) -> Tensor:
+    """The answer to the whole picture without an alarm, under every mask."""
+    slope = LEAK * lead_of((evidence[:, 0] + 1e-30).log())  # scores saturate, their logarithms do not
+    return unseen(evidence[:, 0], evidence[:, 1:], rule.threshold) + slope.clamp(max=0)
+
+
+def unseen(whole: Float[Tensor, "N K"], masked: Float[Tensor, "N W K"], threshold: float) -> Float[Tensor, "N K"]:
+    """Leads as an answer that no masked one contradicts: under every mask class k leads, or nothing else scores above τ.
+
+    The hardest masks of each class count, the weakest links of the attack.
+    """
+    ahead = lead_of(masked.flatten(0, 1)).view(masked.shape)
+    others = masked - ahead
+    hardest = torch.maximum(ahead, threshold - others).topk(min(3, masked.shape[1]), 1, largest=False).values
+    return torch.minimum(lead_of(whole), hardest.mean(1))
+
+
+@rule_leads.register
+def _(rule: DoubleMask, evidence: Tensor) -> Tensor:
+    """Double masking, from the full table of pairs."""
+    table = pair_table(number_of_masks(evidence.shape[1])).to(evidence.device)
+    ahead = lead_of(evidence.flatten(0, 1)).view(evidence.shape)[:, table]
+    return twice_masked(ahead.diagonal(dim1=1, dim2=2).movedim(-1, 1), ahead.amax(2))
+
+
+def twice_masked(alone: Float[Tensor, "N M K"], paired: Float[Tensor, "N M K"]) -> Float[Tensor, "N K"]:
+    """Leads under double masking: k has the majority of masks, and no mask that disagrees passes.
+
+    alone: k's lead under each mask. paired: its largest lead under that mask and a second one; above 0 a disagreer that
+    says something else fails. The masks that are hardest to turn count, the weakest links of the attack.
+    """
+    hardest = torch.maximum(alone, paired).topk(min(3, alone.shape[1]), 1, largest=False).values.mean(1)
+    return torch.minimum(alone.median(1).values, hardest) + LEAK * alone.mean(1)

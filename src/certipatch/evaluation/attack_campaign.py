@@ -100,14 +100,14 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
     tasks = [base]
     single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1
     if margins is not None and single and bool((margins > 0).any()):
-        steps = 4 if many else 40
+        steps = 2 if many else 40
         starts = 4 if size == 2 else 64 if many else 8
         tasks.append(
             replace(
                 base,
                 starts=starts,
                 steps=min(cell.attack.steps, steps),
-                step=0.25 if many else 0.05,
+                step=0.5 if many else 0.05,
                 search="certified",
             )
         )
