@@ -508,7 +508,7 @@ def merged(layer: Linear, x: Interval, label: Int[Tensor, " B"], rivals: Int[Ten
         label: y of each picture.
         rivals: k's of each picture.
     """
-    weight = layer.weight[label][:, None] - layer.weight[rivals]  # (B, R, n)
+    weight = F.embedding(label, layer.weight)[:, None] - F.embedding(rivals, layer.weight)  # (B, R, n)
     margin = x.centre @ weight.mT - guarded(x, layer.guard) @ weight.abs().mT
     if layer.bias is None:
         return margin

@@ -82,10 +82,10 @@ def attacked(
     ``strength`` t widens them from the clean picture (0) to [0, 1] (1): [(1 − t)x, (1 − t)x + t] under the patch.
     """
     inside = torch.stack([torch.stack([found.pixels(int(place)) for place in row]) for row in index]).to(images.device)
-    return _box(images[:, None], inside[:, :, None], strength).map(lambda x: x.flatten(0, 1))
+    return box_of(images[:, None], inside[:, :, None], strength).map(lambda x: x.flatten(0, 1))
 
 
-def _box(images: Tensor, inside: Tensor, strength: float) -> Interval:
+def box_of(images: Tensor, inside: Tensor, strength: float) -> Interval:
     shrunk = (1 - strength) * images
     return Interval(torch.where(inside, shrunk, images), torch.where(inside, shrunk + strength, images))
 
@@ -124,8 +124,8 @@ def patch_margins(
         parts.append(
             torch.cat(
                 [
-                    passed.margins(_stacked(passed, clean, found, some, strength), label_part, rivals)
-                    for some in _groups(places)
+                    passed.margins(stacked(passed, clean, found, some, strength), label_part, rivals)
+                    for some in groups(places)
                 ],
                 1,
             )
@@ -154,9 +154,9 @@ def patch_verdict(
         left = torch.arange(first, first + len(images_part), device=images.device)
         first += len(images_part)
         clean = passed.values(Interval(images_part, images_part))
-        for some in _groups(order):
+        for some in groups(order):
             rivals = rivals_of(label[left], passed.classes)
-            margin = passed.margins(_stacked(passed, clean, found, some, 1.0), label[left], rivals)
+            margin = passed.margins(stacked(passed, clean, found, some, 1.0), label[left], rivals)
             stays = (margin > above[left, None, None]).flatten(1).all(1)
             if not bool(stays.all()):
                 result[left[~stays]] = False
@@ -177,7 +177,7 @@ def _parts(passed: Passage, images: Tensor, label: Tensor, memory: int) -> Itera
     return zip(images.split(step), label.split(step), strict=True)
 
 
-def _groups(places: Sequence[int]) -> Iterator[Sequence[int]]:
+def groups(places: Sequence[int]) -> Iterator[Sequence[int]]:
     return (places[first : first + TOGETHER] for first in range(0, len(places), TOGETHER))
 
 
@@ -199,9 +199,7 @@ def _scattered(found: Regions) -> list[int]:
     return sorted(range(len(found)), key=rank.__getitem__)
 
 
-def _stacked(
-    passed: Passage, clean: list[Interval], found: Regions, places: Sequence[int], strength: float
-) -> Interval:
+def stacked(passed: Passage, clean: list[Interval], found: Regions, places: Sequence[int], strength: float) -> Interval:
     """Value ``before_head`` (B, len(places), n)."""
     parts = [_through(passed, clean, found.boxes[place], found.shapes[place], strength) for place in places]
     return Interval(torch.stack([x.lower for x in parts], 1), torch.stack([x.upper for x in parts], 1))
@@ -218,7 +216,7 @@ def _through(
     top, left, height, width = box
     pixels = clean[0].lower[:, :, top : top + height, left : left + width]
     inside = torch.ones(height, width, dtype=torch.bool) if shape is None else shape
-    states: list[State] = [Window(top, left, _box(pixels, inside.to(pixels.device), strength))]
+    states: list[State] = [Window(top, left, box_of(pixels, inside.to(pixels.device), strength))]
     for number, (op, inputs) in enumerate(zip(passed.ops, passed.inputs, strict=True), 1):
         if number > passed.before_head:
             break

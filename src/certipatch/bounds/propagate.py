@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from certipatch.bounds.interval import Interval
 from certipatch.bounds.layers import Linear, Op, merged
-from certipatch.bounds.trace import Precision, flatten_into_linear, trace
+from certipatch.bounds.trace import Precision, Step, flatten_into_linear, trace
 from certipatch.errors import InputError
 
 
@@ -58,6 +58,47 @@ class Passage:
         return any(getattr(op, "eps", 0.0) > 0 for op in self.ops)
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A network that has been read once, from which passages with its weights as they are now are made."""
+
+    steps: tuple[Step, ...]
+    shapes: tuple[torch.Size, ...]
+    """Of all values, for one picture."""
+    dtype: torch.dtype
+    """Of the parameters."""
+
+    def passage(self, dtype: torch.dtype | None = None, outward: bool = False) -> Passage:
+        """See ``passage``."""
+        at = Precision(dtype or self.dtype, torch.finfo(dtype or self.dtype).eps if outward else 0.0)
+        ops, inputs = [step.make(at) for step in self.steps], tuple(step.inputs for step in self.steps)
+        last = ops[-1]
+        numbers = sum(map(math.prod, self.shapes)) + (last.weight.numel() if isinstance(last, Linear) else 0)
+        ops = flatten_into_linear(ops, inputs, self.shapes)
+        return Passage(tuple(ops), inputs, self.shapes[-1][1], at.dtype, numbers)
+
+
+@torch.no_grad()
+def layout(model: nn.Module, picture: tuple[int, int, int]) -> Layout:
+    """Read ``model``, for pictures of ``picture`` (C, H, W). Errors as those of ``passage``."""
+    first = next(model.parameters(), torch.zeros(()))
+    steps = trace(model)
+    zeros = torch.zeros(1, *picture, dtype=first.dtype, device=first.device)
+    shapes, found = [zeros.shape], [Interval(zeros, zeros)]
+    for step in steps:
+        try:
+            found.append(step.make(Precision(first.dtype, 0.0)).whole(*(found[i] for i in step.inputs)))
+        except (RuntimeError, IndexError) as error:
+            size = "x".join(map(str, picture))
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"interval bounds: {step.name} cannot read pictures of {size}: {reason}") from None
+        shapes.append(found[-1].shape)
+    if len(shapes[-1]) != 2 or shapes[-1][1] < 2:
+        raise InputError(f"interval bounds: the network gives {tuple(shapes[-1])} where logits (B, K ≥ 2) are needed")
+    return Layout(steps, tuple(shapes), first.dtype)
+
+
 def passage(
     model: nn.Module, picture: tuple[int, int, int], dtype: torch.dtype | None = None, outward: bool = False
 ) -> Passage:
@@ -71,27 +112,7 @@ def passage(
     Errors: InputError that names a layer without bounds, a layer in training mode that is random or sees the whole
     batch, or what is no vector of logits.
     """
-    first = next(model.parameters(), torch.zeros(()))
-    at = Precision(dtype or first.dtype, torch.finfo(dtype or first.dtype).eps if outward else 0.0)
-    steps = trace(model)
-    ops, inputs = [step.make(at) for step in steps], tuple(step.inputs for step in steps)
-    zeros = torch.zeros(1, *picture, dtype=at.dtype, device=first.device)
-    with torch.no_grad():
-        shapes = [zeros.shape]
-        found = [Interval(zeros, zeros)]
-        for step in steps:  # layers of their own: what layers keep of their weights has gradients only outside no_grad
-            try:
-                found.append(step.make(Precision(at.dtype, 0.0)).whole(*(found[i] for i in step.inputs)))
-            except (RuntimeError, IndexError) as error:
-                size = "x".join(map(str, picture))
-                reason = " ".join(str(error).split())[:120]
-                raise InputError(f"interval bounds: {step.name} cannot read pictures of {size}: {reason}") from None
-            shapes.append(found[-1].shape)
-    if len(shapes[-1]) != 2 or shapes[-1][1] < 2:
-        raise InputError(f"interval bounds: the network gives {tuple(shapes[-1])} where logits (B, K ≥ 2) are needed")
-    last = ops[-1]
-    numbers = sum(map(math.prod, shapes)) + (last.weight.numel() if isinstance(last, Linear) else 0)
-    return Passage(tuple(flatten_into_linear(ops, inputs, shapes)), inputs, shapes[-1][1], at.dtype, numbers)
+    return layout(model, picture).passage(dtype, outward)
 
 
 def rivals_of(label: Int[Tensor, " B"], classes: int) -> Int[Tensor, "B R"]:

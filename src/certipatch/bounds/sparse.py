@@ -37,6 +37,18 @@ def sparse_margins(
     Arguments as in ``patch.patch_margins``. ``memory``: bytes held at once. Differentiable in the parameters and pictures.
     """
     passed = passage(model, (images.shape[1], images.shape[2], images.shape[3]), dtype, outward)
+    return sparse_passed(passed, images, label, pixels, strength, memory)
+
+
+def sparse_passed(
+    passed: Passage,
+    images: Float[Tensor, "B C H W"],
+    label: Int[Tensor, " B"],
+    pixels: int,
+    strength: float = 1.0,
+    memory: int = MEMORY,
+) -> Float[Tensor, "B R"]:
+    """``sparse_margins`` of a network that has been read already."""
     images = images.to(passed.dtype)
     first = passed.ops[next((i for i, op in enumerate(passed.ops) if isinstance(op, Linear | Conv)), -1)]
     numbers = first.weight.numel() if isinstance(first, Linear | Conv) else 1

@@ -26,6 +26,8 @@ def train(
 
       certipatch train mnist-columns --set epochs=2 --set views.width=4 --out models/quick
 
+      certipatch train mnist-ibp-5 --set interval.strategy=random --set interval.places=10 --out models/random-10
+
       torchrun --nproc-per-node 2 -m certipatch train recipes/mnist-columns.yaml --data path/to/mnist --out models/mnist
     """
     from certipatch import resources
@@ -50,11 +52,17 @@ def train(
         card = run(asked, folder, progress)
     if workers.rank() != 0:
         return
-    held = f"  certify a picture:  certipatch certify PICTURE --defense {folder} --patch {asked.objective.patch}"
+    held = f"  certify a picture:  certipatch certify PICTURE --defense {folder} {_typed(asked.threat)}"
     typer.echo(
         f"{card.name} is in {folder} ({card.training['parameters']:,} parameters, {card.training['seconds']:.0f} s)"
     )
     typer.echo(held)
+
+
+def _typed(threat) -> str:
+    """A recipe's threat as options of a command."""
+    size = threat.to_dict()
+    return f"--sparse {size['pixels']}" if size["kind"] == "sparse" else f"--patch {size['size'][0]}x{size['size'][1]}"
 
 
 def _unknown(recipe: str) -> str:

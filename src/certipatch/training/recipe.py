@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -10,6 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from certipatch.defenses.card import PLAIN, Described, Side
 from certipatch.errors import InputError
 from certipatch.models import LOCAL
+from certipatch.threats import PatchThreat, SparseThreat, Threat
+
+# Appendix A.1 of Chiang et al. 2020, for MNIST.
+INTERVAL_DEFAULTS = {
+    "defense": "interval-bounds",
+    "epochs": 100,
+    "optimizer": "adam",
+    "learning_rate": 5e-4,
+    "weight_decay": 0.0,
+    "warmup": 0.0,
+    "halving": 0.1,
+}
 
 
 class Objective(BaseModel):
@@ -19,7 +31,8 @@ class Objective(BaseModel):
 
     views_per_step: int | Literal["all"] = 1
     """``1`` is ablated training as in the paper: one random view for all pictures of the batch. A larger number draws
-    that many, anew for each batch; ``all`` shows every view of every picture."""
+    that many, anew for each batch; ``all`` shows every view of every picture. With ``mask_margin``, a number takes views
+    evenly spaced, from a first one drawn anew, and the margin is that of those alone."""
     cross_entropy: float = Field(default=1.0, ge=0)
     """Weight of the mean cross entropy of the views."""
     vote_margin: float = Field(default=0.0, ge=0)
@@ -43,7 +56,7 @@ class Objective(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "Objective":
-        for name in ("vote_margin", "mask_margin", "masked_cross_entropy", "pooled_cross_entropy"):
+        for name in ("vote_margin", "masked_cross_entropy", "pooled_cross_entropy"):
             if getattr(self, name) > 0 and self.views_per_step != "all":
                 raise ValueError(f"{name} needs views_per_step: all")
         if self.views_per_step != "all" and self.views_per_step < 1:
@@ -52,6 +65,44 @@ class Objective(BaseModel):
         if all(getattr(self, name) == 0 for name in weights):
             raise ValueError(f"{', '.join(weights)} are all 0; nothing would be trained")
         return self
+
+
+class IntervalTraining(BaseModel):
+    """Training with interval bounds (Chiang et al. 2020). Intervals under the patch grow from the pixel to [0, 1]."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: Literal["all", "random", "guided", "pooled", "sparse", "natural"] = "all"
+    """Which bounds a step looks at: of all places of the patch; of a random few; of a few that a U-Net thinks bad; of
+    blocks of places; of any few pixels; none."""
+    patch: Side | tuple[Side, Side] = 5
+    """Of the patch in pixels: the side of a square, or height and width."""
+    places: int = Field(default=10, ge=1, le=4096)
+    """Of ``random`` (drawn anew for each batch, shared by its pictures) and ``guided`` (drawn for each picture)."""
+    pool: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(default=(2,), min_length=1, max_length=4)
+    """Of ``pooled``: sides of the squares of places that have one bound behind the first, second … layer."""
+    pixels: int = Field(default=4, ge=1, le=4096**2)
+    """Of ``sparse``: how many pixels the attacker changes."""
+    ramp_from: float = Field(default=0.01, ge=0, le=1)
+    """Share of the training after which intervals grow."""
+    ramp_until: float = Field(default=0.61, ge=0, le=1)
+    """Share of the training after which they are whole."""
+    clean: float = Field(default=0.0, ge=0)
+    """Weight of the cross entropy of clean pictures beside that of the bounds; the paper has none."""
+    guide_rate: float = Field(default=2.0, gt=0)
+    """Of ``guided``: learning rate of the U-Net, as a multiple of the network's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "IntervalTraining":
+        if self.ramp_from > self.ramp_until:
+            raise ValueError(f"intervals cannot be whole ({self.ramp_until}) before they grow ({self.ramp_from})")
+        return self
+
+    def strength(self, share: float) -> float:
+        """t of the interval [(1 − t)x, (1 − t)x + t] under the patch, after a share of the training."""
+        if share >= self.ramp_until:
+            return 1.0
+        return max(0.0, (share - self.ramp_from) / (self.ramp_until - self.ramp_from))
 
 
 class Augment(BaseModel):
@@ -76,25 +127,51 @@ class Recipe(Described):
     limit: int | None = Field(default=None, ge=1)
     holdout: int = Field(default=1000, ge=0)
     """Last pictures of the split, kept out of the training to watch it."""
-    start: str | None = None
-    """A trained model, by zoo name or folder, whose weights the training begins with; it has the same network."""
+    start: str | tuple[str, str] | None = None
+    """A trained model, by zoo name or folder, whose weights the training begins with; it has the same network. For a
+    cross, two of them: of its columns and of its rows."""
     objective: Objective = Objective()
+    interval: IntervalTraining | None = None
+    """Training with interval bounds, instead of ``objective``. Where it is given, ``defense``, ``epochs``,
+    ``optimizer``, ``learning_rate``, ``weight_decay``, ``warmup`` and ``halving`` default to the paper's for MNIST."""
     augment: Augment = Augment()
     epochs: int = Field(ge=1, le=10_000)
     batch_size: int = Field(default=128, ge=1, le=65_536)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "adam"] = "adamw"
     learning_rate: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=1e-3, ge=0)
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises; afterwards it falls as a cosine."""
+    halving: float | None = Field(default=None, gt=0, le=1)
+    """Instead of a cosine: the rate stays until intervals are whole, then is halved after each such share of the
+    training."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     weights: Literal["float32", "float16"] = "float32"
     """How the trained weights are stored and served."""
     seed: int = Field(default=0, ge=0, lt=2**31)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _paper(cls, values: Any) -> Any:
+        return {**INTERVAL_DEFAULTS, **values} if isinstance(values, dict) and values.get("interval") else values
+
+    @property
+    def threat(self) -> Threat:
+        """What the training is to withstand."""
+        if self.interval is None:
+            return PatchThreat(self.objective.patch)
+        sparse = self.interval.strategy == "sparse"
+        return SparseThreat(self.interval.pixels) if sparse else PatchThreat(self.interval.patch)
+
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
         asked = self.objective
+        if self.interval is not None and self.defense != "interval-bounds":
+            raise ValueError(f"training with interval bounds is for interval-bounds, not {self.defense}")
+        if self.interval is not None and asked != Objective():
+            raise ValueError("interval stands instead of objective; leave one out")
+        if self.halving is not None and self.interval is None:
+            raise ValueError("halving begins when intervals are whole; it needs interval")
         if self.model.name in LOCAL and asked.views_per_step != "all":
             raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
         if self.defense in PLAIN and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):

@@ -20,11 +20,12 @@ from certipatch.defenses import card as cards
 from certipatch.defenses import locate
 from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
-from certipatch.models import receptive_fields
+from certipatch.models import CrossConvNet, CrossNet, receptive_fields
 from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, objectives
-from certipatch.training.recipe import Recipe
+from certipatch.training.interval import IntervalObjective
+from certipatch.training.recipe import IntervalTraining, Recipe
 from certipatch.versions import versions
 from certipatch.views import Cross, PixelSets, Views
 from certipatch.views.render import render
@@ -79,12 +80,14 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = blank.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        bounded = None if recipe.interval is None else _bounded(recipe.interval, blank, network)
+    trained = network if bounded is None else bounded
     if recipe.start is not None:
         _start_from(recipe.start, network)
-    optimizer = _optimizer(recipe, network)
-    first = checkpoint.load(out / "checkpoint.safetensors", network, optimizer, identity)
+    optimizer = _optimizer(recipe, trained)
+    first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity)
     _check_same_start(fabric, first, out)
-    module, optimizer = fabric.setup(network, optimizer)
+    module, optimizer = fabric.setup(trained, optimizer)
     loss_of = _loss(recipe, blank, network, module, fabric.device)
     train_count = len(every) - recipe.holdout
     per_epoch = math.ceil(train_count / recipe.batch_size)
@@ -104,7 +107,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step / total, recipe.warmup)
+            group["lr"] = recipe.learning_rate * group.get("scale", 1.0) * _rate(recipe, step / total)
         optimizer.zero_grad(set_to_none=True)
         loss = weight * loss_of(images, targets[chosen][chunk].to(fabric.device), step / total, draw)
         fabric.backward(loss)
@@ -116,14 +119,17 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
                 raise InputError(f"the loss became {mean} at step {done}; use a lower learning_rate")
             progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}")
         if fabric.global_rank == 0 and epoch_ends:
-            held = _held_out(recipe, blank, network, every[train_count:], targets[train_count:], fabric.device)
+            kept = every[train_count:], targets[train_count:]
+            held = (
+                _held_out(recipe, blank, network, *kept, fabric.device) if bounded is None else _watch(bounded, *kept)
+            )
             spent = seconds + time.monotonic() - started
             _log(out, {"epoch": epoch + 1, "step": done, "loss": round(mean, 4), "seconds": round(spent), **held})
             progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}  {_words(held)}")
             module.train()
         if fabric.global_rank == 0 and (epoch_ends or time.monotonic() - saved > CHECKPOINT_SECONDS):
             saved = time.monotonic()
-            checkpoint.save(out / "checkpoint.safetensors", network, optimizer, done, identity)
+            checkpoint.save(out / "checkpoint.safetensors", trained, optimizer, done, identity)
     card = blank
     if fabric.global_rank == 0:
         spent = seconds + time.monotonic() - started
@@ -169,12 +175,27 @@ def _identity(recipe: Recipe, pictures: Pictures) -> str:
         "data": pictures.fingerprint(),
     }
     if recipe.start is not None:
-        values["start"] = cards.read(locate(recipe.start)).sha256
+        hashes = [cards.read(locate(name)).sha256 for name in _starts(recipe.start)]
+        values["start"] = hashes[0] if isinstance(recipe.start, str) else hashes
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _start_from(name: str, network: nn.Module) -> None:
-    """Give a network the weights of a trained model. InputError where it is another network."""
+def _starts(start: str | tuple[str, str]) -> tuple[str, ...]:
+    return (start,) if isinstance(start, str) else start
+
+
+def _start_from(start: str | tuple[str, str], network: nn.Module) -> None:
+    """Give a network, or the two of a cross, the weights of trained models. InputError where they are others."""
+    if isinstance(start, str):
+        return _copy(start, network)
+    if not isinstance(network, CrossConvNet | CrossNet):
+        raise InputError(f"start: two models are for a cross of columns and rows; give one, not {', '.join(start)}")
+    for name, part in zip(start, network.parts, strict=True):
+        _copy(name, part)
+    return None
+
+
+def _copy(name: str, network: nn.Module) -> None:
     folder = locate(name)
     weights = cards.read_weights(folder, cards.read(folder))
     own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
@@ -190,12 +211,27 @@ def _generator(seed: int, number: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def _bounded(asked: IntervalTraining, card: cards.Card, network: nn.Module) -> IntervalObjective:
+    return IntervalObjective(network, asked, (card.channels, *card.image_size), len(card.classes))
+
+
 def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        groups = network.parameter_groups() if isinstance(network, IntervalObjective) else network.parameters()
+        return torch.optim.Adam(groups, recipe.learning_rate, weight_decay=recipe.weight_decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
             network.parameters(), recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
         )
     return torch.optim.AdamW(network.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+
+
+def _rate(recipe: Recipe, share: float) -> float:
+    """Learning rate relative to its peak."""
+    if recipe.halving is None:
+        return _schedule(share, recipe.warmup)
+    assert recipe.interval is not None
+    return 0.5 ** max(0, math.floor((share - recipe.interval.ramp_until) / recipe.halving))
 
 
 def _schedule(share: float, warmup: float) -> float:
@@ -226,6 +262,8 @@ def _loss(
     recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device
 ) -> Callable[[Tensor, Tensor, float, torch.Generator], Tensor]:
     """The recipe's loss as a function of (images, targets, share of the training done, generator)."""
+    if (grown := recipe.interval) is not None:
+        return lambda images, targets, share, draw: module(images, targets, grown.strength(share), draw)
     asked, encoding = recipe.objective, getattr(network, "encoding", "null")
     threat = PatchThreat(asked.patch)
     views, drawn = card.created_views(), card.random_views()
@@ -245,8 +283,28 @@ def _loss(
         for part in views.parts if isinstance(views, Cross) else [views]:
             reached = _undominated(part, threat, card.image_size).to(device)
             families.append((reached, malicious_windows(part, threat, card.image_size).members.to(device)))
+    total = 0 if views is None else views.number(card.image_size)
+    if families and asked.views_per_step != "all":
+        if any(reached.shape[1] * asked.views_per_step % total for reached, _ in families):
+            raise InputError(f"views_per_step: {asked.views_per_step} cannot be evenly spaced among {total} views")
+        spacing = total // asked.views_per_step
 
-    def logits_of(images: Tensor, draw: torch.Generator) -> Tensor:
+    def indices(draw: torch.Generator) -> Tensor:
+        if asked.views_per_step == "all":
+            return torch.arange(total)
+        if families:
+            return torch.arange(int(torch.randint(spacing, (), generator=draw)), total, spacing)
+        return torch.randperm(total, generator=draw)[: asked.views_per_step]
+
+    def shown_of(index: Tensor) -> list[tuple[Tensor, Tensor]]:
+        first, found = 0, []
+        for reached, hidden in families:
+            own = index[(index >= first) & (index < first + reached.shape[1])] - first
+            found.append((reached[:, own], hidden[:, own]))
+            first += reached.shape[1]
+        return found
+
+    def logits_of(images: Tensor, index: Tensor, draw: torch.Generator) -> Tensor:
         if drawn is not None:
             assert asked.views_per_step != "all"
             shown = PixelSets(drawn.draw(card.image_size, asked.views_per_step, draw))
@@ -254,16 +312,14 @@ def _loss(
             return module(rendered.flatten(0, 1)).float().unflatten(0, rendered.shape[:2])
         if views is None:
             return module(images)[:, None].float()
-        index = torch.arange(views.number(card.image_size))
-        if asked.views_per_step != "all":
-            index = torch.randperm(len(index), generator=draw)[: asked.views_per_step]
         if encoding == "all-views":
             return module(images)[:, index.to(device)].float()
         rendered = render(encoding, images, views, index)
         return module(rendered.flatten(0, 1)).float().unflatten(0, rendered.shape[:2])
 
     def loss(images: Tensor, targets: Tensor, share: float, draw: torch.Generator) -> Tensor:
-        logits = logits_of(images, draw)
+        index = indices(draw) if drawn is None and views is not None else torch.empty(0)
+        logits = logits_of(images, index, draw)
         terms = [asked.cross_entropy * objectives.cross_entropy(logits, targets)] if asked.cross_entropy else []
         if asked.pooled_cross_entropy:
             terms.append(asked.pooled_cross_entropy * cross_entropy(logits.mean(1), targets))
@@ -280,7 +336,8 @@ def _loss(
                 terms.append(asked.vote_margin * found)
             if families:
                 scores = logits.sigmoid() if recipe.settings.get("evidence") == "sigmoid" else logits.softmax(-1)
-                found = objectives.mask_margin_loss(scores, targets, families, asked.mask_temperature, asked.mask_scale)
+                parts = shown_of(index)
+                found = objectives.mask_margin_loss(scores, targets, parts, asked.mask_temperature, asked.mask_scale)
                 terms.append(asked.mask_margin * found)
         return torch.stack(terms).sum()
 
@@ -313,10 +370,19 @@ def _held_out(
     return {"clean_accuracy": right.double().mean().item(), "certified_accuracy": robust.double().mean().item()}
 
 
+def _watch(bounded: IntervalObjective, images: Tensor, targets: Tensor) -> dict[str, float]:
+    """The same by interval bounds, with the losses."""
+    if len(images) == 0:
+        return {}
+    device = next(bounded.parameters()).device
+    return bounded.watch(images.to(device).float().div(255), targets.to(device))
+
+
 def _words(held: dict[str, float]) -> str:
     if not held:
         return ""
-    return f"held out: clean {held['clean_accuracy']:.1%}, certified {held['certified_accuracy']:.1%}"
+    losses = f" (loss {held['clean_loss']:.2f}, of bounds {held['bound_loss']:.2f})" if "bound_loss" in held else ""
+    return f"held out: clean {held['clean_accuracy']:.1%}, certified {held['certified_accuracy']:.1%}{losses}"
 
 
 def _log(out: Path, line: dict[str, Any]) -> None:
