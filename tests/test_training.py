@@ -212,3 +212,33 @@ def test_every_recipe_describes_a_network(name):
     with torch.device("meta"):
         network = create(recipe.model, recipe.created_views(), channels, 10, (side, side))
     assert sum(p.numel() for p in network.parameters()) > 0
+
+
+def test_a_cross_that_starts_from_its_columns_and_rows_and_takes_evenly_spaced_views(tmp_path, data):
+    shared = {"data": str(data), "model": {"name": "conv", "widths": [4, 6]}, "epochs": 1}
+    starts = []
+    for name in ("columns", "rows"):
+        recipe = write_recipe(tmp_path / f"{name}.yaml", **shared, views={"name": name, "width": 3})
+        train(read(recipe), tmp_path / name)
+        starts.append(str(tmp_path / name))
+    recipe = write_recipe(
+        tmp_path / "cross.yaml",
+        **shared,
+        views={"name": "cross", "width": 3},
+        defense="patchguard",
+        settings={"patch": 2},
+        objective={"views_per_step": 8, "mask_margin": 1.0, "margin_from": 0, "patch": 2},
+        start=starts,
+        learning_rate=1e-9,
+        weight_decay=0,
+    )
+    train(read(recipe), tmp_path / "cross")
+    both = load_file(tmp_path / "cross" / "weights.safetensors")
+    for part, start in enumerate(starts):
+        for name, value in load_file(f"{start}/weights.safetensors").items():
+            if "running" not in name and "batches" not in name:
+                torch.testing.assert_close(both[f"parts.{part}.{name}"], value, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="cannot be evenly spaced among 24 views"):
+        train(read(recipe, ["objective.views_per_step=7"]), tmp_path / "uneven")
+    with pytest.raises(InputError, match="two models are for a cross"):
+        train(read(recipe, ["views.name=columns"]), tmp_path / "no-cross")

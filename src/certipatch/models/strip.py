@@ -98,5 +98,10 @@ class CrossNet(nn.Module):
             StripNet(part, in_channels, num_classes, image_size, **sizes) for part in views.parts
         )
 
+    @property
+    def parts(self) -> nn.ModuleList:
+        """The network of the columns and that of the rows."""
+        return self.strips
+
     def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V K"]:
         return torch.cat([strip(images) for strip in self.strips], dim=1)
