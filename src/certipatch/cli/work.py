@@ -12,14 +12,18 @@ import yaml
 from certipatch import devices, report
 from certipatch.certificate import Certificate
 from certipatch.data import load, read_picture
-from certipatch.defenses import METHODS, Card, Defense, Evidence, locate, open_defense, read_card
+from certipatch.defenses import METHODS, Card, Defense, Evidence, PatchCleanser, locate, open_defense, read_card
+from certipatch.defenses.around import Sheet, around, frame
 from certipatch.errors import InputError
 from certipatch.evaluation import files, run
 from certipatch.evaluation.claim import sweep
-from certipatch.threats import Threat
+from certipatch.models.adapters import is_adapter, open_model
+from certipatch.threats import PatchThreat, Threat
 from certipatch.versions import versions
 
 MAX_SHOWN = 400  # pictures in the report of certify
+Seen = Callable[[], tuple[list[tuple[int, int]], tuple[str, ...] | None]]
+"""Looks at the pictures: their sizes (H, W), and the names of their classes, if they have any."""
 
 
 def evaluate_into(
@@ -39,7 +43,7 @@ def evaluate_into(
     Under torchrun this process is one of several workers; all but the first give an empty dictionary.
     """
     device, crew = devices.worker()
-    defense, card, name = open_certified(defense_name, model_name, threat, changes)
+    defense, card, name = open_certified(defense_name, model_name, threat, changes, lambda: seen_in(data, split))
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, channels=card.channels, limit=limit)
     if len(pictures.class_names) != len(card.classes):
@@ -69,7 +73,10 @@ def certify_files(
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
-    defense, card, name = open_certified(defense_name, model_name, threat, changes)
+    sizes: Seen = lambda: ([tuple(read_picture(path).shape[1:]) for path in paths], None)  # noqa: E731
+    defense, card, name = open_certified(defense_name, model_name, threat, changes, sizes)
+    if isinstance(defense, PatchCleanser) and "maps" not in (changes or {}):
+        defense.maps = True
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; give a new --out")
     images = []
@@ -93,7 +100,7 @@ def certify_files(
 
 def own_run(
     defense: Defense,
-    card: Card,
+    card: Card | Sheet,
     name: str,
     opened: str,
     paths: list[Path],
@@ -107,6 +114,7 @@ def own_run(
         "method": defense.name,
         "settings": defense.settings(),
         "model_sha256": card.sha256,
+        "image_size": list(card.image_size),
         "pictures": [{"file": str(p), "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in paths],
         "threat": threat.to_dict(),
         "model": opened,
@@ -124,10 +132,34 @@ def own_run(
     return config, summary
 
 
+def seen_in(data: str, split: str | None) -> tuple[list[tuple[int, int]], tuple[str, ...] | None]:
+    """The size of a dataset's first picture, and the names of its classes."""
+    pictures = load(data, split, limit=1)
+    height, width, _ = pictures.pixels([0])[0].shape
+    return [(height, width)], pictures.class_names
+
+
 def open_named(
-    defense_name: str, model_name: str | None, threat: Threat, changes: dict[str, Any] | None
-) -> tuple[Defense, Card, str]:
-    """A defense built for ``threat``, its card, and what it is called in results."""
+    defense_name: str,
+    model_name: str | None,
+    threat: Threat,
+    changes: dict[str, Any] | None,
+    seen: Seen = lambda: ([], None),
+) -> tuple[Any, Card | Sheet, str]:
+    """A defense built for ``threat``, its card, and what it is called in results.
+
+    Somebody else's classifier goes by the pictures that ``seen`` looks at; without any, by the size that it reads.
+    """
+    if model_name is not None and is_adapter(model_name) and not Path(model_name).is_dir():
+        if defense_name not in METHODS:
+            open_defense(defense_name, model_name)  # which says what is wrong with the name
+        network = open_model(model_name)
+        sizes, classes = seen()
+        size = frame(network, sizes)
+        if isinstance(threat, PatchThreat):
+            threat.locations(size)
+        defense, sheet = around(network, defense_name, threat, changes, size, classes)
+        return defense, sheet, f"{defense_name}:{network.name}"
     if model_name is None and defense_name in METHODS:
         open_defense(defense_name)  # which says what is missing
     folder = locate(model_name or defense_name)
@@ -137,10 +169,14 @@ def open_named(
 
 
 def open_certified(
-    defense_name: str, model_name: str | None, threat: Threat, changes: dict[str, Any] | None
-) -> tuple[Defense, Card, str]:
+    defense_name: str,
+    model_name: str | None,
+    threat: Threat,
+    changes: dict[str, Any] | None,
+    seen: Seen = lambda: ([], None),
+) -> tuple[Defense, Card | Sheet, str]:
     """As ``open_named``. InputError for an empirical defense, which proves nothing."""
-    defense, card, name = open_named(defense_name, model_name, threat, changes)
+    defense, card, name = open_named(defense_name, model_name, threat, changes, seen)
     if not isinstance(defense, Defense):
         raise InputError(f"{name} is an empirical defense, it certifies nothing; attack it: certipatch attack")
     return defense, card, name
@@ -160,7 +196,7 @@ def certify_sample(defense_name: str, data: str, threat: Threat, indices: Iterab
 
 
 def certify_shown(
-    defense: Defense, card: Card, images: torch.Tensor, paths: list[Path], threat: Threat, most: int
+    defense: Defense, card: Card | Sheet, images: torch.Tensor, paths: list[Path], threat: Threat, most: int
 ) -> tuple[list[dict[str, Any]], list[report.Shown], report.Places | None]:
     """Results of picture files, and up to ``most`` of them for a report, with the places of the threat."""
     results: list[dict[str, Any]] = []
@@ -204,17 +240,15 @@ def result_of(name: str, found: Certificate, i: int, classes: tuple[str, ...], l
     }
 
 
-def threat_fits(threat: Threat, card: Card) -> None:
+def threat_fits(threat: Threat, card: Card | Sheet) -> None:
     """InputError unless the threat fits the pictures that the defense reads."""
-    from certipatch.threats import PatchThreat
-
     if isinstance(threat, PatchThreat):
         threat.locations(card.image_size)
     elif threat.pixels > card.image_size[0] * card.image_size[1]:
         raise InputError(f"{threat} are more than a picture of {card.image_size[0]}x{card.image_size[1]} pixels has")
 
 
-def check_shape(shape: tuple[int, ...], card: Card, name: str) -> None:
+def check_shape(shape: tuple[int, ...], card: Card | Sheet, name: str) -> None:
     """InputError unless pixels (H, W, C) are what the card's network reads."""
     height, width, channels = shape
     if (height, width) != card.image_size:

@@ -1,0 +1,98 @@
+"""A method around somebody else's classifier."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from pydantic import ValidationError
+
+from certipatch.defenses.card import BUILT_FOR_A_PATCH, PLAIN, SETTINGS
+from certipatch.errors import InputError
+from certipatch.models.adapters import Adapted
+from certipatch.threats import PatchThreat, Threat
+
+
+@final
+@dataclass(frozen=True)
+class Sheet:
+    """What is known of a classifier that has no card."""
+
+    name: str
+    image_size: tuple[int, int]
+    """(H, W) of the pictures that the attacker paints."""
+    channels: int
+    classes: tuple[str, ...]
+    sha256: str
+    """Of its weights and preprocessing, or of its file; not of its code."""
+    resize: bool
+    """Pictures of another size are resized and centre-cropped first; the attacker paints on what comes out."""
+    seed: int = 0
+
+
+def frame(network: Adapted, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """(H, W) of the pictures that the attacker paints, from the sizes of those that there are.
+
+    Pictures of one size stay as they are where the network reads any, or where they are no larger than what it reads:
+    the resize to that is the network's own, after the attacker. Others become as large as what it reads, before him.
+    """
+    reads = network.image_size
+    one = sizes[0] if len(set(sizes)) == 1 else None
+    if one is not None and (reads is None or (one[0] <= reads[0] and one[1] <= reads[1])):
+        return one
+    if reads is None:
+        some = " and ".join(f"{h}x{w}" for h, w in sorted(set(sizes))[:2])
+        raise InputError(
+            f"{network.name} reads pictures of any size, but these are {some or 'unknown'}: give pictures of one size, or "
+            "the model an attribute image_size"
+        )
+    return reads
+
+
+def around(
+    network: Adapted,
+    method: str,
+    threat: Threat,
+    changes: dict[str, Any] | None,
+    image_size: tuple[int, int],
+    classes: tuple[str, ...] | None = None,
+) -> tuple[Any, Sheet]:
+    """The defense ``method`` around a classifier, its model checked, and what is known of it.
+
+    Args:
+        network: the classifier.
+        method: a defense of networks that read whole pictures.
+        threat: what defenses whose answers depend on the patch are built for.
+        changes: settings of the defense that differ from its defaults.
+        image_size: (H, W) of the pictures that the attacker paints.
+        classes: names of the pictures' classes. Where the network knows them and others too, it answers with them alone;
+            where it has no names they are its names.
+
+    Errors: InputError for another method, settings that it has not, and where the model check refuses the classifier.
+    """
+    if method not in PLAIN:
+        raise InputError(
+            f"{method} needs a network of views or local evidence; around {network.name} use {', '.join(PLAIN)}"
+        )
+    try:
+        settings = SETTINGS[method].model_validate(changes or {}).model_dump(mode="json")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"])
+        raise InputError(f"{method} around {network.name}: {place}{first['msg']}") from None
+    channels = network.preprocessing.channels
+    names = network.class_names(channels, image_size)
+    if classes is not None and names != classes:
+        if len(names) == len(classes) and network.classes is None:
+            names = classes
+        elif len(names) > len(classes) and network.only(classes):
+            names = classes
+    if method in BUILT_FOR_A_PATCH:
+        patch = settings.pop("patch")
+        settings["threat"] = threat if isinstance(threat, PatchThreat) else PatchThreat(patch)
+    if len(names) < 2:
+        raise InputError(f"{network.name} knows {len(names)} class; a certificate needs at least two")
+    sheet = Sheet(network.name, image_size, channels, names, network.identity, network.image_size is not None)
+    defense = PLAIN[method](network, **settings)
+    defense.check(torch.rand((1, channels, *image_size), generator=torch.Generator().manual_seed(0)))
+    return defense, sheet
