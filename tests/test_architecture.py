@@ -17,8 +17,8 @@ FREE = {
     "devices",
     "workers",
 }  # helpers at the top: they import nothing of the package
-ORDER = ["threats", "views", "relation", "models", "evidence", "certificate", "rules", "bounds", "defenses", "attacks", "data",
-         "training", "evaluation", "audit", "report", "reproduce", "testing", "cli", "__main__"]  # fmt: skip
+ORDER = ["threats", "views", "relation", "models", "evidence", "certificate", "rules", "bounds", "defenses", "export",
+         "attacks", "data", "training", "evaluation", "audit", "report", "reproduce", "testing", "cli", "__main__"]  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -6,7 +6,7 @@ import sys
 import typer
 
 from certipatch import workers
-from certipatch.cli import attack, certify, compare, demo, evaluate, listing, report, reproduce, train
+from certipatch.cli import attack, certify, compare, demo, evaluate, export, listing, report, reproduce, train
 from certipatch.errors import InputError
 
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # click's, which typer brings along under one name or another
@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": compare.compare,
     "report": report.report,
     "reproduce": reproduce.reproduce,
+    "export": export.export,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

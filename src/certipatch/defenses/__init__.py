@@ -16,6 +16,7 @@ from certipatch.defenses.interval_bounds import IntervalBounds
 from certipatch.defenses.local_gradients_smoothing import LocalGradientsSmoothing
 from certipatch.defenses.minority_reports import MinorityReports
 from certipatch.defenses.patchcleanser import PatchCleanser
+from certipatch.defenses.patchcure import PatchCURE
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
@@ -35,6 +36,7 @@ __all__ = [
     "IntervalBounds",
     "LocalGradientsSmoothing",
     "MinorityReports",
+    "PatchCURE",
     "PatchCleanser",
     "PatchGuard",
     "PatchGuardPlusPlus",
@@ -58,6 +60,7 @@ METHODS: dict[str, type[Any]] = {
         PatchGuardPlusPlus,
         IntervalBounds,
         PatchCleanser,
+        PatchCURE,
         MinorityReports,
         Undefended,
         LocalGradientsSmoothing,

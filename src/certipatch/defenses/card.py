@@ -28,6 +28,7 @@ from certipatch.defenses.interval_bounds import IntervalBounds
 from certipatch.defenses.local_gradients_smoothing import LocalGradientsSmoothing
 from certipatch.defenses.minority_reports import MinorityReports
 from certipatch.defenses.patchcleanser import PatchCleanser
+from certipatch.defenses.patchcure import PatchCURE
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
@@ -165,6 +166,15 @@ class PatchCleanserSettings(MaskSettings):
     maps: bool = False
 
 
+class PatchCURESettings(Settings):
+    """PatchCURE. ``patch`` is what its masks are made for where no threat is given."""
+
+    masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
+    stride: PerAxis | tuple[PerAxis, PerAxis] | None = None
+    patch: Side = 5
+    maps: bool = False
+
+
 class MinorityReportsSettings(MaskSettings):
     """Minority Reports."""
 
@@ -182,6 +192,7 @@ SETTINGS: dict[str, type[Settings]] = {
     "patchguard-plus-plus": DetectionSettings,
     "interval-bounds": Settings,
     "patchcleanser": PatchCleanserSettings,
+    "patchcure": PatchCURESettings,
     "minority-reports": MinorityReportsSettings,
     "undefended": Settings,
 }
@@ -196,6 +207,7 @@ Method = Literal[
     "patchguard-plus-plus",
     "interval-bounds",
     "patchcleanser",
+    "patchcure",
     "minority-reports",
     "undefended",
 ]
@@ -206,9 +218,10 @@ PLAIN: dict[str, Callable[..., Any]] = {
     "lgs": LocalGradientsSmoothing,
     "dw": DigitalWatermarking,
     "patchcleanser": PatchCleanser,
+    "patchcure": PatchCURE,
     "minority-reports": MinorityReports,
 }
-BUILT_FOR_A_PATCH = ("patchguard", "patchguard-plus-plus", "patchcleanser", "minority-reports")
+BUILT_FOR_A_PATCH = ("patchguard", "patchguard-plus-plus", "patchcleanser", "patchcure", "minority-reports")
 
 
 class Described(BaseModel):

@@ -13,6 +13,7 @@ from certipatch.models.crop import CropNet
 from certipatch.models.mlp import MLP
 from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
+from certipatch.models.shared_front import SharedBagNet, SharedFront, SharedViT
 from certipatch.models.strip import CrossNet, StripNet
 from certipatch.models.vit import ViT
 from certipatch.views import Bands, Blocks, Cross, RandomViews, Views
@@ -28,6 +29,9 @@ __all__ = [
     "CrossNet",
     "ModelSettings",
     "ResNet18",
+    "SharedBagNet",
+    "SharedFront",
+    "SharedViT",
     "SmallBagNet",
     "StripNet",
     "ViT",
@@ -46,6 +50,8 @@ NETWORKS = {
     "mlp": MLP,
     "cnn": CNN,
     "vit": ViT,
+    "shared-bagnet": SharedBagNet,
+    "shared-vit": SharedViT,
 }
 LOCAL = ("bagnet", "small-bagnet")  # networks of local logits, whose views are their receptive fields
 
@@ -55,7 +61,19 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal["strip", "crop", "conv", "resnet18", "bagnet", "small-bagnet", "mlp", "cnn", "vit"]
+    name: Literal[
+        "strip",
+        "crop",
+        "conv",
+        "resnet18",
+        "bagnet",
+        "small-bagnet",
+        "mlp",
+        "cnn",
+        "vit",
+        "shared-bagnet",
+        "shared-vit",
+    ]
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(default=None, min_length=1, max_length=8)
     depth: int | None = Field(default=None, ge=1, le=32)
     """Residual blocks per stage; of a CNN: its convolutions, 2, 4 or 5; of a ViT: its blocks."""
@@ -73,6 +91,10 @@ class ModelSettings(BaseModel):
     """Of a ViT: channels of a token."""
     heads: int | None = Field(default=None, ge=1, le=32)
     """Of a ViT: heads of each attention."""
+    window: int | None = Field(default=None, ge=1, le=64)
+    """Of a shared ViT: side in tokens of the windows that its front attends within."""
+    local: int | None = Field(default=None, ge=1, le=32)
+    """Of a shared ViT: blocks of its front; ``depth`` are those behind."""
 
 
 def create(
@@ -93,6 +115,8 @@ def create(
             return CrossConvNet(views, in_channels, num_classes, image_size, **sizes)
         if settings.name == "conv":
             return ConvNet(views, in_channels, num_classes, image_size, **sizes)
+        if settings.name in ("shared-bagnet", "shared-vit"):
+            return NETWORKS[settings.name](in_channels, num_classes, image_size, **sizes)
         if settings.name == "vit":
             return ViT(views, in_channels, num_classes, image_size, **sizes)
         if settings.name == "resnet18":

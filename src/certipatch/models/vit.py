@@ -95,18 +95,19 @@ class ViT(nn.Module):
         pieces, shown = cut(views, self.patch), visible_tokens(views, self.patch)
         if not self.skips:
             seen = F.pad(shown, (1, 0), value=True)[:, None, None]
-            return self._answer(self.embed(pieces) + self.position, seen)
+            return self.answer(self.embed(pieces) + self.position, seen)
         answers, members = [], []
         for chosen, index in groups(shown):
             kept = pieces[chosen[:, None], index]
-            answers.append(self._answer(self.embed(kept) + self.position[index]))
+            answers.append(self.answer(self.embed(kept) + self.position[index]))
             members.append(chosen)
         return torch.cat(answers)[torch.cat(members).argsort()]
 
-    def _answer(
+    def answer(
         self, tokens: Float[Tensor, "n t D"], shown: Bool[Tensor, "n 1 1 t1"] | None = None
     ) -> Float[Tensor, "n K"]:
-        tokens = torch.cat([self.first.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
+        """Logits of embedded tokens; those that are not ``shown`` (the first one included) are read by none."""
+        tokens = torch.cat([self.first.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens, shown)
         return self.head(self.norm(tokens[:, 0]))

@@ -1,0 +1,50 @@
+"""``certipatch export``: a defense as one ONNX file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from certipatch.cli.options import ModelOption, PatchOption, SetOption, changes_from, threat_from
+
+
+def export(
+    defense: Annotated[
+        str,
+        typer.Argument(help="A zoo model, the folder that train wrote, or with --model a method.", metavar="DEFENSE"),
+    ],
+    onnx: Annotated[Path, typer.Option("--onnx", help="The file to write.", metavar="FILE")],
+    model: ModelOption = None,
+    settings: SetOption = None,
+    patch: PatchOption = None,
+) -> None:
+    """Write a defense as one ONNX file: views, network and rule in one graph, pictures in, labels out.
+
+    --patch is for defenses whose answers depend on the patch. With onnxruntime there, the file is tried out before it is
+    kept.
+
+    Examples:
+
+      certipatch export mnist-columns --onnx mnist-columns.onnx
+
+      certipatch export patchguard --model fashion-columns --patch 5 --onnx mask-ds.onnx
+
+      certipatch export patchcleanser --model mnist-plain --patch 5 --set masks=3 --onnx double-masking.onnx
+    """
+    threat = None if patch is None else threat_from(patch, None, 1, "anywhere", None)
+    from certipatch.defenses import open_defense
+    from certipatch.errors import InputError
+    from certipatch.export import to_onnx
+
+    if onnx.is_dir() or not onnx.absolute().parent.is_dir():
+        raise InputError(f"--onnx {onnx} cannot be written; name a file in a folder that exists")
+    opened, card = open_defense(defense, model, threat, changes_from(settings))
+    found = to_onnx(opened, card, onnx)
+    shape = " x ".join(map(str, found["inputs"]["images"]))
+    typer.echo(
+        f"{onnx}: images ({shape}), float32 in [0, 1] -> {', '.join(found['outputs'])}; {found['bytes']:,} bytes"
+    )
+    if found["checked"]:
+        typer.echo(f"onnxruntime gives the same labels on {found['checked']} random pictures")
+    else:
+        typer.echo("onnxruntime is not installed, so the file was not tried out")

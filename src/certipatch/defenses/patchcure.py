@@ -1,0 +1,231 @@
+"""PatchCURE (Xiang et al., USENIX Security 2024): double masking behind a front that is computed once per picture."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from certipatch import evidence as ev
+from certipatch.defenses.base import Evidence, ViewDefense
+from certipatch.defenses.patchcleanser import _Look, checked_threats, covering_masks, per_axis
+from certipatch.errors import InputError
+from certipatch.models import SharedFront
+from certipatch.relation import sees
+from certipatch.rules import DoubleMask
+from certipatch.threats import PatchThreat
+from certipatch.views import MaskPairs, PixelSets, mask_set
+
+PerAxis = int | tuple[int, int] | None
+
+
+@final
+class PatchCURE(ViewDefense):
+    """Double masking on the features of a front of small receptive fields, computed once; a light back end reads them.
+
+    Args:
+        model: a ``models.SharedFront`` in eval mode.
+        threat: the patch that masks are made for, or several; the answer depends on it.
+        masks: masks per axis of the front's map, k or (rows, columns); by default 6, or as many as ``stride`` needs.
+        stride: cells from mask to mask; None for the smallest that so many masks allow.
+        maps: margins of all places; False stops as soon as the verdict on the threat is known.
+        batch_size: masked maps, or pictures, in a batch (default: as many as 2²⁰ pixels have pictures).
+
+    A patch touches the features that see a pixel of it: a box of cells. Masks are boxes of cells that cover every such
+    box; a pixel counts as hidden by a mask when no cell outside of it sees the pixel. That every place of the patch is
+    hidden by some mask is checked with ``sees``, and the theorem is that of double masking.
+
+    ``passes`` are whole passes of the network that the multiply-adds of a picture amount to, rounded up.
+
+    Departs from the paper: any choice of masks per axis, and certificates per place; its other front, attention within
+    strips of a ViT, is here attention within squares.
+    """
+
+    name: ClassVar[str] = "patchcure"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        threat: PatchThreat | Sequence[PatchThreat],
+        masks: PerAxis = None,
+        stride: PerAxis = None,
+        maps: bool = True,
+        batch_size: int | None = None,
+    ):
+        if not isinstance(model, SharedFront):
+            raise InputError("patchcure needs a network with a shared front: shared-bagnet or shared-vit")
+        super().__init__(model, None, batch_size)
+        self.front: SharedFront = model
+        self.threats, self.maps = checked_threats(threat), maps
+        self.masks, self.stride = per_axis(masks, "masks"), per_axis(stride, "stride")
+        self.theorem = DoubleMask().theorem
+        self._covers: dict[tuple[int, int], Bool[Tensor, "L M"]] = {}
+        self._cells: dict[tuple[int, int], MaskPairs] = {}
+        self._costs: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    def settings(self) -> dict[str, Any]:
+        threats = [threat.to_dict() for threat in self.threats]
+        return {
+            "masks": self.masks and list(self.masks),
+            "stride": self.stride and list(self.stride),
+            "maps": self.maps,
+            "threat": threats if len(threats) > 1 else threats[0],
+        }
+
+    def views_of(self, image_size: tuple[int, int]) -> MaskPairs:
+        """Pairs of masks over pixels: what no cell outside of a mask of cells sees is hidden by it."""
+        if image_size not in self._views:
+            fields = self.front.fields
+            cells = cell_masks(self.front, self.threats, image_size, self.masks, self.stride)
+            seen = (~cells.flatten(1)).float() @ fields.visible(image_size).flatten(1).float()
+            pixels = (seen < 0.5).unflatten(1, image_size)
+            _, covers = covering_masks(self.threats, image_size, pixels, None)
+            self._cells[image_size] = MaskPairs(cells)
+            self._views[image_size], self._covers[image_size] = MaskPairs(pixels), covers
+        found = self._views[image_size]
+        assert isinstance(found, MaskPairs)
+        return found
+
+    def rule(self, image_size: tuple[int, int]) -> DoubleMask:
+        return DoubleMask()
+
+    def values(
+        self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance
+    ) -> tuple[Tensor, None, Float64[Tensor, " B"]]:
+        error = tolerance.of(torch.ones(len(logits), dtype=torch.float64, device=logits.device))
+        return ev.scores(logits), None, error
+
+    def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
+        size = images.shape[2], images.shape[3]
+        training = any(module.training for module in self.front.modules())
+        autocast = torch.is_autocast_enabled(images.device.type)
+        key = (*images.shape[1:], images.dtype, images.device, training, autocast)
+        if key not in self._tolerance:
+            pairs = self.views_of(size)
+            index = torch.linspace(0, pairs.number(size) - 1, min(pairs.number(size), 6)).round().long().unique()
+            some = AllPairs(self.front, self._cells[size].visible(self.front.fields.grid, index))
+            shown = PixelSets(pairs.visible(size, index))
+            self._tolerance[key] = ev.check_model(some, shown, images, self.batch_size)
+            self._equivalents(images[:1], torch.tensor([1]))  # measured here, where nobody else counts multiply-adds
+        return self._tolerance[key]
+
+    def predict(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, " B"]:
+        return self.label(self._looked_at(images, certify=False))
+
+    def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
+        return self._looked_at(images, certify=True)
+
+    def forward_passes(self, image_size: tuple[int, int]) -> int:
+        """Whole passes that looking at every pair amounts to."""
+        first = next(self.front.parameters())
+        probe = torch.zeros(1, self.front.in_channels, *image_size, dtype=first.dtype, device=first.device)
+        pairs = torch.tensor([self.views_of(image_size).number(image_size)])
+        return int(self._equivalents(probe, pairs)[0])
+
+    def every_pair(self, image_size: tuple[int, int]) -> "AllPairs":
+        """Pictures → logits under all pairs of masks, for graphs and tests."""
+        self.views_of(image_size)
+        return AllPairs(self.front, self._cells[image_size].visible(self.front.fields.grid))
+
+    def _looked_at(self, images: Float[Tensor, "B C H W"], certify: bool) -> Evidence:
+        ev.check_images(images)
+        tolerance, size = self.tolerance(images), (images.shape[2], images.shape[3])
+        step = self.batch_size or max(1, ev.PIXELS // (size[0] * size[1]))
+        with torch.inference_mode():
+            features = torch.cat([self.front.features(part) for part in images.split(step)])
+        look = _Look(_OnFeatures(self, size, step), features, tolerance)  # type: ignore[arg-type]
+        look.at_single_masks()
+        look.at_disagreers()
+        if certify:
+            look.at_pairs(None if self.maps else self._covers[size].to(images.device))
+        found = look.evidence()
+        assert found.passes is not None
+        return replace(found, image_size=size, passes=self._equivalents(images[:1], found.passes))
+
+    def _equivalents(self, image: Float[Tensor, "1 C H W"], pairs: Int64[Tensor, " B"]) -> Int64[Tensor, " B"]:
+        """Whole passes that one front and so many back ends amount to, by multiply-adds, rounded up.
+
+        A back end counts as if nothing were hidden from it; those that skip what is hidden take less.
+        """
+        key = tuple(image.shape[1:])
+        if key not in self._costs:
+            with torch.inference_mode():
+                with FlopCounterMode(display=False) as ahead:
+                    features = self.front.features(image)
+                with FlopCounterMode(display=False) as behind:
+                    self.front.back(features)
+            self._costs[key] = ahead.get_total_flops() // 2, behind.get_total_flops() // 2
+        front, back = self._costs[key]
+        return -(-(front + pairs * back) // max(1, front + back))
+
+
+@final
+class AllPairs(nn.Module):
+    """A shared front under some masks of cells at once: pictures (B, C, H, W) → logits (B, v, K)."""
+
+    encoding = "all-views"
+
+    def __init__(self, model: SharedFront, shown: Bool[Tensor, "v h w"]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("shown", shown.to(next(model.parameters()).device), persistent=False)
+        self.training = False  # it is the model's own that matters
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B v K"]:
+        features, shown = self.model.features(images), self.get_buffer("shown")
+        masked = torch.where(shown[None, :, None], features[:, None], 0.0)
+        return self.model.back(masked.flatten(0, 1)).unflatten(0, (-1, shown.shape[0]))
+
+
+class _OnFeatures:
+    """What looking at views needs to know of a defense, with features in the place of pictures."""
+
+    def __init__(self, defense: PatchCURE, image_size: tuple[int, int], batch_size: int):
+        self.cells, self.batch_size = defense._cells[image_size], batch_size
+        self.model = _Back(defense.front)
+        self.label = defense.label
+
+    def views_of(self, grid: tuple[int, int]) -> MaskPairs:
+        return self.cells
+
+
+class _Back(nn.Module):
+    """The back end, as a network of maps whose hidden cells are painted with zeros."""
+
+    encoding, fill = "fill", 0.0
+
+    def __init__(self, model: SharedFront):
+        super().__init__()
+        self.model = model
+
+    def forward(self, features: Float[Tensor, "n D1 h w"]) -> Float[Tensor, "n K"]:
+        return self.model.back(features)
+
+
+def cell_masks(
+    model: SharedFront,
+    threats: tuple[PatchThreat, ...],
+    image_size: tuple[int, int],
+    masks: tuple[int, int] | None,
+    stride: tuple[int, int] | None,
+) -> Bool[Tensor, "M h w"]:
+    """Boxes of cells, of which one holds every cell that sees a pixel of the patch, wherever it lies."""
+    boxes = []
+    for threat in threats:
+        for mask in threat.masks(image_size):
+            found = sees(model.fields, PatchThreat((len(mask), len(mask[0]))), image_size)
+            touched = found.rows.unflatten(1, model.fields.grid)
+            height, width = (int(_extent(touched.any(axis)).max()) for axis in (2, 1))
+            boxes.append(PatchThreat((max(height, 1), max(width, 1)), count=threat.count))
+    return mask_set(boxes, model.fields.grid, masks, stride)
+
+
+def _extent(touched: Bool[Tensor, "R n"]) -> Int64[Tensor, " R"]:
+    """Cells from the first to the last that is touched."""
+    place = torch.arange(touched.shape[1])
+    last = torch.where(touched, place, -1).amax(1)
+    first = torch.where(touched, place, touched.shape[1]).amin(1)
+    return (last - first + 1).clamp(min=0)

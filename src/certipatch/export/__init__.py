@@ -1,0 +1,163 @@
+"""A defense as one ONNX file: views, network and rule in one graph, pictures in, labels out."""
+
+import copy
+import json
+import logging
+import math
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from certipatch import evidence as ev
+from certipatch.defenses import Card, Defense, IntervalBounds, PatchCURE, Undefended
+from certipatch.defenses.base import ViewDefense
+from certipatch.errors import InputError
+from certipatch.export.network import logits
+from certipatch.export.rules import graph
+from certipatch.models import SharedViT
+from certipatch.rules import DoubleMask
+from certipatch.versions import versions
+
+__all__ = ["AsGraph", "to_onnx"]
+
+MAX_PIXELS = 2**23  # of all views of one picture: 8,192 views of 32x32, 167 of 224x224
+PROBES = 4  # random pictures on which the written file must answer as the defense does
+INSTALL = "pip install 'certipatch[onnx]'"
+
+
+class AsGraph(nn.Module):
+    """A defense for pictures of one size, as a graph: pictures (B, C, H, W) float32 in [0, 1] → its answers.
+
+    The first answer is the label (B,), int64; a defense that detects has an alarm (B,), bool, for a second one. Views are
+    constants. Nothing stops early: double masking looks at every pair of masks.
+
+    Errors: InputError where the answer cannot be one graph.
+    """
+
+    def __init__(self, defense: Defense, image_size: tuple[int, int], channels: int):
+        super().__init__()
+        self.defense_name = defense.name
+        if isinstance(defense, Undefended | IntervalBounds):
+            self.model, self.answer = defense.model, lambda images: (self.model(images).argmax(1),)
+            return
+        if not isinstance(defense, ViewDefense):
+            reason = "its answers rest on random draws" if defense.confidence < 1 else "its answers have no graph"
+            raise InputError(f"{defense.name} cannot be exported: {reason}")
+        views = defense.views_of(image_size)
+        number = views.number(image_size)
+        if getattr(defense.model, "encoding", "null") != "all-views" and number * math.prod(image_size) > MAX_PIXELS:
+            raise InputError(
+                f"{defense.name} looks at {number} views of {image_size[0]}x{image_size[1]} pixels; a graph, which cannot stop "
+                f"early, would hold all of them in memory. Use fewer views (of masks: --set masks=3)"
+            )
+        probe = torch.zeros(1, channels, *image_size)
+        defense.check(probe)
+        tolerance = defense.tolerance(probe)
+        self.model = copy.deepcopy(
+            defense.every_pair(image_size) if isinstance(defense, PatchCURE) else defense.model
+        ).eval()
+        for module in self.model.modules():
+            if isinstance(module, SharedViT):
+                module.skips = False  # what it skips depends on the mask; masked attention gives the same answers
+        scores = logits(self.model, views, image_size, channels)
+        with torch.inference_mode():
+            classes = scores(probe).shape[2]
+        rule = defense.rule(image_size)
+        answer_of = graph(rule, number, classes)
+
+        def answer(images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
+            found = scores(images)
+            if isinstance(rule, DoubleMask):  # it has no use for errors
+                return answer_of(ev.scores(found), None)
+            values, _, error = defense.values(found, tolerance)
+            return answer_of(values, error)
+
+        self.answer = answer
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
+        return self.answer(images)
+
+
+def to_onnx(defense: Defense, card: Card, path: Path) -> dict[str, Any]:
+    """Write ``path``; gives ``{inputs, outputs, bytes, checked}``, the last the pictures on which onnxruntime agreed.
+
+    The file is for pictures of the card's size and any number of them; its metadata name the defense, its settings, its
+    classes and the digest of its weights.
+
+    Errors: InputError where a package is missing, the defense has no graph, or onnxruntime answers otherwise.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"export needs {' and '.join(missing)}: {INSTALL}")
+    module = AsGraph(defense, card.image_size, card.channels).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(PROBES, card.channels, *card.image_size, generator=generator)
+    with torch.no_grad():
+        names = ("label", "alarm")[: len(module(images[:1]))]
+    program = _program(module, images[:2], names)
+    program.model.metadata_props.update(_metadata(defense, card))
+    temporary = path.with_name(path.name + ".part")
+    try:
+        program.save(str(temporary), external_data=False)
+        checked = _agrees(temporary, defense, images) if find_spec("onnxruntime") is not None else 0
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    shape = ["batch", card.channels, *card.image_size]
+    return {"inputs": {"images": shape}, "outputs": names, "bytes": path.stat().st_size, "checked": checked}
+
+
+def _program(module: nn.Module, images: Tensor, names: tuple[str, ...]) -> Any:
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # of packages about their own parts; what matters is checked afterwards
+            return torch.onnx.export(
+                module,
+                (images,),
+                dynamo=True,
+                input_names=["images"],
+                output_names=list(names),
+                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise InputError(f"the network has operations that ONNX cannot hold: {str(error).splitlines()[0]}") from None
+    finally:
+        quiet.setLevel(level)
+
+
+def _metadata(defense: Defense, card: Card) -> dict[str, str]:
+    values = {
+        "defense": defense.name,
+        "settings": defense.settings(),
+        "model": card.name,
+        "model_sha256": card.sha256,
+        "classes": card.classes,
+        "theorem": defense.theorem,
+        "versions": versions(),
+    }
+    return {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in values.items()}
+
+
+def _agrees(path: Path, defense: Defense, images: Tensor) -> int:
+    """How many pictures onnxruntime gave the defense's label, all of them."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(["label"], {"images": images.numpy()})[0])
+    expected = defense.predict(images)
+    if not torch.equal(found, expected):
+        raise InputError(
+            f"onnxruntime answers {found.tolist()} where the defense says {expected.tolist()}; not written"
+        )
+    return len(images)

@@ -1,0 +1,191 @@
+"""Defenses as ONNX files: onnxruntime gives the labels that ``predict`` gives."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import certipatch as cp
+from certipatch import data, defenses, models, rules
+from certipatch import views as vw
+from certipatch.defenses import MinorityReports, PatchCleanser, PatchCURE, Undefended
+from certipatch.errors import InputError
+from certipatch.export import AsGraph, to_onnx
+from certipatch.export.rules import graph
+from certipatch.models import ModelSettings
+from certipatch.views.render import render
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+onnx = pytest.importorskip("onnx", reason="needs onnx")
+pytest.importorskip("onnxscript", reason="needs onnxscript")
+SIZE = (12, 12)
+
+
+@pytest.fixture(scope="module")
+def sample() -> torch.Tensor:
+    return data.load("fashion-sample").images(range(24))
+
+
+def answers(path, images: torch.Tensor) -> list[torch.Tensor]:
+    """What onnxruntime says, alone and in a batch."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    together = [torch.from_numpy(found) for found in session.run(None, {"images": images.numpy()})]
+    alone = [torch.from_numpy(found) for found in session.run(None, {"images": images[:1].numpy()})]
+    for one, all_of_them in zip(alone, together, strict=True):
+        assert torch.equal(one, all_of_them[:1])
+    return together
+
+
+@pytest.mark.parametrize("name", ["mnist-columns", "mnist-columns-votes", "fashion-columns"])
+def test_zoo_models_answer_alike_in_onnxruntime(name, sample, tmp_path):
+    defense, card = defenses.open_defense(name)
+    found = to_onnx(defense, card, tmp_path / "model.onnx")
+    assert found["checked"] == 4
+    assert found["outputs"] == ("label",)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    (label,) = answers(tmp_path / "model.onnx", sample)
+    assert torch.equal(label, defense.predict(sample))
+    assert len(label.unique()) > 3
+    about = {entry.key: entry.value for entry in onnx.load(tmp_path / "model.onnx").metadata_props}
+    assert json.loads(about["classes"]) == list(card.classes)
+    assert about["model_sha256"] == card.sha256
+
+
+def network(views: vw.Views | None, **settings) -> torch.nn.Module:
+    """A random network of five classes, each of which it finds in some pictures."""
+    torch.manual_seed(0)
+    found = models.create(ModelSettings(**settings), views, 1, 5, SIZE).eval().requires_grad_(False)
+    for tensor in found.parameters():
+        tensor += 0.2 * torch.randn(tensor.shape)
+    heads = [
+        module for module in found.modules() if getattr(module, "out_features", getattr(module, "out_channels", 0)) == 5
+    ]
+
+    def centre(head, inputs, output):
+        logits = output.transpose(1, -1).flatten(0, -2)
+        scale = logits.std(0).view(-1, *[1] * (head.weight.ndim - 1)) / 2
+        head.weight /= scale
+        head.bias.copy_((head.bias - logits.mean(0)) / scale.flatten())
+
+    hooks = [head.register_forward_hook(centre) for head in heads]
+    index = None if views is None else torch.arange(views.number(SIZE))
+    shown = (
+        pictures(20, 0)
+        if index is None or found.encoding == "all-views"
+        else render(found.encoding, pictures(20, 0), views, index).flatten(0, 1)
+    )
+    found(shown)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def pictures(count: int, seed: int) -> torch.Tensor:
+    """Nine squares of some brightness each."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = (torch.rand(count, 1, 3, 3, generator=generator) ** 3).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    return (coarse + 0.1 * torch.rand(count, 1, *SIZE, generator=generator)).clamp(0, 1)
+
+
+VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
+CONV = {"name": "conv", "widths": (8, 8)}
+THREAT = cp.PatchThreat(2)
+
+
+def composed(name: str) -> defenses.Defense:
+    """Defenses of all encodings and rules."""
+    columns, cross = vw.Columns(3, 2), vw.Cross(3, 2)
+    local = network(None, name="small-bagnet", field=10, widths=(4, 4, 8, 8))
+    return {
+        "votes of a ViT": lambda: cp.DerandomizedSmoothing(network(columns, **VIT), columns, threshold=None),
+        "cropped columns": lambda: cp.BagCert(network(columns, **CONV), columns),
+        "cropped blocks": lambda: cp.ClippedBagNet(network(vw.Blocks(4, 3), **CONV), vw.Blocks(4, 3)),
+        "cropped cross": lambda: cp.PatchGuard(network(cross, **CONV), THREAT, cross),
+        "NULL-encoded": lambda: cp.PatchGuard(network(columns, name="resnet18", widths=(4, 4), depth=1), THREAT, columns,
+                                              threshold=0.3),
+        "local logits": lambda: cp.PatchGuard(local, cp.PatchThreat(1), clip=2.0),
+        "detection": lambda: cp.PatchGuardPlusPlus(local, cp.PatchThreat(1), threshold=0.5),
+        "double masking": lambda: PatchCleanser(network(None, **CONV), THREAT, masks=3),
+        "shared front": lambda: PatchCURE(network(None, name="shared-vit", dim=8, local=1, depth=1, heads=2), THREAT, masks=3),
+        "double masking of a ViT": lambda: PatchCleanser(network(None, **VIT), THREAT, masks=2),
+        "minority reports": lambda: MinorityReports(network(None, **CONV), THREAT, masks=3, threshold=0.35),
+        "undefended": lambda: Undefended(network(None, **CONV)),
+    }[name]()  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["votes of a ViT", "cropped columns", "cropped blocks", "cropped cross", "NULL-encoded",
+                                  "local logits", "detection", "double masking", "double masking of a ViT", "shared front",
+                                  "minority reports", "undefended"])  # fmt: skip
+def test_graphs_answer_as_the_defense(name):
+    defense = composed(name)
+    images = pictures(40, 1)
+    with torch.inference_mode():
+        label, *alarm = AsGraph(defense, SIZE, 1)(images)
+    found = defense.certify(images, THREAT)
+    assert torch.equal(label, found.label)
+    assert len(label.unique()) > 1
+    if defense.notion == "detection":
+        assert torch.equal(alarm[0], found.alarm)
+        assert 0 < found.alarm.sum() < 40
+    else:
+        assert not alarm
+
+
+CARD = {"name": "mine", "defense": "undefended", "model": CONV, "image_size": SIZE, "channels": 1,
+        "classes": list("abcde"), "sha256": ""}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["shared front", "votes of a ViT", "detection"])
+def test_further_defenses_as_files(name, tmp_path):
+    defense = composed(name)
+    to_onnx(defense, defenses.Card(**CARD), tmp_path / "model.onnx")
+    images = pictures(10, 2)
+    label, *alarm = answers(tmp_path / "model.onnx", images)
+    found = defense.certify(images, THREAT)
+    assert torch.equal(label, found.label)
+    assert all(torch.equal(one, found.alarm) for one in alarm)
+
+
+@pytest.mark.parametrize("rule", [rules.Median(), rules.TrimmedMean(2, lo=-0.5), rules.DoubleMask(),
+                                  rules.RobustMask(torch.eye(10).bool(), 0.4, 1.0)], ids=lambda r: type(r).__name__)  # fmt: skip
+def test_rules_as_graphs(rule):
+    evidence = torch.randn(200, 10, 3, generator=torch.Generator().manual_seed(3))
+    (label,) = graph(rule, 10, 3)(evidence, None)
+    assert torch.equal(label, rule.predict(evidence))
+
+
+def test_what_has_no_graph_says_so(monkeypatch, tmp_path):
+    views = vw.Columns(3)
+    sampled = cp.RandomizedAblation(network(views, **CONV), views, samples=10, samples_to_pick=5)
+    with pytest.raises(InputError, match="randomized-ablation cannot be exported: its answers rest on random draws"):
+        AsGraph(sampled, SIZE, 1)
+    many = PatchCleanser(models.ConvNet(None, 1, 2, (128, 128), (4,)).eval(), cp.PatchThreat(10), masks=6)
+    with pytest.raises(InputError, match=r"666 views of 128x128 .* --set masks=3"):
+        AsGraph(many, (128, 128), 1)
+    monkeypatch.setattr("certipatch.export.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs onnx and onnxscript: pip install 'certipatch\[onnx\]'"):
+        to_onnx(composed("undefended"), defenses.Card(**CARD), tmp_path / "model.onnx")
+
+
+def test_the_command(monkeypatch, capsys, tmp_path):
+    from certipatch.cli import main
+
+    def run(*arguments) -> int:
+        monkeypatch.setattr(sys, "argv", ["certipatch", "export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code
+
+    path = tmp_path / "mask-ds.onnx"
+    assert run("patchguard", "--model", "fashion-columns", "--patch", "3", "--onnx", path) == 0
+    said = capsys.readouterr().out
+    assert "images (batch x 1 x 28 x 28)" in said
+    assert "same labels on 4 random pictures" in said
+    assert path.stat().st_size > 100_000
+    assert run("patchcleanser", "--model", "mnist-plain", "--patch", "5", "--set", "masks=2", "--onnx", path) == 0
+    assert "same labels on 4 random pictures" in capsys.readouterr().out
+    assert run("fashion-columns", "--onnx", tmp_path / "no" / "file.onnx") == 2
+    assert "folder that exists" in capsys.readouterr().err
+    assert run("fashion-column", "--onnx", path) == 2
+    assert "did you mean" in capsys.readouterr().err
