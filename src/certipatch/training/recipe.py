@@ -23,6 +23,8 @@ INTERVAL_DEFAULTS = {
     "halving": 0.1,
 }
 
+MASKED = ("patchcleanser", "patchcure", "minority-reports")  # defenses that lay masks over pictures
+
 
 class Objective(BaseModel):
     """Which views a step looks at, and what it asks of them."""
@@ -105,6 +107,27 @@ class IntervalTraining(BaseModel):
         return max(0.0, (share - self.ramp_from) / (self.ramp_until - self.ramp_from))
 
 
+class MaskTraining(BaseModel):
+    """Training for double masking: cross entropy under two of the defense's masks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: Literal["random", "greedy"] = "random"
+    """Two random masks (Xiang et al. 2022), or the worst one and the worst beside it (Saha et al. 2023)."""
+    coarse: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(default=(), max_length=3)
+    """Of ``greedy``: masks per axis of larger masks that are tried first; then only those within the worst of them."""
+    greedy_from: float = Field(default=0.0, ge=0, le=1)
+    """Of ``greedy``: share of the training after which masks are the worst ones; before it they are random."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "MaskTraining":
+        if self.strategy == "random" and (self.coarse or self.greedy_from):
+            raise ValueError("coarse and greedy_from belong to strategy: greedy")
+        if list(self.coarse) != sorted(set(self.coarse)):
+            raise ValueError("coarse goes from few masks per axis to many")
+        return self
+
+
 class Augment(BaseModel):
     """Random changes of each training batch; the empty ones leave pictures alone."""
 
@@ -134,6 +157,8 @@ class Recipe(Described):
     interval: IntervalTraining | None = None
     """Training with interval bounds, instead of ``objective``. Where it is given, ``defense``, ``epochs``,
     ``optimizer``, ``learning_rate``, ``weight_decay``, ``warmup`` and ``halving`` default to the paper's for MNIST."""
+    masking: MaskTraining | None = None
+    """Training under masks, instead of ``objective``, for the defenses that lay masks over pictures."""
     augment: Augment = Augment()
     epochs: int = Field(ge=1, le=10_000)
     batch_size: int = Field(default=128, ge=1, le=65_536)
@@ -158,6 +183,8 @@ class Recipe(Described):
     @property
     def threat(self) -> Threat:
         """What the training is to withstand."""
+        if self.masking is not None:
+            return PatchThreat(self.settings["patch"])
         if self.interval is None:
             return PatchThreat(self.objective.patch)
         sparse = self.interval.strategy == "sparse"
@@ -170,6 +197,10 @@ class Recipe(Described):
             raise ValueError(f"training with interval bounds is for interval-bounds, not {self.defense}")
         if self.interval is not None and asked != Objective():
             raise ValueError("interval stands instead of objective; leave one out")
+        if self.masking is not None and (self.interval is not None or asked != Objective()):
+            raise ValueError("masking stands instead of objective and interval; leave them out")
+        if self.masking is not None and self.defense not in MASKED:
+            raise ValueError(f"training under masks is for {', '.join(MASKED)}, not {self.defense}")
         if self.halving is not None and self.interval is None:
             raise ValueError("halving begins when intervals are whole; it needs interval")
         if self.model.name in LOCAL and asked.views_per_step != "all":

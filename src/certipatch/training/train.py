@@ -25,9 +25,10 @@ from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, objectives
 from certipatch.training.interval import IntervalObjective
+from certipatch.training.masking import MaskLoss, Masks, masks_of
 from certipatch.training.recipe import IntervalTraining, Recipe
 from certipatch.versions import versions
-from certipatch.views import Cross, PixelSets, Views
+from certipatch.views import Cross, PixelSets, Views, mask_set
 from certipatch.views.render import render
 
 CHECKPOINT_SECONDS = 60.0
@@ -264,6 +265,8 @@ def _loss(
     """The recipe's loss as a function of (images, targets, share of the training done, generator)."""
     if (grown := recipe.interval) is not None:
         return lambda images, targets, share, draw: module(images, targets, grown.strength(share), draw)
+    if recipe.masking is not None:
+        return _masked(recipe, card, network, module)
     asked, encoding = recipe.objective, getattr(network, "encoding", "null")
     threat = PatchThreat(asked.patch)
     views, drawn = card.created_views(), card.random_views()
@@ -344,6 +347,18 @@ def _loss(
     return loss
 
 
+def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module) -> MaskLoss:
+    """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
+    asked, settings = recipe.masking, recipe.settings
+    assert asked is not None
+    finest = masks_of(cards.build(card, network), card.image_size)
+    threat = PatchThreat(settings["patch"])
+    levels = [*(mask_set([threat], card.image_size, (k, k)) for k in asked.coarse), finest]
+    fill = settings.get("fill")
+    fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
+    return MaskLoss(network, module, Masks(levels), asked.greedy_from if asked.strategy == "greedy" else math.inf, fill)
+
+
 def _undominated(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Tensor:
     found = sees(views, threat, image_size)
     return found.rows[found.undominated]
@@ -356,7 +371,8 @@ def _held_out(
     if len(images) == 0:
         return {}
     network.eval()
-    threat = PatchThreat(min(recipe.objective.patch, *card.image_size))
+    side = recipe.objective.patch if recipe.masking is None else recipe.settings["patch"]
+    threat = PatchThreat(min(side, *card.image_size))
     if card.defense == "randomized-ablation":  # enough to watch by; understates what more samples certify
         card = card.model_copy(update={"settings": card.settings | {"samples": 50, "samples_to_pick": 10}})
     defense = cards.build(card, network, threat)

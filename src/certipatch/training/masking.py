@@ -1,0 +1,165 @@
+"""Training under masks, for double masking: two random masks, or the two that hurt most, found greedily.
+
+A certificate of double masking asks that the answer stays under every two masks. PatchCleanser (Xiang et al., USENIX Security
+2022) trains on pictures with two random ones; Saha et al. (TMLR 2023, Greedy Cutout) with the one of largest loss and, that laid
+over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from certipatch.errors import InputError
+from certipatch.views import MaskPairs, PixelSets
+from certipatch.views.render import Fill, constant
+
+ENCODINGS = ("picture", "fill", "null")
+
+
+def laid_over(
+    encoding: str, images: Float[Tensor, "N C H W"], hidden: Bool[Tensor, "N H W"], fill: Fill = 0.5
+) -> Float[Tensor, "N C2 H W"]:
+    """Picture i under mask i, as the network reads it: filled, or NULL-encoded. InputError on another encoding."""
+    if encoding not in ENCODINGS:
+        raise InputError(f"masks lie over whole pictures, but this network reads {encoding}; train a plain classifier")
+    if encoding == "null":
+        return torch.cat([images, 1 - images], dim=1) * ~hidden[:, None]
+    return torch.where(hidden[:, None], constant(images, fill), images)
+
+
+def masks_of(defense: Any, image_size: tuple[int, int]) -> Bool[Tensor, "M H W"]:
+    """The masks that a defense lays over pictures, True where they hide."""
+    found = defense.views_of(image_size)
+    if isinstance(found, MaskPairs):
+        return found.masks
+    assert isinstance(found, PixelSets)
+    return ~found.visible(image_size)[1:]  # the first view shows everything
+
+
+def finer(coarse: Bool[Tensor, "M H W"], fine: Bool[Tensor, "N H W"]) -> Int64[Tensor, "M c"]:
+    """The c = ⌈N/M⌉ fine masks that lie most within each coarse one; every fine one is within some coarse one's.
+
+    Shared pixels count, and where they are as many, nearness of the centres.
+    """
+    within = coarse.flatten(1).double() @ fine.flatten(1).double().T
+    distance = torch.cdist(_centres(coarse), _centres(fine))
+    score = within / fine.flatten(1).sum(1) - distance / (1e3 * (1 + distance.max()))
+    children = -(-len(fine) // len(coarse))
+    found = score.topk(children, 1).indices
+    missing = torch.ones(len(fine), dtype=torch.bool)
+    missing[found.flatten()] = False
+    if not bool(missing.any()):
+        return found
+    adopted: list[list[int]] = [row.tolist() for row in found]
+    for orphan in missing.nonzero()[:, 0].tolist():
+        adopted[int(score[:, orphan].argmax())].append(orphan)
+    longest = max(map(len, adopted))
+    return torch.tensor([row + row[:1] * (longest - len(row)) for row in adopted])
+
+
+def _centres(masks: Bool[Tensor, "M H W"]) -> Float[Tensor, "M 2"]:
+    weight = masks.double()
+    total = weight.sum((1, 2)).clamp(min=1)
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in masks.shape[1:])
+    return torch.stack([(weight.sum(2) @ rows) / total, (weight.sum(1) @ columns) / total], 1)
+
+
+@final
+class Masks:
+    """Mask sets from coarse to fine, and how a training draws two masks of the finest for each picture.
+
+    Args:
+        levels: bool (M, H, W) each; the last one is the defense's own.
+    """
+
+    def __init__(self, levels: Sequence[Bool[Tensor, "M H W"]]):
+        self.levels = list(levels)
+        self.children = [finer(one, other) for one, other in zip(self.levels, self.levels[1:], strict=False)]
+
+    @property
+    def evaluations(self) -> int:
+        """Forward passes that the greedy choice costs a picture."""
+        return 2 * (len(self.levels[0]) + sum(table.shape[1] for table in self.children))
+
+    def random(self, batch: int, draw: torch.Generator) -> Bool[Tensor, "B H W"]:
+        """Two masks each, drawn on their own (now and then the same one): what they hide together."""
+        fine = self.levels[-1]
+        one, other = torch.randint(len(fine), (2, batch), generator=draw)
+        return fine[one] | fine[other]
+
+    def worst(
+        self, losses: Callable[[Int64[Tensor, " n"], Bool[Tensor, "n H W"]], Float[Tensor, " n"]], batch: int, step: int
+    ) -> Bool[Tensor, "B H W"]:
+        """The mask of largest loss, and with it laid, the second mask of largest loss: what they hide together.
+
+        With several levels the worst coarse mask is found first, then the worst of the finer ones within it.
+
+        Args:
+            losses: of pictures (n,) under masks (n, H, W).
+            batch: B, the pictures.
+            step: pairs of a picture and a mask that are looked at together.
+        """
+        hidden = torch.zeros(batch, *self.levels[0].shape[1:], dtype=torch.bool)
+        for _ in range(2):
+            candidates = torch.arange(len(self.levels[0])).expand(batch, -1)
+            for level, masks in enumerate(self.levels):
+                picture = torch.arange(batch).repeat_interleave(candidates.shape[1])
+                chosen = candidates.flatten()
+                found = [
+                    losses(p, masks[c] | hidden[p])
+                    for p, c in zip(picture.split(step), chosen.split(step), strict=True)
+                ]
+                best = torch.cat(found).view(candidates.shape).argmax(1, keepdim=True)
+                worst = candidates.gather(1, best)[:, 0]
+                if level < len(self.children):
+                    candidates = self.children[level][worst]
+            hidden = hidden | self.levels[-1][worst]
+        return hidden
+
+
+@final
+class MaskLoss:
+    """Cross entropy of pictures under two masks each, as a loss for the training.
+
+    Args:
+        network: in whose weights the worst masks are looked for, in eval mode and without gradients.
+        module: the same network as it is trained.
+        masks: from coarse to fine.
+        greedy_from: share of the training after which masks are the worst ones, before it random.
+        fill: what masks are painted with.
+    """
+
+    def __init__(self, network: nn.Module, module: nn.Module, masks: Masks, greedy_from: float, fill: Fill):
+        self.network, self.module, self.masks = network, module, masks
+        self.greedy_from, self.fill = greedy_from, fill
+        self.encoding = getattr(network, "encoding", "picture")
+
+    def __call__(
+        self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], share: float, draw: torch.Generator
+    ) -> Float[Tensor, ""]:
+        if share >= self.greedy_from:
+            hidden = self.worst(images, targets)
+        else:
+            hidden = self.masks.random(len(images), draw)
+        shown = laid_over(self.encoding, images, hidden.to(images.device), self.fill)
+        return F.cross_entropy(self.module(shown).float(), targets)
+
+    @torch.no_grad()
+    def worst(self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Bool[Tensor, "B H W"]:
+        """What the two greedily chosen masks of each picture hide."""
+        training = self.network.training
+        self.network.eval()  # statistics stay those of the pictures that are trained on
+
+        def losses(picture: Tensor, hidden: Tensor) -> Tensor:
+            picture = picture.to(images.device)
+            shown = laid_over(self.encoding, images[picture], hidden.to(images.device), self.fill)
+            return F.cross_entropy(self.module(shown).float(), targets[picture], reduction="none").cpu()
+
+        try:
+            return self.masks.worst(losses, len(images), 4 * len(images))
+        finally:
+            self.network.train(training)

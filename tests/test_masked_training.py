@@ -1,0 +1,202 @@
+"""Training under two masks: which masks, how they are laid, and that recipes of it are trained and resumed exactly."""
+
+import pytest
+import torch
+from support import write_parquet, write_recipe
+from torch import nn
+from torch.nn import functional as F
+
+import certipatch as cp
+from certipatch import defenses, models
+from certipatch.errors import InputError
+from certipatch.training.masking import MaskLoss, Masks, finer, laid_over, masks_of
+from certipatch.training.recipe import Recipe, read
+from certipatch.training.train import train
+from certipatch.views import mask_set
+from certipatch.views.render import fill, null
+
+SIZE, THREAT = (12, 14), cp.PatchThreat(3)
+
+
+def levels(*per_axis: int) -> list[torch.Tensor]:
+    return [mask_set([THREAT], SIZE, (k, k)) for k in per_axis]
+
+
+def images(count: int = 5, channels: int = 2) -> torch.Tensor:
+    return torch.rand(count, channels, *SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def test_masks_are_laid_as_the_defense_lays_them():
+    hidden, pictures = levels(3)[0][:5], images()
+    kept = pictures.clone()
+    filled = torch.stack([fill(pictures[[i]], ~hidden[[i]], 0.3)[0, 0] for i in range(5)])
+    assert torch.equal(laid_over("picture", pictures, hidden, 0.3), filled)
+    coded = torch.stack([null(pictures[[i]], ~hidden[[i]])[0, 0] for i in range(5)])
+    assert torch.equal(laid_over("null", pictures, hidden), coded)
+    assert torch.equal(pictures, kept)
+    with pytest.raises(InputError, match="this network reads crop"):
+        laid_over("crop", pictures, hidden)
+
+
+def test_random_masks_are_two_of_the_set_drawn_anew_for_each_picture():
+    (fine,) = levels(3)
+    masks = Masks([fine])
+    pairs = (fine[:, None] | fine[None]).flatten(0, 1)
+    drawn = masks.random(400, torch.Generator().manual_seed(1))
+    which = (drawn.flatten(1)[:, None] == pairs.flatten(1)).all(2)
+    assert which.any(1).all()
+    assert len(drawn.flatten(1).unique(dim=0)) == len(pairs.flatten(1).unique(dim=0))  # every pair comes up
+    assert torch.equal(drawn, masks.random(400, torch.Generator().manual_seed(1)))
+
+
+def test_the_greedy_choice_is_the_worst_mask_and_then_the_worst_beside_it():
+    """Against a literal search; losses are random but depend on the picture and on what is hidden alone."""
+    (fine,) = levels(4)
+    weight = torch.rand(7, SIZE[0] * SIZE[1], generator=torch.Generator().manual_seed(2)) ** 4
+
+    def losses(picture: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        return (weight[picture] * hidden.flatten(1)).sum(1)
+
+    found = Masks([fine]).worst(losses, 7, step=10)
+    for i in range(7):
+        hidden = torch.zeros(SIZE, dtype=torch.bool)
+        for _ in range(2):
+            tried = [losses(torch.tensor([i]), (mask | hidden)[None]).item() for mask in fine]
+            hidden = hidden | fine[int(torch.tensor(tried).argmax())]
+        assert torch.equal(found[i], hidden)
+
+
+def test_from_coarse_to_fine_takes_fewer_passes_and_is_seldom_worse():
+    coarse, fine = levels(2, 4)
+    table = finer(coarse, fine)
+    assert sorted(table.flatten().unique().tolist()) == list(range(len(fine)))  # every fine mask can be found
+    for mask, children in zip(coarse, table, strict=True):
+        assert (fine[children] & mask).flatten(1).sum(1).min() > 0.5 * fine[0].sum()
+    masks, seen = Masks([coarse, fine]), []
+    weight = torch.rand(40, SIZE[0] * SIZE[1], generator=torch.Generator().manual_seed(3)) ** 8
+
+    def losses(picture: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(len(picture))
+        return (weight[picture] * hidden.flatten(1)).sum(1)
+
+    found = masks.worst(losses, 40, step=1000)
+    assert sum(seen) == 40 * masks.evaluations == 40 * 2 * (4 + 4)
+    every = torch.arange(40)
+    reached = losses(every, found) / losses(every, Masks([fine]).worst(losses, 40, step=1000))
+    assert reached.mean() > 0.9
+    assert reached.max() <= 1.3
+
+
+def test_uneven_levels_lose_no_mask():
+    coarse, fine = levels(2, 3)
+    assert set(finer(coarse, fine).flatten().tolist()) == set(range(len(fine)))
+    assert set(finer(coarse, coarse).flatten().tolist()) == set(range(len(coarse)))
+
+
+def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
+    torch.manual_seed(0)
+    network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
+    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
+    loss = MaskLoss(network, network, masks, 0.5, 0.5)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    hidden = loss.worst(pictures, targets)
+    assert network.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
+    network.eval()
+
+    def of(shown: torch.Tensor) -> float:
+        return F.cross_entropy(network(laid_over("picture", pictures, shown)), targets).item()
+
+    drawn = [of(masks.random(16, torch.Generator().manual_seed(seed))) for seed in range(5)]
+    assert of(hidden) > max(drawn)
+    draw = torch.Generator().manual_seed(0)
+    assert loss(pictures, targets, 0.7, draw).item() == pytest.approx(of(hidden), rel=1e-5)
+    expected = of(masks.random(16, torch.Generator().manual_seed(0)))
+    assert loss(pictures, targets, 0.2, draw).item() == pytest.approx(expected, rel=1e-5)
+
+
+TINY = {
+    "views": None,
+    "model": {"name": "conv", "widths": [8, 8]},
+    "defense": "patchcleanser",
+    "settings": {"patch": 2, "masks": 3},
+    "objective": {},
+    "masking": {"strategy": "greedy", "coarse": [2], "greedy_from": 0.7},
+    "holdout": 10,
+    "epochs": 10,
+    "learning_rate": 0.01,
+}
+
+
+SHARED = {"name": "shared-bagnet", "widths": [8, 8, 8, 8, 8]}
+VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model": VIT, "epochs": 1},
+        {"defense": "patchcure", "model": SHARED, "epochs": 1},
+        {"defense": "minority-reports", "masking": {"strategy": "random"}, "epochs": 1},
+    ],
+    ids=["conv", "vit", "shared front", "minority reports"],
+)
+def test_recipes_train_any_network(changes, tmp_path):
+    data = write_parquet(tmp_path / "data")
+    recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | changes), [f"data={data}"])
+    assert recipe.threat == cp.PatchThreat(2)
+    train(recipe, tmp_path / "model")
+    defense, card = defenses.open_defense(str(tmp_path / "model"))
+    assert card.recipe["masking"]["strategy"] == (TINY | changes)["masking"]["strategy"]
+    pictures = cp.data.load(str(data), "test")
+    found = defense.certify(pictures.images(range(10)), cp.PatchThreat(2))
+    right = found.label == torch.from_numpy(pictures.labels[:10])
+    if not changes:
+        assert right.double().mean() > 0.8
+        assert (right & found.certified).any()
+    assert len(masks_of(defense, card.image_size)) == 9
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_stopped_training_ends_with_the_same_weights(tmp_path):
+    data = write_parquet(tmp_path / "data")
+    recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | {"epochs": 3}), [f"data={data}"])
+    whole = train(recipe, tmp_path / "whole")
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done > total * 0.8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe, tmp_path / "parts", stop)
+    assert train(recipe, tmp_path / "parts").sha256 == whole.sha256
+
+
+def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity():
+    fields = {"name": "n", "data": "d", "epochs": 1, "model": {"name": "conv"}, "defense": "patchcleanser"}
+    assert "masking" not in Recipe(**fields).model_dump(exclude_defaults=True)
+    for changes, message in (({"defense": "undefended", "masking": {}}, "training under masks is for patchcleanser"),
+                             ({"masking": {}, "objective": {"patch": 3}}, "masking stands instead of objective"),
+                             ({"masking": {"coarse": [3]}}, "belong to strategy: greedy"),
+                             ({"masking": {"strategy": "greedy", "coarse": [4, 2]}}, "from few masks per axis to many"),
+                             ({"masking": {"strategy": "best"}}, "'random' or 'greedy'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Recipe(**fields | changes)
+
+
+def test_shipped_recipes_are_read():
+    for name, masks in (("mnist-double-mask", 36), ("cifar10-double-mask", 36), ("imagenette-double-mask", 16)):
+        recipe = read(cp_recipe(name))
+        size = (28, 28) if name.startswith("mnist") else (32, 32) if name.startswith("cifar") else (224, 224)
+        defense = defenses.PatchCleanser(nn.Identity(), recipe.threat, masks=recipe.settings["masks"])
+        assert len(masks_of(defense, size)) == masks
+
+
+def cp_recipe(name: str):
+    from certipatch import resources
+
+    return resources.find("recipes", f"{name}.yaml")
