@@ -83,7 +83,7 @@ class Task:
     """What to attack, and how hard.
 
     images: (B, C, H, W). label: the answers to change. threat: None for the L∞ attack. numbers: what the pictures are
-    called, so that their random numbers do not depend on the batch they come in. starts, steps, step: restarts,
+    called, so that the random numbers of a start do not depend on the batch it comes in. starts, steps, step: restarts,
     iterations of each, size of a step. search: how places are chosen, see ``locate``. margins: of the places, (B, L), from
     the certificate, or None. target: the class that shall be answered, or None for any other. epsilon: of L∞.
     batch: rows of one gradient. prepared: what ``Attack.prepare`` gave.

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from certipatch.attacks.base import Notify, Outcome, Task, Victim
+from certipatch.attacks.base import Answer, Notify, Outcome, Task, Victim
 
 EVERY = 10  # steps after which the victim is asked although the loss does not say that it fell
 Begin = Callable[
@@ -130,7 +130,7 @@ class Pool:
 
     def _ask(
         self, images: Float[Tensor, "r C H W"], pictures: Int64[Tensor, " r"], choices: Int64[Tensor, "r n"]
-    ) -> None:
+    ) -> Answer:
         """Record what the victim answers to attacked pictures."""
         answer = self.victim.answer(images.detach())
         task, found = self.task, self.outcome
@@ -145,6 +145,7 @@ class Pool:
                 continue
             found.broken[b], found.attacked[b], found.choice[b] = True, images[i].detach(), choices[i]
             found.label[b], found.alarm[b] = label[i], alarm[i]
+        return Answer(label, alarm)
 
     def finish(self) -> Outcome:
         """The outcome, with the victim's answers to the best pictures of those that stand."""
@@ -152,8 +153,8 @@ class Pool:
         standing = (~found.broken).nonzero().flatten()
         for part in standing.split(max(1, self.task.batch)):
             if len(part):
-                answer = self.victim.answer(found.attacked[part])
-                found.label[part], found.alarm[part] = answer.label.cpu(), answer.alarm.cpu()
+                answer = self._ask(found.attacked[part], part, found.choice[part])
+                found.label[part], found.alarm[part] = answer.label, answer.alarm
         return found
 
     def _guarded(self, b: int, choice: Tensor) -> bool:

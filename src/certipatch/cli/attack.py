@@ -59,7 +59,12 @@ def attack(
         bool, typer.Option("--plain", help="Attack the bare network: know nothing of the defense.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.", min=0)] = 0,
-    batch: Annotated[int, typer.Option("--batch", help="Attacked pictures per gradient.", min=1, metavar="N")] = 256,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch", help="Attacked pictures per gradient. Default: 2^20 pixels, at most 256.", min=1, metavar="N"
+        ),
+    ] = None,
     part: Annotated[
         int | None, typer.Option("--part", help="Pictures per record file. Default: 50.", min=1, metavar="N")
     ] = None,

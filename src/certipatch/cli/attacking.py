@@ -19,6 +19,7 @@ from certipatch.evaluation import attack as attacking
 from certipatch.evaluation import files
 from certipatch.evaluation.attack_campaign import Cell, as_text, campaign
 from certipatch.evaluation.claim import difference, plain, sweep
+from certipatch.evidence import PIXELS
 from certipatch.report.attack_page import of_attack
 from certipatch.threats import PatchThreat, SparseThreat, Threat, threat_from_dict
 from certipatch.versions import versions
@@ -67,7 +68,7 @@ def attack_into(
         attack=attack,
         device=device,
         opened=model_name or defense_name,
-        **({"starts": attack.starts, "steps": attack.steps} | given),
+        **({"starts": attack.starts, "steps": attack.steps, "batch": rows_of(card.image_size)} | given),
     )
     summary = attacking.attack(job, out, progress, crew)
     if crew.first and not (out / "report.html").exists():
@@ -75,6 +76,11 @@ def attack_into(
     if crew.first:
         sweep(out)
     return summary
+
+
+def rows_of(image_size: tuple[int, int]) -> int:
+    """Attacked pictures that one gradient takes by default."""
+    return max(1, min(256, PIXELS // (image_size[0] * image_size[1])))
 
 
 def campaign_into(out: Path, minutes: float, seed: int, progress: Progress) -> dict[str, Any]:

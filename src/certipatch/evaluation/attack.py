@@ -165,7 +165,7 @@ def _make(job: AttackJob, out: Path, config: dict[str, Any], first: int, notify:
     evidence = pa.table({name: [row[name] for row in rows] for name in ATTACK_EVIDENCE.names}, ATTACK_EVIDENCE)
     for i, row in enumerate(rows):
         if row["violated"] and outcome is not None and not sampled(job.defense):
-            _save_break(out, indices[i], images[i].cpu(), outcome.attacked[chosen.tolist().index(i)].cpu(), row)
+            save_break(out, indices[i], images[i].cpu(), outcome.attacked[chosen.tolist().index(i)].cpu(), row)
     write_part(out, config, records, evidence)
     return records
 
@@ -262,7 +262,7 @@ def attacked_picture(image: np.ndarray, row: dict[str, Any]) -> np.ndarray | Non
     return result.reshape(image.shape)
 
 
-def _save_break(out: Path, index: int, image: Tensor, attacked: Tensor, row: dict[str, Any]) -> None:
+def save_break(out: Path, index: int, image: Tensor, attacked: Tensor, row: dict[str, Any]) -> None:
     """The picture and the attacked one, as PNG to look at and exactly, for whoever finds out what went wrong."""
     folder = out / "broken"
     folder.mkdir(exist_ok=True)

@@ -17,8 +17,9 @@ import torch
 from certipatch.attacks import Attack, Task, Victim, certifies
 from certipatch.data import Pictures
 from certipatch.errors import InputError
-from certipatch.evaluation.attack import _save_break, sampled
+from certipatch.evaluation.attack import sampled, save_break
 from certipatch.evaluation.files import read_json, write_json
+from certipatch.evidence import PIXELS
 from certipatch.threats import PatchThreat, Threat
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
@@ -96,6 +97,7 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
         steps=min(cell.attack.steps, 20),
         margins=margins,
         seed=seed + number,
+        batch=max(1, min(256, PIXELS // (images.shape[2] * images.shape[3]))),
     )
     tasks = [base]
     single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1
@@ -145,7 +147,7 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
                 (out / "broken").mkdir(exist_ok=True)
                 row = {"index": indices[i], "label": int(label[i]), "attacked_label": int(outcome.label[at])}
                 row |= {"margin": own, "top": None, "left": None, "height": None, "width": None, "cell": cell.name}
-                _save_break(out, indices[i], images[i].cpu(), outcome.attacked[at].cpu(), row)
+                save_break(out, indices[i], images[i].cpu(), outcome.attacked[at].cpu(), row)
             elif bool(outcome.broken[at]):
                 counts["changed_elsewhere"] += 1
     return counts
