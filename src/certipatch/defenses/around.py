@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from certipatch.defenses.card import BUILT_FOR_A_PATCH, PLAIN, SETTINGS
 from certipatch.errors import InputError
 from certipatch.models.adapters import Adapted
+from certipatch.models.adapters.sources import opening
 from certipatch.threats import PatchThreat, Threat
 
 
@@ -81,11 +82,11 @@ def around(
         place = "".join(f"{part}: " for part in first["loc"])
         raise InputError(f"{method} around {network.name}: {place}{first['msg']}") from None
     channels = network.preprocessing.channels
-    names = network.class_names(channels, image_size)
-    if classes is not None and names != classes:
-        if len(names) == len(classes) and network.classes is None:
-            names = classes
-        elif len(names) > len(classes) and network.only(classes):
+    with opening(f"{network.name}, given pictures of {channels}x{image_size[0]}x{image_size[1]} values,"):
+        names = network.class_names(channels, image_size)
+    if classes is not None:
+        unnamed = len(names) == len(classes) and network.classes is None
+        if unnamed or (len(names) > len(classes) and network.only(classes)):
             names = classes
     if method in BUILT_FOR_A_PATCH:
         patch = settings.pop("patch")

@@ -142,8 +142,7 @@ class _Look:
 
     def evidence(self) -> Evidence:
         """What is known; views that were not looked at are unsure: the attacker may have them."""
-        unsure = None if bool(self.known.all()) else ~self.known
-        return Evidence(self.scores, unsure, self.size, self.error, passes=self.known.sum(1))
+        return Evidence(self.scores, ~self.known, self.size, self.error, passes=self.known.sum(1))
 
     def ask(self, wanted: Bool[Tensor, "B V"]) -> None:
         """Look at the wanted views of every picture that are not known yet, in full batches."""

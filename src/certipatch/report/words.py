@@ -34,6 +34,13 @@ PLAIN = {
     "those are is known exactly. Where the answer keeps more than half of all votes without that share, nothing painted "
     "there can take it from the class that most views vote for. The votes are estimated from a sample, so each "
     "certificate holds with the stated confidence only.",
+    "patchcleanser": "The network looks at the picture with each of many masks over it, and with every two of them. If all "
+    "one-mask answers agree, that is the answer; a dissenter is believed only if it stays with its answer under every "
+    "second mask. Wherever the patch lies, some mask hides it. Where such a mask says the same alone and together with "
+    "every second mask, nothing painted under it can change the answer.",
+    "minority-reports": "The network looks at the picture, and at it with each of many masks over it. If under some mask it is "
+    "sure of another class, it raises an alarm. Wherever the patch lies, some mask hides it. Where the network is sure of "
+    "the answer under such a mask, an attacker can change the answer only at the price of an alarm.",
     "undefended": "A plain network that looks at the whole picture: any patch may change its answer, nothing is proven.",
 }
 

@@ -62,7 +62,9 @@ class Preprocessing(BaseModel):
 
     @property
     def fill(self) -> float:
-        """The grey that the network reads as nearly zero: what masks are painted with."""
+        """What masks are painted with: the grey that the network reads as nearly zero; 0.5 where it names no mean."""
+        if "mean" not in self.model_fields_set:
+            return 0.5
         return min(1.0, max(0.0, sum(self.mean) / len(self.mean) / self.scale))
 
 

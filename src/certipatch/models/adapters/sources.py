@@ -34,7 +34,7 @@ def opening(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{what} cannot be opened: {_short(error)}") from None
+        raise InputError(f"{what} fails: {_short(error)}") from None
 
 
 def from_timm(name: str) -> Adapted:
