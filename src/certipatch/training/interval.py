@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.bounds import Interval
-from certipatch.bounds.patch import stacked
 from certipatch.bounds.propagate import Layout, layout, rivals_of
 from certipatch.bounds.sparse import sparse_passed
-from certipatch.bounds.worst import Places, block_margins, check_pools, first_linear, margins_at, places, worst
+from certipatch.bounds.worst import Places, block_margins, check_pools, margins_at, places, worst
 from certipatch.models.unet import UNet
 from certipatch.threats import PatchThreat
 from certipatch.training.recipe import IntervalTraining
@@ -47,23 +46,6 @@ def worst_margins(
     with torch.no_grad():
         _, at = worst(found.passage(), images, label, where, strength, index)
     return margins_at(found.passage(), images, label, where, at, strength)
-
-
-def shared_margins(
-    found: Layout,
-    images: Float[Tensor, "B C H W"],
-    label: Int[Tensor, " B"],
-    where: Places,
-    strength: float,
-    index: Int[Tensor, " n"],
-) -> Float[Tensor, "B R"]:
-    """For each rival the smallest margin over a few places that all pictures share."""
-    passed = found.passage()
-    if first_linear(passed) is not None:
-        return worst_margins(found, images, label, where, strength, index)
-    clean = passed.values(Interval(images, images))
-    last = stacked(passed, clean, where.found, index.tolist(), strength)
-    return passed.margins(last, label, rivals_of(label, passed.classes)).amin(1)
 
 
 def drawn_places(predicted: Float[Tensor, "B K L"], count: int, noise: Float[Tensor, "B n L"]) -> Int64[Tensor, "B n"]:
@@ -121,7 +103,7 @@ class IntervalObjective(nn.Module):
         where = self.places = self.places.to(images.device)
         if self.asked.strategy == "random":
             index = torch.randperm(len(where), generator=draw)[: self.asked.places].to(images.device)
-            return shared_margins(self.layout, images, target, where, strength, index)
+            return worst_margins(self.layout, images, target, where, strength, index)
         return worst_margins(self.layout, images, target, where, strength)
 
     def _guided(
