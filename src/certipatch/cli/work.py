@@ -12,7 +12,17 @@ import yaml
 from certipatch import devices, report
 from certipatch.certificate import Certificate
 from certipatch.data import load, read_picture
-from certipatch.defenses import METHODS, Card, Defense, Evidence, PatchCleanser, locate, open_defense, read_card
+from certipatch.defenses import (
+    METHODS,
+    Card,
+    Defense,
+    Evidence,
+    PatchCleanser,
+    PatchCURE,
+    locate,
+    open_defense,
+    read_card,
+)
 from certipatch.defenses.around import Sheet, around, frame
 from certipatch.errors import InputError
 from certipatch.evaluation import files, run
@@ -75,7 +85,7 @@ def certify_files(
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
     sizes: Seen = lambda: ([tuple(read_picture(path).shape[1:]) for path in paths], None)  # noqa: E731
     defense, card, name = open_certified(defense_name, model_name, threat, changes, sizes)
-    if isinstance(defense, PatchCleanser) and "maps" not in (changes or {}):
+    if isinstance(defense, PatchCleanser | PatchCURE) and "maps" not in (changes or {}):
         defense.maps = True
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; give a new --out")

@@ -58,12 +58,12 @@ class AsGraph(nn.Module):
         probe = torch.zeros(1, channels, *image_size)
         defense.check(probe)
         tolerance = defense.tolerance(probe)
-        self.model = copy.deepcopy(
-            defense.every_pair(image_size) if isinstance(defense, PatchCURE) else defense.model
-        ).eval()
-        for module in self.model.modules():
-            if isinstance(module, SharedViT):
-                module.skips = False  # what it skips depends on the mask; masked attention gives the same answers
+        self.model = defense.model
+        if isinstance(defense, PatchCURE):
+            self.model = copy.deepcopy(defense.every_pair(image_size))
+            for module in self.model.modules():
+                if isinstance(module, SharedViT):
+                    module.skips = False  # what it skips depends on the mask; masked attention gives the same answers
         scores = logits(self.model, views, image_size, channels)
         with torch.inference_mode():
             classes = scores(probe).shape[2]

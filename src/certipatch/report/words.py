@@ -38,6 +38,10 @@ PLAIN = {
     "one-mask answers agree, that is the answer; a dissenter is believed only if it stays with its answer under every "
     "second mask. Wherever the patch lies, some mask hides it. Where such a mask says the same alone and together with "
     "every second mask, nothing painted under it can change the answer.",
+    "patchcure": "A first part of the network looks at small windows of the picture, once. A second part answers with each of "
+    "many masks over what the first one found, and with every two of them; the answer is chosen from these as by double masking. "
+    "Wherever the patch lies, some mask hides every window that sees it. Where such a mask says the same alone and together "
+    "with every second mask, nothing painted under it can change the answer.",
     "minority-reports": "The network looks at the picture, and at it with each of many masks over it. If under some mask it is "
     "sure of another class, it raises an alarm. Wherever the patch lies, some mask hides it. Where the network is sure of "
     "the answer under such a mask, an attacker can change the answer only at the price of an alarm.",

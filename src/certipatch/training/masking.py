@@ -106,6 +106,7 @@ class Masks:
         hidden = torch.zeros(batch, *self.levels[0].shape[1:], dtype=torch.bool)
         for _ in range(2):
             candidates = torch.arange(len(self.levels[0])).expand(batch, -1)
+            worst = candidates[:, 0]
             for level, masks in enumerate(self.levels):
                 picture = torch.arange(batch).repeat_interleave(candidates.shape[1])
                 chosen = candidates.flatten()
