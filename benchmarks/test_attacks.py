@@ -54,6 +54,7 @@ def test_one_picture_at_a_time(benchmark) -> None:
 @pytest.mark.benchmark(group=GROUP)
 def test_art(benchmark) -> None:
     attacks = pytest.importorskip("art.attacks.evasion", reason="ART is not installed")
+    pytest.importorskip("torchvision", reason="ART's patch attack needs torchvision")
     estimators = pytest.importorskip("art.estimators.classification", reason="ART is not installed")
     defense, task = attacked()
     classifier = estimators.PyTorchClassifier(

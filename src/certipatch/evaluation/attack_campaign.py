@@ -87,7 +87,7 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
     else:
         label, margins = victim.answer(images).label, None
         usable = torch.ones_like(label, dtype=torch.bool)
-    many = number % 2 == 0 and size > 2
+    many = number % 2 == 1 and size > 2
     base = Task(
         images=images,
         label=label,
