@@ -83,8 +83,8 @@ def certify_files(
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
-    sizes: Seen = lambda: ([tuple(read_picture(path).shape[1:]) for path in paths], None)  # noqa: E731
-    defense, card, name = open_certified(defense_name, model_name, threat, changes, sizes)
+    looked = lambda: ([read_size(path) for path in paths], None)  # noqa: E731
+    defense, card, name = open_certified(defense_name, model_name, threat, changes, looked)
     if isinstance(defense, PatchCleanser | PatchCURE) and "maps" not in (changes or {}):
         defense.maps = True
     if out is not None and out.exists() and any(out.iterdir()):
@@ -140,6 +140,12 @@ def own_run(
         "seed": card.seed,
     }
     return config, summary
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """(H, W) of a picture file."""
+    _, height, width = read_picture(path).shape
+    return height, width
 
 
 def seen_in(data: str, split: str | None) -> tuple[list[tuple[int, int]], tuple[str, ...] | None]:

@@ -26,11 +26,11 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self.session = session
         (given,) = session.get_inputs()
-        self.input, self.type = given.name, _TYPES[given.type]
+        self.input, self.real = given.name, _TYPES[given.type]
         self.batch = given.shape[0] if isinstance(given.shape[0], int) else None
 
     def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        array = pictures.detach().cpu().numpy().astype(self.type)
+        array = pictures.detach().cpu().numpy().astype(self.real)
         if self.batch is None:
             parts = [self._run(array)]
         else:  # a file of fixed batch size: the last batch is filled up, and cut again
@@ -66,7 +66,7 @@ def from_onnx(file: str) -> Adapted:
         shapes = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
         raise InputError(f"{what} reads {shapes}; a classifier of float pictures (N, C, H, W) is needed")
     channels, height, width = inputs[0].shape[1:]
-    described = {"channels": channels} if isinstance(channels, int) else {}
+    described: dict[str, Any] = {"channels": channels} if isinstance(channels, int) else {}
     if isinstance(height, int) and isinstance(width, int):
         described["size"] = (height, width)
     preprocessing = _preprocessing(path.with_suffix(".json"), described)
