@@ -7,9 +7,10 @@ from typing import final
 
 from certipatch.data import load
 from certipatch.errors import InputError
-from certipatch.reproduce import papers, patchguard, smoothing, smoothing_figures
+from certipatch.reproduce import interval, interval_papers, papers, patchguard, smoothing, smoothing_figures
 from certipatch.reproduce.bench import Bench
 from certipatch.reproduce.fields import receptive_field_figure
+from certipatch.reproduce.interval_models import INTERVAL
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import CIFAR10, IMAGENETTE, SMOOTHING, Study, study_of
 from certipatch.reproduce.table import Table
@@ -45,6 +46,16 @@ def _ds(
     studies: tuple[Study, ...] = SMOOTHING[:2],
 ) -> Reproduction:
     return Reproduction(make, studies[0], paper or {}, f"(De)Randomized Smoothing, {number}", title, studies)
+
+
+def _ibp(
+    number: str,
+    title: str,
+    make: Callable[[Bench, Study, Numbers], Table],
+    paper: Numbers,
+    studies: tuple[Study, ...] = INTERVAL,
+) -> Reproduction:
+    return Reproduction(make, studies[0], paper, f"Certified Defenses for Patches, {number}", title, studies)
 
 
 TABLES: dict[str, Reproduction] = {
@@ -136,6 +147,15 @@ TABLES: dict[str, Reproduction] = {
     "ds-fig6": _ds("Figure 6", "size of the patch", smoothing_figures.patch_sizes),
     "ds-table1": _ds("Table 1", "the best of each method", smoothing.best, papers.SMOOTHING_BEST, SMOOTHING),
     "ds-table2": _ds("Table 2", "derandomized and randomized columns", smoothing.methods, papers.SMOOTHING_METHODS),
+    "ibp-table2": _ibp("Table 2", "beside other defenses", interval.comparison, interval_papers.COMPARISON),
+    "ibp-table3": _ibp("Tables 3, 9, 10", "strategies and their cost", interval.strategies, interval_papers.STRATEGIES),
+    "ibp-table4": _ibp("Table 4", "any k pixels", interval.sparse, interval_papers.SPARSE),
+    "ibp-table5": _ibp("Table 5", "transfer to other shapes", interval.transfer, interval_papers.TRANSFER),
+    "ibp-table6": _ibp("Table 6", "pooled bounds", interval.pooling, interval_papers.POOLING),
+    "ibp-table7": _ibp(
+        "Table 7", "any k pixels, by network", interval.sparse_networks, interval_papers.SPARSE_NETWORKS
+    ),
+    "ibp-table8": _ibp("Table 8", "larger networks", interval.larger, interval_papers.LARGER, INTERVAL[1:]),
     "ds-several": _ds("supplement", "several bands or blocks per view", smoothing.several),
 }
 

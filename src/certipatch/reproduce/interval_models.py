@@ -1,0 +1,139 @@
+"""The models of Chiang et al. 2020: their names here, what their training takes, and the command."""
+
+from dataclasses import dataclass
+from typing import final
+
+from certipatch.reproduce.bench import Wanted
+from certipatch.reproduce.studies import Study
+
+SEEDS = (1, 2)
+"""Further seeds of a model, in ``NAME-seed1`` and ``NAME-seed2``."""
+NETWORKS = {
+    "mlp": ("MLP(255)", {"model": "{name: mlp, widths: [255]}"}),
+    "cnn2": ("2-layer CNN", {"model": "{name: cnn, depth: 2}"}),
+    "cnn4": ("4-layer CNN", {"model": "{name: cnn, depth: 4}"}),
+    "cnn5": ("5-layer wide CNN", {"model": "{name: cnn, depth: 5}"}),
+    "cnn4-3": ("Conv3x3", {"model": "{name: cnn, depth: 4, kernel: 3}"}),
+    "cnn4-11": ("Conv11x11", {"model": "{name: cnn, depth: 4, kernel: 11}"}),
+    "cnn4-13": ("Conv13x13", {"model": "{name: cnn, depth: 4, kernel: 13}"}),
+}
+# Hours on two CPU cores of the paper's number of epochs: of a step's CPU time on a busy machine (MNIST, and the 4-layer
+# CNN with random places), else by multiply-adds from those.
+HOURS = {
+    ("mnist", "mlp"): {"all": 1.3, "random": 0.3, "guided": 1.5, "pooled": 1.5, "sparse": 0.8, "natural": 0.1},
+    ("mnist", "cnn2"): {"all": 60, "random": 1, "guided": 5},
+    ("mnist", "cnn4"): {"all": 90, "random": 1, "guided": 6, "pooled": 400},
+    ("mnist", "cnn4-3"): {"sparse": 10},
+    ("cifar10", "mlp"): {"all": 6, "random": 1, "guided": 5, "sparse": 5},
+    ("cifar10", "cnn2"): {"all": 120, "random": 2, "guided": 8},
+    ("cifar10", "cnn4"): {"all": 200, "random": 2, "guided": 10, "pooled": 900},
+    ("cifar10", "cnn4-11"): {"sparse": 200},
+    ("cifar10", "cnn4-13"): {"sparse": 250},
+    ("cifar10", "cnn5"): {"all": 6000, "random": 300, "guided": 600},
+}
+RECIPES = {"mnist": "mlp", "cifar10": "cnn4"}
+"""The network of the recipes that ship."""
+
+
+@final
+@dataclass(frozen=True)
+class Trained:
+    """A model of the paper."""
+
+    data: str
+    network: str
+    strategy: str
+    size: int
+    """Side of the patch it is trained for; of sparse: pixels."""
+    count: int | None = None
+    """Places of random and guided; sides of the squares that are pooled, one digit for each layer."""
+
+    @property
+    def base(self) -> str:
+        """The recipe that it changes."""
+        if self.strategy == "sparse":
+            return "mnist-ibp-sparse-4"
+        return f"{self.data}-ibp-{self.size if self.size in (2, 5) else 5}"
+
+    @property
+    def name(self) -> str:
+        """Its folder in ``models/``, or its name in the zoo."""
+        usual = ("all", None) if self.data == "mnist" else ("random", 10)
+        strategy = "" if (self.strategy, self.count) == usual else f"-{self.strategy}"
+        count = "" if not strategy or self.count is None else f"-{self.count}"
+        network = "" if self.network == RECIPES[self.data] else f"-{self.network}"
+        if self.strategy == "sparse":
+            return f"{self.data}-ibp-sparse-{self.size}{'' if self.network == 'mlp' else '-' + self.network}"
+        return f"{self.data}-ibp-{self.size}{strategy}{count}{network}"
+
+    @property
+    def wanted(self) -> Wanted:
+        hours = HOURS.get((self.data, self.network), {}).get(self.strategy)
+        if hours is not None and self.strategy in ("random", "guided") and self.count is not None:
+            hours = round(hours * max(0.3, self.count / 10), 1)
+        return Wanted(self.name, self.name, hours)
+
+    @property
+    def command(self) -> str:
+        """The command that trains it into ``models/``."""
+        changes = {"name": self.name}
+        if self.base == self.name:
+            return f"certipatch train {self.name}"
+        if self.strategy == "sparse":
+            changes["interval.pixels"] = str(self.size)
+        else:
+            changes |= {"interval.strategy": self.strategy, "interval.patch": str(self.size)}
+        if self.count is not None:
+            pooled = self.strategy == "pooled"
+            changes["interval.pool" if pooled else "interval.places"] = (
+                f"[{','.join(str(self.count))}]" if pooled else str(self.count)
+            )
+        if self.network != ("mlp" if self.strategy == "sparse" else RECIPES[self.data]):
+            changes |= NETWORKS[self.network][1]
+        if self.strategy == "sparse" and self.data == "cifar10":
+            changes |= {"data": "cifar10", "learning_rate": "0.001", "epochs": "200"}
+        quoted = (f"'{k}={v}'" if "{" in v or "[" in v else f"{k}={v}" for k, v in changes.items())
+        return f"certipatch train {self.base} " + " ".join(f"--set {change}" for change in quoted)
+
+    def seeds(self) -> list[Wanted]:
+        """The same from other seeds, which are looked at where they are there."""
+        return [Wanted(f"{self.name}-seed{seed}", f"{self.name}-seed{seed}") for seed in SEEDS]
+
+
+STRATEGIES: dict[str, tuple[str, int | None]] = {
+    "All Patch": ("all", None),
+    "Random(1)": ("random", 1),
+    "Random(5)": ("random", 5),
+    "Random(10)": ("random", 10),
+    "Random(20)": ("random", 20),
+    "Guided(10)": ("guided", 10),
+    "Guided(20)": ("guided", 20),
+    "Pool 2": ("pooled", 2),
+    "Pool 4": ("pooled", 4),
+    "Pool 2-2": ("pooled", 22),
+}
+
+
+def trained(data: str, network: str, strategy: str, size: int) -> Trained:
+    """The model of one of the paper's strategies by its name there."""
+    kind, count = STRATEGIES[strategy]
+    return Trained(data, network, kind, size, count)
+
+
+def _study(data: str, title: str, size: tuple[int, int]) -> Study:
+    every = {
+        model.name: model
+        for network in NETWORKS
+        for model in (
+            *(trained(data, network, name, side) for name in STRATEGIES for side in (2, 4, 5)),
+            *(Trained(data, network, "sparse", pixels) for pixels in (1, 4, 10)),
+        )
+    }
+    wanted = [*(m.wanted for m in every.values()), *(w for m in every.values() for w in m.seeds())]
+    ablation = Wanted("random-pixels", f"{data}-random-pixels", 11 if data == "mnist" else 500)
+    return Study(data, (2, 5), (*wanted, ablation), title, size)
+
+
+INTERVAL_MNIST = _study("mnist", "MNIST", (28, 28))
+INTERVAL_CIFAR10 = _study("cifar10", "CIFAR-10", (32, 32))
+INTERVAL = (INTERVAL_MNIST, INTERVAL_CIFAR10)
