@@ -12,6 +12,7 @@ from certipatch.errors import InputError
 from certipatch.models import ModelSettings
 from certipatch.relation import sees
 from certipatch.rules import DoubleMask
+from certipatch.training.recipe import Recipe
 from certipatch.views import MaskPairs
 from certipatch.views.render import render
 
@@ -68,6 +69,8 @@ def test_hidden_cells_are_those_that_see_a_hidden_pixel(name):
     seen = model.fields.visible(SIZE)
     expected = ~(seen[None] & ~visible[:, None]).flatten(2).any(2)
     assert torch.equal(model.shown_cells(visible).flatten(1), expected)
+    cells = torch.rand(3, *model.fields.grid, generator=torch.Generator().manual_seed(3)) < 0.1
+    assert torch.equal(model.seen_pixels(cells), (seen[None] & cells.flatten(1)[:, :, None, None]).any(1))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -183,5 +186,7 @@ def test_what_does_not_fit_is_refused():
         models.SharedViT(1, 2, (16, 22))
     with pytest.raises(InputError, match="5 widths, not 2"):
         models.SharedBagNet(1, 2, SIZE, widths=(4, 4))
+    with pytest.raises(ValueError, match="needs a network with a shared front"):
+        Recipe(name="n", data="d", epochs=1, defense="patchcure", model=ModelSettings(name="conv"))
     with pytest.raises(InputError, match="cannot share"):
         models.SharedViT(1, 2, SIZE, dim=10)

@@ -196,6 +196,8 @@ def test_recipes_train_it_and_the_defense_loads_and_certifies(tmp_path):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="do not fill 8x12"):
         ViT(None, 1, 2, SIZE, patch=5)
+    with pytest.raises(InputError, match="too many for 4096x4096"):
+        ViT(None, 1, 2, (4096, 4096), patch=1)
     with pytest.raises(InputError, match="cannot share"):
         ViT(None, 1, 2, SIZE, dim=10, heads=4)
     with pytest.raises(InputError, match="not \\(3, 8, 12\\)"):

@@ -78,10 +78,8 @@ class PatchCURE(ViewDefense):
     def views_of(self, image_size: tuple[int, int]) -> MaskPairs:
         """Pairs of masks over pixels: what no cell outside of a mask of cells sees is hidden by it."""
         if image_size not in self._views:
-            fields = self.front.fields
             cells = cell_masks(self.front, self.threats, image_size, self.masks, self.stride)
-            seen = (~cells.flatten(1)).float() @ fields.visible(image_size).flatten(1).float()
-            pixels = (seen < 0.5).unflatten(1, image_size)
+            pixels = ~self.front.seen_pixels(~cells).cpu()
             _, covers = covering_masks(self.threats, image_size, pixels, None)
             self._cells[image_size] = MaskPairs(cells)
             self._views[image_size], self._covers[image_size] = MaskPairs(pixels), covers

@@ -15,7 +15,7 @@ from certipatch.errors import InputError
 from certipatch.models.bagnet import BagNet
 from certipatch.models.layers import Position
 from certipatch.models.receptive_field import receptive_fields
-from certipatch.models.vit import Block, cut, groups, null_encoded, visible_pixels
+from certipatch.models.vit import Block, check_tokens, cut, groups, null_encoded, visible_pixels
 from certipatch.views import ReceptiveFields
 
 
@@ -32,11 +32,8 @@ class SharedFront(nn.Module):
     def __init__(self, in_channels: int, image_size: tuple[int, int], fields: ReceptiveFields):
         super().__init__()
         self.in_channels, self.image_size, self.fields = in_channels, image_size, fields
-        cells = torch.arange(fields.number(image_size)).view(fields.grid)
-        rows = fields.visible(image_size, cells[:, 0]).any(2)
-        columns = fields.visible(image_size, cells[0]).any(1)
-        self.register_buffer("_rows", rows.float(), persistent=False)  # (h, H): rows that a row of cells sees
-        self.register_buffer("_columns", columns.float(), persistent=False)
+        for axis, name in enumerate(("_rows", "_columns")):  # (h, H), (w, W): pixels that a row or column of cells sees
+            self.register_buffer(name, fields._axis(axis, image_size[axis]).float(), persistent=False)
 
     @abstractmethod
     def front(self, views: Float[Tensor, "N C2 H W"]) -> Float[Tensor, "N D h w"]:
@@ -57,6 +54,11 @@ class SharedFront(nn.Module):
         with torch.autocast(visible.device.type, enabled=False):  # which would round counts
             hidden = rows @ (~visible).to(rows.dtype) @ columns.T
         return hidden < 0.5
+
+    def seen_pixels(self, cells: Bool[Tensor, "N h w"]) -> Bool[Tensor, "N H W"]:
+        """Pixels that some of the cells see."""
+        rows, columns = self.get_buffer("_rows"), self.get_buffer("_columns")
+        return (rows.T @ cells.to(rows) @ columns) > 0.5
 
     def forward(self, views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         views = null_encoded(views, self.in_channels, self.image_size)
@@ -142,6 +144,7 @@ class SharedViT(SharedFront):
             raise InputError(f"windows of {side} pixels do not fill {image_size[0]}x{image_size[1]}; use another patch")
         if dim % heads:
             raise InputError(f"{heads} heads cannot share {dim} channels; use a multiple")
+        check_tokens(image_size, patch)
         grid = (image_size[0] // side, image_size[1] // side)
         super().__init__(in_channels, image_size, ReceptiveFields((side, side), (side, side), (0, 0), grid))
         self.patch, self.window, self.skips = patch, window, True

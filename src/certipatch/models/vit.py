@@ -16,6 +16,16 @@ from torch.nn import functional as F
 from certipatch.errors import InputError
 from certipatch.views import RandomViews, Views
 
+MAX_TOKENS = 2**16  # of a picture
+
+
+def check_tokens(image_size: tuple[int, int], patch: int) -> None:
+    """InputError where a picture has too many tokens to learn a position of each."""
+    if (image_size[0] // patch) * (image_size[1] // patch) > MAX_TOKENS:
+        raise InputError(
+            f"tokens of {patch} pixels are too many for {image_size[0]}x{image_size[1]}; use a larger patch"
+        )
+
 
 class Block(nn.Module):
     """Attention among tokens, then two linear layers on each; layer norm before both, shortcuts around both.
@@ -77,6 +87,7 @@ class ViT(nn.Module):
         super().__init__()
         if any(side % patch for side in image_size):
             raise InputError(f"tokens of {patch} pixels do not fill {image_size[0]}x{image_size[1]}; use another patch")
+        check_tokens(image_size, patch)
         if dim % heads:
             raise InputError(f"{heads} heads cannot share {dim} channels; use a multiple")
         self.in_channels, self.patch, self.image_size = in_channels, patch, image_size
