@@ -246,7 +246,9 @@ class Described(BaseModel):
         if self.defense in PLAIN and (self.views is not None or local):
             raise ValueError(f"{self.defense} reads whole pictures, without views; {self.model.name} cannot")
         if self.defense == "patchcure" and not self.model.name.startswith("shared-"):
-            raise ValueError(f"patchcure needs a network with a shared front, shared-bagnet or shared-vit, not {self.model.name}")
+            raise ValueError(
+                f"patchcure needs a network with a shared front, shared-bagnet or shared-vit, not {self.model.name}"
+            )
         if self.views is not None and self.views.random and self.defense != "randomized-ablation":
             raise ValueError(f"{self.defense} asks every view; {self.views.name} are for randomized-ablation")
         return self
