@@ -145,6 +145,10 @@ def test_a_broken_certificate_is_exit_code_1_and_saved(certipatch, tmp_path, mon
     [
         ("--defense", "lgs", "--model", "plain", "--patch", "3", "--where", "corners"),
         ("--defense", "dw", "--model", "plain", "--patch", "3", "--plain", "--set", "share=0.2"),
+        ("--defense", "patchguard", "--model", "model", "--patch", "1", "--set", "threshold=0.5"),
+        ("--defense", "patchguard-plus-plus", "--model", "model", "--patch", "1"),
+        ("--defense", "patchcleanser", "--model", "plain", "--patch", "2", "--set", "masks=3"),
+        ("--defense", "minority-reports", "--model", "plain", "--patch", "2", "--set", "masks=3"),
         ("--defense", "plain", "--attack", "linf", "--epsilon", "8/255"),
         ("--defense", "model", "--attack", "sparse", "--sparse", "2"),
         ("--defense", "model", "--attack", "square", "--patch", "3", "--count", "2"),

@@ -53,6 +53,7 @@ class Victim:
                 alarm = self.defense.rule(evidence.image_size).alarm(evidence.values)  # type: ignore[attr-defined]
             else:
                 alarm = self.defense.certificate(evidence, PatchThreat(1)).alarm
+            assert isinstance(alarm, Tensor)
             return Answer(label, alarm)
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:

@@ -12,6 +12,7 @@ A new defense with views needs nothing if its rule is known; a new rule needs on
 
 import math
 from functools import singledispatch
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -64,7 +65,7 @@ def bare_leads(defense: object, images: Float[Tensor, "N C H W"], generator: Gen
     if isinstance(defense, ViewDefense):
         size = (images.shape[2], images.shape[3])
         return lead_of(view_logits(defense.model, defense.views_of(size), images).mean(1))
-    network = getattr(defense, "model", None)
+    network: Any = getattr(defense, "model", None)
     if not callable(network):
         raise InputError(f"there is no loss to attack {type(defense).__name__} with; register one for losses.leads")
     return lead_of(network(images).float())

@@ -56,6 +56,7 @@ def attack_into(
         )
     check_shape(pictures.pixels([0])[0].shape, card, pictures.name)
     defense.to(device)
+    usual: dict[str, Any] = {"starts": attack.starts, "steps": attack.steps, "batch": rows_of(card.image_size)}
     given = {key: value for key, value in (options or {}).items() if value is not None}
     job = attacking.AttackJob(
         defense=defense,
@@ -68,7 +69,7 @@ def attack_into(
         attack=attack,
         device=device,
         opened=model_name or defense_name,
-        **({"starts": attack.starts, "steps": attack.steps, "batch": rows_of(card.image_size)} | given),
+        **(usual | given),
     )
     summary = attacking.attack(job, out, progress, crew)
     if crew.first and not (out / "report.html").exists():

@@ -79,7 +79,7 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
     indices = range(first, first + size)
     images = pictures.images(indices)
     victim = Victim(defense)
-    counts = dict.fromkeys(COUNTS, 0)
+    counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
     if certifies(defense):
         found = defense.certify(images, cell.threat)
         label, margins = found.label, found.margin.cpu()
