@@ -105,9 +105,9 @@ def first_layer(op: Op, clean: Interval, box: Interval, channels: int, pixels: i
     sides = (up, down), (down, up)
     if isinstance(op, Linear):
         weight = op.weight.unflatten(1, (channels, -1))
-        rise, fall = (
-            _most_of_linear(weight, *(x.reshape(len(x), channels, -1) for x in side), pixels) for side in sides
-        )
+        rises, falls = (x.reshape(len(x), channels, -1) for x in (up, down))
+        rise = _most_of_linear(weight, rises, falls, pixels)
+        fall = _most_of_linear(weight, falls, rises, pixels)
     else:
         gains = (_taps(op, *side) for side in sides)
         rise, fall = (

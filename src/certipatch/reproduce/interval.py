@@ -47,6 +47,7 @@ def outcomes(bench: Bench, wanted: Wanted, threat: Threat) -> Outcomes | NotRun:
         pass
     device = devices.default()
     defense = open_defense(str(folder), threat=threat)[0].to(device)
+    assert isinstance(defense, IntervalBounds)
     found: list[tuple[Tensor, Tensor]] = []
     for first in range(0, len(pictures), PART):
         indices = range(first, min(first + PART, len(pictures)))
