@@ -286,7 +286,7 @@ def _loss(
         for part in views.parts if isinstance(views, Cross) else [views]:
             reached = _undominated(part, threat, card.image_size).to(device)
             families.append((reached, malicious_windows(part, threat, card.image_size).members.to(device)))
-    total = 0 if views is None else views.number(card.image_size)
+    total, spacing = 0 if views is None else views.number(card.image_size), 1
     if families and asked.views_per_step != "all":
         if any(reached.shape[1] * asked.views_per_step % total for reached, _ in families):
             raise InputError(f"views_per_step: {asked.views_per_step} cannot be evenly spaced among {total} views")
