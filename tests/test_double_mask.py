@@ -63,7 +63,9 @@ def any_table(generator, evidence, owned):
 
 @pytest.mark.parametrize(("masks", "classes"), [(1, 2), (2, 2), (2, 3), (3, 3), (4, 3)])
 def test_brute_force(masks, classes):
-    tried = check_rule(DoubleMask(), views=len(pairs(masks)), classes=classes, evidence=tables, attacks=any_table, trials=32)
+    tried = check_rule(
+        DoubleMask(), views=len(pairs(masks)), classes=classes, evidence=tables, attacks=any_table, trials=32
+    )
     assert tried.certified > 80
     assert masks == 1 or tried.changed > 80
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from certipatch import attacks, devices
-from certipatch.cli.work import check_shape, open_named
+from certipatch.cli.work import check_shape, open_named, seen_in
 from certipatch.data import Pictures, load
 from certipatch.data.known import SAMPLE, names
 from certipatch.data.loading import DATA_VARIABLE
@@ -48,7 +48,9 @@ def attack_into(
     attack = attacks.find(attack_name)
     attack.check(threat)
     device, crew = devices.worker()
-    defense, card, name = open_named(defense_name, model_name, threat or PatchThreat(1), changes)
+    defense, card, name = open_named(
+        defense_name, model_name, threat or PatchThreat(1), changes, lambda: seen_in(data, split)
+    )
     pictures = load(data, split, size=card.image_size if card.resize else None, limit=limit)
     if len(pictures.class_names) != len(card.classes):
         raise InputError(
