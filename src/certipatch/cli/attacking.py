@@ -51,7 +51,7 @@ def attack_into(
     defense, card, name = open_named(
         defense_name, model_name, threat or PatchThreat(1), changes, lambda: seen_in(data, split)
     )
-    pictures = load(data, split, size=card.image_size if card.resize else None, limit=limit)
+    pictures = load(data, split, size=card.image_size if card.resize else None, channels=card.channels, limit=limit)
     if len(pictures.class_names) != len(card.classes):
         raise InputError(
             f"{pictures.name} has {len(pictures.class_names)} classes, but {name} knows {len(card.classes)}"
