@@ -11,8 +11,8 @@ A new defense with views needs nothing if its rule is known; a new rule needs on
 """
 
 import math
+from collections.abc import Callable
 from functools import singledispatch
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -65,8 +65,8 @@ def bare_leads(defense: object, images: Float[Tensor, "N C H W"], generator: Gen
     if isinstance(defense, ViewDefense):
         size = (images.shape[2], images.shape[3])
         return lead_of(view_logits(defense.model, defense.views_of(size), images).mean(1))
-    network: Any = getattr(defense, "model", None)
-    if not callable(network):
+    network: Callable[[Tensor], Tensor] | None = getattr(defense, "model", None)
+    if network is None:
         raise InputError(f"there is no loss to attack {type(defense).__name__} with; register one for losses.leads")
     return lead_of(network(images).float())
 
