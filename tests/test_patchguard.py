@@ -316,7 +316,7 @@ def test_settings_of_a_defense_are_part_of_a_run(home, tmp_path, capsys):
         ({"defense": "undefended", "objective": {"views_per_step": "all"}}, "undefended"),
         ({"settings": {"threshold": 7}, "objective": {"views_per_step": "all"}}, "threshold"),
         ({"objective": {"views_per_step": "all", "cross_entropy": 0}}, "nothing would be trained"),
-        ({"objective": {"views_per_step": 3, "mask_margin": 1}}, "mask_margin needs"),
+        ({"objective": {"views_per_step": 3, "vote_margin": 1}}, "vote_margin needs"),
         ({"model": {"name": "small-bagnet", "field": 11}, "objective": {"views_per_step": "all"}}, "10 or 12"),
         ({"model": {"name": "small-bagnet", "depth": 2}, "objective": {"views_per_step": "all"}}, "depth"),
     ],
