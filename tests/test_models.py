@@ -72,6 +72,29 @@ def test_crossed_conv_networks_answer_any_mixture_of_columns_and_rows():
         render("crop", images[:, :, :6], views, mixed)
 
 
+@pytest.mark.parametrize("views", [vw.Columns(3), vw.Columns(2, 2), vw.Rows(2), vw.Blocks(3), None], ids=str)
+def test_a_conv_network_that_mirrors_sees_the_same_pixels_of_mirrored_pictures(views):
+    torch.manual_seed(0)
+    size, images = (6, 8), torch.rand(2, 1, 6, 8, dtype=torch.float64)
+    settings = ModelSettings(name="conv", widths=(4, 6), mirror=True)
+    network = settled(models.create(settings, views, 1, 3, size))
+    if views is None:
+        read, other = images, images.flip(3)
+    else:
+        visible = views.visible(size)
+        index = torch.arange(len(visible))
+        mirror = [(visible == shown.flip(1)).flatten(1).all(1).int().argmax() for shown in visible]
+        read = render("crop", images, views, index).flatten(0, 1)
+        other = render("crop", images.flip(3), views, torch.stack(mirror)).flatten(0, 1)
+    torch.testing.assert_close(network.mirrored(read), other, rtol=0, atol=1e-6)
+    network.mirror = False
+    expected = (network(read) + network(other)) / 2
+    network.mirror = True
+    torch.testing.assert_close(network(read), expected, rtol=0, atol=1e-6)
+    network.train()
+    assert not torch.allclose(network(read), expected)
+
+
 def test_resnet():
     network = settled(ResNet18(3, 5, widths=(4, 6), depth=1))
     shown = render(

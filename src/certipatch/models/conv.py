@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certipatch.errors import InputError
-from certipatch.views import Bands, Blocks, Cross, RandomViews, Views
+from certipatch.views import Bands, Blocks, Columns, Cross, RandomViews, Rows, Views
 
 
 class ConvNet(nn.Module):
@@ -22,6 +22,8 @@ class ConvNet(nn.Module):
         image_size: (H, W) of the pictures.
         widths: channels of each stage. A stage halves an axis while it has more than 4 pixels, or 2 once both are so
             short.
+        mirror: once trained, the answer is the mean of those to what is read and to its mirror image, left to right,
+            which shows the same pixels; for networks that learned from pictures of both kinds.
 
     ``forward`` maps what is read (N, C + positions, h, w) to logits (N, K).
     """
@@ -33,8 +35,10 @@ class ConvNet(nn.Module):
         num_classes: int,
         image_size: tuple[int, int],
         widths: tuple[int, ...] = (64, 128, 256),
+        mirror: bool = False,
     ):
         super().__init__()
+        self.views, self.width, self.mirror = views, image_size[1], mirror
         self.encoding = "picture" if views is None else "crop"
         size, channels = image_size, in_channels
         if isinstance(views, Bands):
@@ -65,7 +69,21 @@ class ConvNet(nn.Module):
         self.head = nn.Linear(inputs, num_classes)
 
     def forward(self, views: Float[Tensor, "N C1 h w"]) -> Float[Tensor, "N K"]:
+        answer = self._answer(views)
+        return answer if self.training or not self.mirror else (answer + self._answer(self.mirrored(views))) / 2
+
+    def _answer(self, views: Float[Tensor, "N C1 h w"]) -> Float[Tensor, "N K"]:
         return self.head(torch.amax(self.body(views), dim=(2, 3)))
+
+    def mirrored(self, views: Float[Tensor, "N C1 h w"]) -> Float[Tensor, "N C1 h w"]:
+        """What is read of the mirror images, left to right, of the same pictures: the same pixels, where they are then."""
+        if isinstance(self.views, Rows):  # a row's crop is turned, and stays where it is
+            return views.flip(2)
+        turned = views.flip(3)
+        if isinstance(self.views, Columns | Blocks):  # the last channel is the first column, as a share of the width
+            first = 1 - self.views.width / self.width - turned[:, -1:]
+            turned = torch.cat([turned[:, :-1], torch.remainder(first + 1e-4, 1) - 1e-4], 1)  # no −0.0000001 wraps
+        return turned
 
 
 class CrossConvNet(nn.Module):
@@ -83,9 +101,12 @@ class CrossConvNet(nn.Module):
         num_classes: int,
         image_size: tuple[int, int],
         widths: tuple[int, ...] = (64, 128, 256),
+        mirror: bool = False,
     ):
         super().__init__()
-        self.parts = nn.ModuleList(ConvNet(part, in_channels, num_classes, image_size, widths) for part in views.parts)
+        self.parts = nn.ModuleList(
+            ConvNet(part, in_channels, num_classes, image_size, widths, mirror) for part in views.parts
+        )
         self.num_classes = num_classes
 
     def forward(self, views: Float[Tensor, "N C2 h w"]) -> Float[Tensor, "N K"]:
