@@ -72,9 +72,7 @@ class MaskedDetection(Rule):
         error: Float64[Tensor, " B"] | None = None,
     ) -> Verdict:
         label = self.predict(evidence)
-        check_relation(evidence, sees, unsure, error)
-        if unsure is not None and bool(unsure.any()):
-            raise ValueError("detection reads scores, which have an error instead of unsure views")
+        _check_scores(evidence, sees, unsure, error)
         windows = self._windows
         if evidence.shape[1] != windows.number_of_views:
             raise ValueError(f"evidence has {evidence.shape[1]} views, the windows {windows.number_of_views}")
@@ -149,9 +147,7 @@ class MinorityReports(Rule):
         error: Float64[Tensor, " B"] | None = None,
     ) -> Verdict:
         label = self.predict(evidence)
-        check_relation(evidence, sees, unsure, error)
-        if unsure is not None and bool(unsure.any()):
-            raise ValueError("detection reads scores, which have an error instead of unsure views")
+        _check_scores(evidence, sees, unsure, error)
         if evidence.shape[1] < 2:
             raise ValueError("detection needs the whole picture and at least one masked one")
         scores = clipped(evidence, -torch.inf, torch.inf)
@@ -191,3 +187,15 @@ def dissent(
     for w in range(scores.shape[1]):
         best = torch.where(covering[:, w], torch.maximum(best, says[:, w, None]), best)
     return alarm, torch.where((sure & ~alarm)[:, None], best - threshold - off, -torch.inf)
+
+
+def _check_scores(
+    evidence: Shaped[Tensor, "B V K"],
+    sees: Bool[Tensor, "L V"],
+    unsure: Bool[Tensor, "B V"] | None,
+    error: Float64[Tensor, " B"] | None,
+) -> None:
+    """ValueError unless ``sees`` and ``error`` fit the evidence, and no view is unsure."""
+    check_relation(evidence, sees, unsure, error)
+    if unsure is not None and bool(unsure.any()):
+        raise ValueError("detection reads scores, which have an error instead of unsure views")
