@@ -1,6 +1,7 @@
 """The shipped models: they load, are what their cards say, and stand up to the soundness kit on real pictures."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import certipatch as cp
 from certipatch import defenses
 from certipatch.data import load
+from certipatch.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("fashion-columns", "mnist-columns", "mnist-columns-votes", "mnist-patchguard", "mnist-plain")
+NAMES = tuple(sorted(path.parent.name for path in (ROOT / "zoo").glob("*/card.json")))
+NAMED = {"fashion-columns", "mnist-columns", "mnist-columns-votes", "mnist-patchguard", "mnist-plain", "cifar10-columns"}
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +32,30 @@ def mnist():
     return None
 
 
+def size(name):
+    """Bytes of a model's weights."""
+    return (ROOT / "zoo" / name / "weights.safetensors").stat().st_size
+
+
+def test_the_repository_holds_every_named_model_and_the_wheel_the_small_ones():
+    assert set(NAMES) >= NAMED
+    assert sum(size(name) for name in NAMES) <= 60e6
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    shipped = {Path(source).name for source in build["force-include"] if source.startswith("zoo/")}
+    assert shipped == {name for name in NAMES if size(name) <= 2e6}
+
+
+def test_a_name_that_has_a_recipe_but_no_weights_says_how_to_train_it(monkeypatch):
+    monkeypatch.setattr(defenses.resources, "find", lambda kind, name: None if kind == "zoo" else ROOT / kind / name)
+    with pytest.raises(InputError, match=r"certipatch train recipes/cifar10-columns\.yaml"):
+        defenses.locate("cifar10-columns")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_named_model_loads_and_says_where_its_numbers_come_from(name):
     _, card = defenses.open_defense(name)
     assert card.name == name
-    assert (ROOT / "zoo" / name / "weights.safetensors").stat().st_size <= 2 * 2**20
+    assert size(name) <= 10e6
     assert card.recipe["name"] == name
     for metric in card.metrics:
         assert metric["images"] == 10_000

@@ -81,6 +81,11 @@ def locate(name: str) -> Path:
         return folder
     if Path(name).is_dir():
         return Path(name)
+    if resources.find("recipes", f"{name}.yaml") is not None:
+        raise InputError(
+            f"no weights of {name!r} here; take zoo/{name} of the repository if it is there, or train it: certipatch "
+            f"train recipes/{name}.yaml --data PATH --out models/{name}, then --defense models/{name}"
+        )
     known = resources.names("zoo", "*/card.json")
     near = difflib.get_close_matches(name, known, n=1)
     hint = (
