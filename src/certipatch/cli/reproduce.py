@@ -17,6 +17,12 @@ def reproduce(
         list[str] | None,
         typer.Option("--model", help="A model in one of the table's roles (repeatable).", metavar="ROLE=NAME"),
     ] = None,
+    starts: Annotated[
+        int | None, typer.Option("--starts", help="Of attacks: restarts. Default: the paper's.", min=1, metavar="N")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Of attacks: iterations. Default: the paper's.", min=1, metavar="N")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the table; kept counts are used again.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
@@ -53,7 +59,9 @@ def reproduce(
         load(data, split, limit=limit)  # says what is wrong before anything is computed
     folder = out or Path("runs") / "reproduce" / table
     with progress_bar(table) as progress:
-        bench = tables.Bench(out or folder.parent, data or asked.study.data, split, limit, roles, progress)
+        bench = tables.Bench(
+            out or folder.parent, data or asked.study.data, split, limit, roles, progress, starts, steps
+        )
         found = tables.run(table, bench)
     folder.mkdir(parents=True, exist_ok=True)
     files.write_text(folder / "table.md", found.markdown())
@@ -63,9 +71,13 @@ def reproduce(
         (folder / name).write_bytes(content)
     if as_json:
         print(json.dumps(found.to_json(), ensure_ascii=False))
-        return
-    _print(found)
-    typer.echo(f"written    {folder}/table.md, .csv, .json{''.join(', ' + name for name in found.figures)}")
+    else:
+        _print(found)
+        typer.echo(f"written    {folder}/table.md, .csv, .json{''.join(', ' + name for name in found.figures)}")
+    for line in bench.broken:
+        typer.echo(line, err=True)
+    if bench.broken:
+        raise typer.Exit(1)
 
 
 def _print(table) -> None:

@@ -81,6 +81,7 @@ class Bench:
         out: folder for logits and finished counts; what is there is used again.
         data, split, limit: the pictures, as for ``evaluate``.
         models: names or folders by role, instead of the usual ones.
+        starts, steps: of attacks, instead of the table's.
     """
 
     def __init__(
@@ -91,15 +92,29 @@ class Bench:
         limit: int | None = None,
         models: dict[str, str] | None = None,
         progress: Progress = lambda done, total, text: None,
+        starts: int | None = None,
+        steps: int | None = None,
     ):
         self.out, self.data, self.split, self.limit = out, data, split, limit
         self.models, self.progress = models or {}, progress
+        self.starts, self.steps = starts, steps
+        self.broken: list[str] = []
+        """What attacks broke that a theorem forbids."""
         self._pictures: dict[tuple[int, int] | None, Pictures] = {}
         self._fingerprint: str | None = None
 
     def beside(self, data: str) -> "Bench":
         """The same for other data, with the usual models."""
-        return Bench(self.out, data, self.split, self.limit, None, self.progress)
+        return self._like(data, self.split, self.limit, {})
+
+    def first(self, number: int) -> "Bench":
+        """The same on the first pictures of the split, unless the user set a limit."""
+        return self if self.limit is not None else self._like(self.data, self.split, number, self.models)
+
+    def _like(self, data: str, split: str | None, limit: int | None, models: dict[str, str]) -> "Bench":
+        found = Bench(self.out, data, split, limit, models, self.progress, self.starts, self.steps)
+        found.broken = self.broken
+        return found
 
     def folder(self, wanted: Wanted) -> Path | None:
         """Where the model is: as ``--model`` says, in the zoo, or in ``models/``; None where it is not."""

@@ -1,0 +1,207 @@
+"""Attacked accuracy in a table: every cell is an attack run in a folder of its own, gone on with where it stopped.
+
+``target`` opens a model, or a method around its network; ``attacked`` attacks it and gives the three numbers.
+``certipatch report`` makes the page of each run.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from certipatch import attacks, devices, resources
+from certipatch.data import Pictures, load
+from certipatch.defenses import Card, Undefended, open_defense
+from certipatch.defenses.around import Sheet, around, frame
+from certipatch.errors import InputError
+from certipatch.evaluation.attack import AttackJob
+from certipatch.evaluation.attack import attack as run_attack
+from certipatch.evaluation.claim import FREE, plain
+from certipatch.evaluation.records import read_evidence, read_records
+from certipatch.evidence import PIXELS
+from certipatch.models.adapters import is_adapter, open_model
+from certipatch.reproduce.bench import Bench, Wanted
+from certipatch.reproduce.table import NotRun, Share
+from certipatch.threats import PatchThreat, Threat
+
+UNCERTIFIED = "-"
+"""In the place of certified accuracy, where a defense proves nothing."""
+
+
+@final
+@dataclass(frozen=True)
+class Strength:
+    """How hard an attack tries; the words of ``certipatch attack``. starts, steps: None for the attack's own."""
+
+    attack: str = "patch-pgd"
+    starts: int | None = None
+    steps: int | None = None
+    step: float = 0.05
+    search: str = "auto"
+    adaptive: bool = True
+    epsilon: float = 0.0
+    """Of L∞, which has no patch."""
+
+    @property
+    def rounds(self) -> tuple[int, int]:
+        """Starts and steps."""
+        usual = attacks.find(self.attack)
+        return (
+            usual.starts if self.starts is None else self.starts,
+            usual.steps if self.steps is None else self.steps,
+        )
+
+    @property
+    def words(self) -> str:
+        """For a note."""
+        starts, steps = self.rounds
+        knows = "" if self.adaptive else ", plain: it knows nothing of the defense"
+        return f"{self.attack}, {starts} starts x {steps} steps of {self.step:.3g}{knows}"
+
+    def within(self, bench: Bench) -> "Strength":
+        """With the starts and steps that the user asked for."""
+        changes = {"starts": bench.starts, "steps": bench.steps}
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A defense to attack: anything with ``predict``; with ``certify`` its certificates are attacked too."""
+
+    defense: Any
+    card: Card | Sheet
+    name: str
+    """As ``certipatch attack`` calls it: a model, or METHOD:MODEL."""
+    opened: str
+    """What the model is opened by."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """The three numbers of a finished attack run, and the run."""
+
+    clean: Share
+    attacked: Share
+    certified: Share | str
+    """``UNCERTIFIED`` where nothing is proven."""
+    target: Target
+    pictures: Pictures
+    folder: Path
+    summary: dict[str, Any]
+
+    @property
+    def cells(self) -> list[Share | str]:
+        """Clean, attacked and certified accuracy."""
+        return [self.clean, self.attacked, self.certified]
+
+    def images(self, numbers: Sequence[int]) -> tuple[Float[Tensor, "N C H W"], Float[Tensor, "N C H W"]]:
+        """Some pictures as they were and attacked; a picture without an attack stays as it was.
+
+        Errors: InputError where an attack changed more pixels than are stored.
+        """
+        clean = self.pictures.images(list(numbers))
+        changed, result = read_evidence(self.folder, ["pixels", "values"]), clean.flatten(2).clone()
+        attacked = read_records(self.folder)["attacked"]
+        for row, number in enumerate(numbers):
+            pixels, values = (changed[name][number].as_py() for name in ("pixels", "values"))
+            if pixels is not None and values is not None:
+                where = torch.from_numpy(np.frombuffer(pixels, "<i4").copy()).long()
+                result[row, :, where] = torch.from_numpy(np.frombuffer(values, "<f4").copy()).view(clean.shape[1], -1)
+            elif attacked[number].as_py():
+                raise InputError(f"{self.folder}: attacks of so many pixels are not stored")
+        return clean, result.view_as(clean)
+
+
+def target(
+    bench: Bench, wanted: Wanted, threat: Threat | None, method: str | None = None, **settings: Any
+) -> Target | NotRun:
+    """The model of a role as it was trained, or ``method`` around its network, built for the threat.
+
+    ``NotRun`` where there is no such model, or what it comes from is not installed.
+    """
+    name, built_for = bench.models.get(wanted.role, wanted.name), threat or PatchThreat(1)
+    if is_adapter(name) and not Path(name).is_dir():
+        try:
+            network = open_model(name)
+        except InputError as error:
+            return NotRun(f"not run ({error})")
+        some = load(bench.data, bench.split, limit=1)
+        size = frame(network, [some.pixels([0]).shape[1:3]])
+        method = method or Undefended.name
+        defense, sheet = around(network, method, built_for, settings, size, some.class_names)
+        return Target(defense, sheet, f"{method}:{network.name}", name)
+    folder = bench.folder(wanted)
+    if folder is None:
+        return wanted.missing()
+    if method is None:
+        return Target(*open_defense(str(folder), None, built_for, settings), folder.name, str(folder))
+    return Target(*open_defense(method, str(folder), built_for, settings), f"{method}:{folder.name}", str(folder))
+
+
+def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Strength) -> Attacked:
+    """Attack every picture, or read what an earlier run of the same found. A broken certificate goes to ``bench.broken``.
+
+    Args:
+        threat: None for the L∞ attack of ``strength.epsilon``.
+
+    Errors: InputError where attack, threat and defense do not fit each other, or the pictures the model.
+    """
+    strength, attack = strength.within(bench), attacks.find(strength.attack)
+    device, pictures = devices.default(), bench.pictures(found.card)
+    rows = max(1, min(256, PIXELS // (found.card.image_size[0] * found.card.image_size[1])))
+    job = AttackJob(
+        defense=found.defense.to(device),
+        defense_name=found.name,
+        model_sha256=found.card.sha256,
+        image_size=found.card.image_size,
+        class_names=found.card.classes,
+        pictures=pictures,
+        threat=threat,
+        attack=attack,
+        starts=strength.rounds[0],
+        steps=strength.rounds[1],
+        step=strength.step,
+        search=strength.search,
+        epsilon=strength.epsilon,
+        adaptive=strength.adaptive,
+        device=device,
+        opened=found.opened,
+        part=max(5, min(50, rows // 4)),
+        batch=rows,
+    )
+    config = plain(job.config(bench.fingerprint(found.card)))
+    asked = {key: value for key, value in config.items() if key not in FREE | {"versions", "dataset_note"}}
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    folder = bench.out / "attacks" / f"{found.name.replace(':', '-').replace('/', '-')}-{attack.name}-{key}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    about = f"{found.name}, {attack.name}{'' if strength.adaptive else ' plain'}"
+    summary = run_attack(job, folder, lambda done, total, text: bench.progress(done, total, f"{about}: {text}"))
+    if summary["broken_certificates"]:
+        bench.broken.append(f"{summary['broken_certificates']} certificates of {found.name} broke: {folder / 'broken'}")
+    n = summary["images"]
+    clean, standing, certified = (
+        Share(round(n * summary[f"{kind}_accuracy"]), n) for kind in ("clean", "attacked", "certified")
+    )
+    proven = threat is not None and not summary["theorem"].startswith("none")
+    return Attacked(clean, standing, certified if proven else UNCERTIFIED, found, pictures, folder, summary)
+
+
+def lacking(bench: Bench, models: Iterable[Wanted]) -> list[str]:
+    """The commands that train the models that are not there, for a table's notes."""
+    here = dict.fromkeys(wanted for wanted in models if not is_adapter(bench.models.get(wanted.role, wanted.name)))
+    names = [wanted.name for wanted in here if bench.folder(wanted) is None]
+    return [
+        f"not run: certipatch train {name}"
+        if resources.find("recipes", f"{name}.yaml")
+        else f"not run: no recipe {name}"
+        for name in names
+    ]
