@@ -5,6 +5,9 @@ import io
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import numpy as np
+from jaxtyping import Float
+
 from certipatch.evaluation.metrics import wilson
 
 
@@ -49,6 +52,30 @@ class Number:
 
 @final
 @dataclass(frozen=True)
+class Mean:
+    """A mean over n pictures in percent, with half its 95 % interval (normal approximation)."""
+
+    percent: float
+    half: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Float[np.ndarray, " n"]) -> "Mean":
+        """The mean of one value between −1 and 1 per picture."""
+        n = len(values)
+        spread = float(np.std(values, ddof=1)) if n > 1 else 0.0
+        return cls(100 * float(np.mean(values)), 100 * 1.96 * spread / n**0.5, n)
+
+    def __str__(self) -> str:
+        return f"{self.percent:.1f} ±{self.half:.1f}"
+
+    def to_json(self) -> dict[str, Any]:
+        low, high = ((self.percent + sign * self.half) / 100 for sign in (-1, 1))
+        return {"mean": self.percent / 100, "ci95": (low, high), "n": self.n}
+
+
+@final
+@dataclass(frozen=True)
 class NotRun:
     """A cell that nobody has measured, and what it takes."""
 
@@ -61,7 +88,7 @@ class NotRun:
         return {"not_run": self.what}
 
 
-Cell = Share | Number | NotRun | str
+Cell = Share | Mean | Number | NotRun | str
 
 
 @final

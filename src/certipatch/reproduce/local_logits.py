@@ -1,0 +1,111 @@
+"""Local logits of any network with a map, undefended ones too; one cell alone, their mean, and other ways to add them up.
+
+The last layer, put on every cell of the last map in place of what pools it, gives local logits (PatchGuard, section II-A).
+Where the network pools by maximum, as our conv networks do, their mean is not its own answer.
+"""
+
+from typing import Any, ClassVar, final
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from certipatch import evidence as ev
+from certipatch.defenses.base import ViewDefense
+from certipatch.errors import InputError
+from certipatch.models import ConvNet
+from certipatch.rules import Rule
+from certipatch.views import Views
+
+
+@final
+class LocalConv(nn.Module):
+    """A conv network of whole pictures, its last layer on every cell: pictures (B, C, H, W) to local logits (B, V, K)."""
+
+    encoding = "all-views"
+
+    def __init__(self, network: ConvNet):
+        super().__init__()
+        head = nn.Conv2d(network.head.in_features, network.head.out_features, 1)
+        head.load_state_dict({"weight": network.head.weight[:, :, None, None], "bias": network.head.bias})
+        self.local = nn.Sequential(network.body, head)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V K"]:
+        return self.local(images).flatten(2).transpose(1, 2)
+
+
+@final
+class Cell(nn.Module):
+    """The logits (B, K) of one cell of a network of local logits."""
+
+    def __init__(self, network: nn.Module, cell: int):
+        super().__init__()
+        self.network, self.cell = network, cell
+        self.eval()
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        return self.network(images)[:, self.cell]
+
+
+@final
+class MeanOfCells(nn.Module):
+    """The mean (B, K) of the local logits: how a BagNet answers without a defense."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+        self.eval()
+
+    def forward(self, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
+        return self.network(images).mean(1)
+
+
+@final
+class Aggregation(ViewDefense):
+    """Local logits as they are, added up by a rule.
+
+    Args:
+        model: a network of local logits, or one that reads bands or blocks.
+        views: the bands or blocks; None for a network of local logits.
+        rule: of logits.
+    """
+
+    name: ClassVar[str] = "aggregation"
+    raw: ClassVar[bool] = True
+
+    def __init__(self, model: nn.Module, views: Views | None, rule: Rule):
+        super().__init__(model, views)
+        self._rule, self.theorem = rule, rule.theorem
+
+    def rule(self, image_size: tuple[int, int]) -> Rule:
+        return self._rule
+
+    def values(
+        self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance
+    ) -> tuple[Tensor, None, Float64[Tensor, " B"]]:
+        return logits, None, tolerance.of(logits).flatten(1).amax(1).double()
+
+    def settings(self) -> dict[str, Any]:
+        return {"rule": repr(self._rule)}
+
+
+def local_network(defense: Any, name: str) -> tuple[nn.Module, Views | None]:
+    """A defense's network as one of local logits, or of bands or blocks and these.
+
+    Errors: InputError where the network has no map with a layer that can be put on its cells.
+    """
+    if isinstance(defense, ViewDefense):
+        return defense.model, defense.views
+    if isinstance(network := defense.model, ConvNet) and network.encoding == "picture":
+        return LocalConv(network), None
+    raise InputError(
+        f"{name}: a {type(network).__name__} has no local logits; this table needs a conv network or a BagNet"
+    )
+
+
+def local_logits(network: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V K"]:
+    """Of pictures, by a network of local logits, in full batches."""
+    batch = max(1, ev.PIXELS // images[0, 0].numel())
+    with torch.inference_mode():
+        return torch.cat([network(part) for part in images.split(batch)])
