@@ -63,11 +63,11 @@ class Strength:
         """For a note."""
         starts, steps = self.rounds
         knows = "" if self.adaptive else ", plain: it knows nothing of the defense"
-        return f"{self.attack}, {starts} starts x {steps} steps of {self.step:.3g}{knows}"
+        return f"{self.attack}, {starts} start{'s' * (starts != 1)} x {steps} steps of {self.step:.3g}{knows}"
 
     def within(self, bench: Bench) -> "Strength":
-        """With the starts and steps that the user asked for."""
-        changes = {"starts": bench.starts, "steps": bench.steps}
+        """With the starts and steps that the user asked for; an attack of one start, at one place, keeps to it."""
+        changes = {"starts": None if self.starts == 1 else bench.starts, "steps": bench.steps}
         return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
