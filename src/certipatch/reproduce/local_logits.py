@@ -90,7 +90,7 @@ class Aggregation(ViewDefense):
         return {"rule": repr(self._rule)}
 
 
-def local_network(defense: Any, name: str) -> tuple[nn.Module, Views | None]:
+def network_of(defense: Any, name: str) -> tuple[nn.Module, Views | None]:
     """A defense's network as one of local logits, or of bands or blocks and these.
 
     Errors: InputError where the network has no map with a layer that can be put on its cells.
@@ -104,8 +104,8 @@ def local_network(defense: Any, name: str) -> tuple[nn.Module, Views | None]:
     )
 
 
-def local_logits(network: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V K"]:
-    """Of pictures, by a network of local logits, in full batches."""
+def answers(network: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B ..."]:
+    """What a network says of pictures, in full batches."""
     batch = max(1, ev.PIXELS // images[0, 0].numel())
     with torch.inference_mode():
         return torch.cat([network(part) for part in images.split(batch)])

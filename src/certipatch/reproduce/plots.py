@@ -91,6 +91,43 @@ def draw(
     return file.getvalue()
 
 
+def histograms(
+    panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, str]]]], axis_names: tuple[str, str], bins: int
+) -> bytes:
+    """Histograms (name, values, colour) over each other, a panel for each title, as PNG; shares on a logarithmic scale."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.0, 0.6 + 2.7 * max(1, len(panels))), layout="constrained")
+        FigureCanvasAgg(figure)
+        every = figure.subplots(max(1, len(panels)), squeeze=False)[:, 0]
+        every[-1].set(xlabel=axis_names[0])
+        outlines = []
+        for axes, (title, shown) in zip(every, panels, strict=False):
+            values = np.concatenate([found for _, found, _ in shown])
+            edges = np.linspace(values.min(), max(values.max(), values.min() + 1e-6), bins + 1)
+            lowest = 50 / max(len(found) for _, found, _ in shown)  # half of one value
+            axes.set(ylabel=axis_names[1], yscale="log", xlim=(edges[0], edges[-1]), ylim=(lowest, 150))
+            axes.set_title(title, fontsize=9, loc="left")
+            outlines.append([])
+            for _, found, colour in shown:
+                shares = np.maximum(100 * np.histogram(found, edges)[0] / len(found), lowest)
+                x, y = np.repeat(edges, 2)[1:-1], np.repeat(shares, 2)
+                axes.fill_between(x, y, lowest, color=colour, alpha=0.13, linewidth=0)
+                axes.plot(x, y, color=colour)
+                outlines[-1].append(np.stack([x, y], 1))
+        for axes, (_, shown), found in zip(every, panels, outlines, strict=False):
+            raised = [outline[outline[:, 1] > outline[:, 1].min()] for outline in found]
+            label(axes, [name for name, _, _ in shown], [colour for _, _, colour in shown], raised, found, 8.0)
+        if not panels:
+            every[0].text(0.5, 0.5, "no model was run", transform=every[0].transAxes, ha="center", color="#555555")
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
 def shades(colour: str, number: int) -> list[str]:
     """From a colour to a light one of the same hue, dark ones first; all readable on white."""
     base = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
