@@ -7,10 +7,19 @@ from typing import final
 
 from certipatch.data import load
 from certipatch.errors import InputError
-from certipatch.reproduce import interval, interval_papers, papers, patchguard, smoothing, smoothing_figures
+from certipatch.reproduce import (
+    interval,
+    interval_papers,
+    papers,
+    patchguard,
+    patchguard_attacks,
+    smoothing,
+    smoothing_figures,
+)
 from certipatch.reproduce.bench import Bench
 from certipatch.reproduce.fields import receptive_field_figure
 from certipatch.reproduce.interval_models import INTERVAL
+from certipatch.reproduce.local_histograms import histograms
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import CIFAR10, IMAGENETTE, SMOOTHING, Study, study_of
 from certipatch.reproduce.table import Table
@@ -38,6 +47,13 @@ def _pg(
     return Reproduction(make, study, paper, f"PatchGuard, {number}", title)
 
 
+def _attacked(
+    number: str, title: str, make: Callable[[Bench, Study, Numbers], Table], paper: Numbers | None = None
+) -> Reproduction:
+    studies = patchguard_attacks.ATTACKED
+    return Reproduction(make, studies[0], paper or {}, f"PatchGuard, {number}", title, studies)
+
+
 def _ds(
     number: str,
     title: str,
@@ -59,7 +75,13 @@ def _ibp(
 
 
 TABLES: dict[str, Reproduction] = {
+    "pg-table2": _attacked(
+        "Table II", "attacked local predictions", patchguard_attacks.local_predictions, papers.LOCAL_PREDICTIONS
+    ),
     "pg-table3": _pg("Table III", "default parameters", patchguard.parameters, CIFAR10, papers.PARAMETERS),
+    "pg-table4": _attacked(
+        "Table IV", "undefended networks under attack", patchguard_attacks.undefended_networks, papers.UNDEFENDED
+    ),
     "pg-table5": _pg(
         "Table V, CIFAR-10",
         "clean and certified accuracy of all defenses",
@@ -73,6 +95,12 @@ TABLES: dict[str, Reproduction] = {
         patchguard.comparison,
         IMAGENETTE,
         papers.COMPARISON_IMAGENETTE,
+    ),
+    "pg-table6": _attacked(
+        "Table VI",
+        "undefended networks by receptive field",
+        patchguard_attacks.receptive_field_sizes,
+        papers.UNDEFENDED_FIELDS,
     ),
     "pg-table7": _pg(
         "Table VII",
@@ -140,6 +168,10 @@ TABLES: dict[str, Reproduction] = {
         "Table XIX", "evidence of column bands", patchguard.evidence_of_bands, CIFAR10, papers.BAND_EVIDENCE_CIFAR10
     ),
     "pg-table20": _pg("Table XX", "inference time", patchguard.inference_time, CIFAR10, papers.TIME_CIFAR10),
+    "pg-table21": _attacked(
+        "Table XXI", "other aggregations under attack", patchguard_attacks.aggregations, papers.AGGREGATIONS
+    ),
+    "pg-fig3": _attacked("Figures 3, 5, 6", "largest local logits, clean and attacked", histograms),
     "pg-fig7": _pg("Figure 7", "attention within a receptive field", receptive_field_figure, CIFAR10, {}),
     "ds-fig1": _ds("Figure 1", "clean against certified accuracy", smoothing_figures.clean_and_certified),
     "ds-fig3": _ds("Figure 3", "accuracy of single views against Δ", smoothing_figures.single_views),
