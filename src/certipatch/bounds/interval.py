@@ -24,11 +24,11 @@ class Interval:
 
     @property
     def centre(self) -> Float[Tensor, "*shape"]:
-        return self.lower if self.is_point else (self.lower + self.upper) * 0.5
+        return self.lower if self.is_point else (self.lower + self.upper).mul_(0.5)
 
     @property
     def radius(self) -> Float[Tensor, "*shape"]:
-        return (self.upper - self.lower) * 0.5
+        return (self.upper - self.lower).mul_(0.5)
 
     @property
     def is_point(self) -> bool:

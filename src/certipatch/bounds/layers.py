@@ -28,6 +28,7 @@ from certipatch.bounds.interval import Interval, Window, widened
 State = Window | Interval | None
 """What a patch does to a map: a window of it, all of it, or nothing."""
 Pair = tuple[int, int]
+SMALL_MATRIX = 2**17  # up to so many numbers a convolution of a window is done as a product with one matrix
 FEW_CHANNELS = 16  # up to here a convolution of torch beats a product of matrices
 
 
@@ -218,7 +219,19 @@ class Conv(Op):
         if not rows or not columns:
             return None
         moved, grown = changes(x, before, self.guard)
-        if self.stride == (1, 1) and self.groups == 1 and self.weight.shape[1] > FEW_CHANNELS:
+        around = (
+            *_around(x.left, width, self.stride[1], self.padding[0], across, columns),
+            *_around(x.top, height, self.stride[0], self.padding[2], down, rows),
+        )
+        numbers = moved[0].numel() * len(self.weight) * len(rows) * len(columns)
+        if self.groups == 1 and numbers <= SMALL_MATRIX:
+            corner = (around[2], around[0])
+            signed, size = self._matrices(moved.shape[1:], corner, (len(rows), len(columns)))
+            centre, radius = (
+                (part.flatten(1) @ matrix).view(-1, len(self.weight), len(rows), len(columns))
+                for part, matrix in ((moved, signed), (grown, size))
+            )
+        elif self.stride == (1, 1) and self.groups == 1 and self.weight.shape[1] > FEW_CHANNELS:
             cut = (
                 rows.start - (x.top + self.padding[2] - down),
                 columns.start - (x.left + self.padding[0] - across),
@@ -229,13 +242,30 @@ class Conv(Op):
                 self._scatter(part, taps, cut) for part, taps in zip((moved, grown), self._by_tap, strict=True)
             )
         else:
-            around = (
-                *_around(x.left, width, self.stride[1], self.padding[0], across, columns),
-                *_around(x.top, height, self.stride[0], self.padding[2], down, rows),
-            )
             centre, radius = self._slide(moved, self.weight, around), self._slide(grown, self.magnitude, around)
         image = image.cut(rows.start, columns.start, len(rows), len(columns))
         return Window(rows.start, columns.start, added(image, centre, radius, self.eps))
+
+    def _matrices(self, read: torch.Size, corner: Pair, image: Pair) -> tuple[Tensor, Tensor]:
+        """The convolution of a window (C, h, w) as the matrix (C·h·w, O·rows·columns) it is, of W and of |W|.
+
+        ``corner`` is the window's first cell, less what output (0, 0) of ``image`` reads first.
+        """
+        key = (read, corner, image, torch.is_grad_enabled())
+        if key not in self._kept:
+            rows, columns = (
+                _taps(*axis)
+                for axis in zip(read[1:], corner, image, self.weight.shape[2:], self.stride, self.dilation, strict=True)
+            )
+            weight = F.pad(self.weight, (0, 1, 0, 1))[:, :, rows[:, :, None, None], columns.to(self.weight.device)]
+            signed = weight.permute(1, 2, 4, 0, 3, 5).reshape(read.numel(), -1)
+            self._kept[key] = signed, signed.abs()
+        return self._kept[key]
+
+    @cached_property
+    def _kept(self) -> dict[tuple[torch.Size, Pair, Pair, bool], tuple[Tensor, Tensor]]:
+        """Matrices of windows by what they read; there are as many as a patch's windows differ in size and parity."""
+        return {}
 
     @cached_property
     def _by_tap(self) -> tuple[Tensor, Tensor]:
@@ -273,7 +303,11 @@ def changes(x: Window, clean: Interval, guard: float) -> tuple[Tensor, Tensor]:
 
 def added(image: Interval, centre: Tensor, radius: Tensor, eps: float) -> Interval:
     """An interval whose centre and radius have changed by so much."""
-    lower, upper = image.lower + (centre - radius), image.upper + (centre + radius)
+    if image.is_point:
+        middle = image.lower + centre
+        lower, upper = middle - radius, middle + radius
+    else:
+        lower, upper = image.lower + (centre - radius), image.upper + (centre + radius)
     guard = 8 * eps * (image.lower.abs() + image.upper.abs() + centre.abs() + radius.abs()) if eps else 0.0
     return widened(lower, upper, guard)
 
@@ -290,6 +324,15 @@ def _around(first: int, size: int, stride: int, padding: int, reach: int, output
     """Cells to add before and after a window, so that it is what ``outputs`` read; negative ones are taken away."""
     last = (outputs.stop - 1) * stride - padding + reach
     return first - (outputs.start * stride - padding), last - (first + size - 1)
+
+
+def _taps(
+    cells: int, first: int, outputs: int, kernel: int, stride: int, dilation: int
+) -> Int[Tensor, "cells outputs"]:
+    """Along one axis, with which weight of a kernel an output reads a cell; ``kernel`` where it does not."""
+    offset = torch.arange(cells)[:, None] + first - stride * torch.arange(outputs)
+    read = (offset >= 0) & (offset % dilation == 0) & (offset < kernel * dilation)
+    return torch.where(read, offset // dilation, kernel)
 
 
 class Pool(Op):
