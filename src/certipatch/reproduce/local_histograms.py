@@ -97,9 +97,7 @@ def histograms(bench: Bench, study: Study, paper: Numbers) -> Table:
 def largest_logits(bench: Bench, found: Target, threat: PatchThreat, strength: Strength) -> Maxima:
     """Local logits of all pictures before and after an attack on the global answer; a part that is kept is not made again."""
     pictures, device = bench.pictures(found.card), devices.default()
-    network, views = local_logits.network_of(found.defense, found.name)
-    assert views is None, "cells of a map"
-    network = network.to(device)
+    network = local_logits.map_of(found.defense, found.name).to(device)
     whole = found.defense.model if isinstance(found.defense, Undefended) else local_logits.MeanOfCells(network)
     card = found.card
     about = [card.sha256, card.name, repr(getattr(card, "model", None)), card.image_size, bench.fingerprint(card)]

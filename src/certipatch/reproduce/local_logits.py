@@ -104,6 +104,14 @@ def network_of(defense: Any, name: str) -> tuple[nn.Module, Views | None]:
     )
 
 
+def map_of(defense: Any, name: str) -> nn.Module:
+    """A defense's network as one of local logits, a cell for every view. InputError as ``network_of``, and for bands."""
+    network, views = network_of(defense, name)
+    if views is not None:
+        raise InputError(f"{name} looks at bands or blocks; this table needs a conv network or a BagNet")
+    return network
+
+
 def answers(network: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B ..."]:
     """What a network says of pictures, in full batches."""
     batch = max(1, ev.PIXELS // images[0, 0].numel())

@@ -40,8 +40,14 @@ MEAN = ClippedSum(-inf, inf)
 LARGEST = "3%"
 """The patch of table II and figure 3."""
 
-ATTACKED_CIFAR10 = replace(CIFAR10, patches=(2, 5), title="CIFAR-10", image_size=(32, 32))
-ATTACKED_IMAGENETTE = replace(IMAGENETTE, title="ImageNette", image_size=(224, 224))
+
+def _study(base: Study, title: str, size: tuple[int, int], patches: tuple[int | str, ...]) -> Study:
+    models = tuple(wanted for wanted in base.models if wanted.role != "columns")
+    return replace(base, models=models, title=title, image_size=size, patches=patches)
+
+
+ATTACKED_CIFAR10 = _study(CIFAR10, "CIFAR-10", (32, 32), (2, 5))
+ATTACKED_IMAGENETTE = _study(IMAGENETTE, "ImageNette", (224, 224), IMAGENETTE.patches)
 ATTACKED_MNIST = Study(
     "mnist", (2, 5), (Wanted("bagnet", "mnist-bagnet", 3), Wanted("plain", "mnist-plain", 0.4)), "MNIST", (28, 28)
 )
@@ -61,10 +67,10 @@ def local_predictions(bench: Bench, study: Study, paper: Numbers) -> Table:
     """Table II: every local prediction of the undefended network attacked by itself, at one random place."""
     bench, wanted, threat = bench.first(PICTURES), study.model("plain"), PatchThreat(LARGEST)
     columns = ["wrong local, attacked", "wrong local, before", "difference", "wrong global, attacked"]
-    strength, found = ONE_PLACE.within(bench), undefended(bench, wanted, threat)
+    strength, found, more = ONE_PLACE.within(bench), undefended(bench, wanted), _elsewhere(paper, study)
     if isinstance(found, NotRun):
-        return Table(columns, [Row(wanted.name, [found]), *_paper(paper, study)], notes(bench, {}, [wanted]))
-    network, before, after = local_logits.network_of(found.defense, found.name)[0], [], []
+        return Table(columns, [Row(wanted.name, [found]), *_paper(paper, study)], notes(bench, {}, [wanted], more))
+    network, before, after = local_logits.map_of(found.defense, found.name), [], []
     whole = attacked(bench, found, threat, strength)
     cells = receptive_fields(network, found.card.image_size).number(found.card.image_size)
     for cell in range(cells):
@@ -77,11 +83,11 @@ def local_predictions(bench: Bench, study: Study, paper: Numbers) -> Table:
     wrong = Share(whole.attacked.n - whole.attacked.count, whole.attacked.n)
     row = Row(_named(found), [Mean.of(final), Mean.of(original), Mean.of(final - original), wrong])
     side = threat.locations(found.card.image_size).box(0)[2]
-    more = [
+    about = [
         f"{LARGEST} patch: {side}x{side} pixels; local: mean over pictures of {cells} predictions each; "
         f"{100 - whole.clean.percent:.1f} % of the global predictions are wrong without an attack"
     ]
-    return Table(columns, [row, *_paper(paper, study)], notes(bench, {"attack": strength}, [wanted], more))
+    return Table(columns, [row, *_paper(paper, study)], notes(bench, {"attack": strength}, [wanted], about + more))
 
 
 def undefended_networks(bench: Bench, study: Study, paper: Numbers) -> Table:
@@ -112,12 +118,12 @@ def aggregations(bench: Bench, study: Study, paper: Numbers) -> Table:
         if isinstance(found, NotRun):
             rows.append(Row(wanted.name, [found]))
             continue
-        every: dict[str, Defense] = {}
+        network, views = local_logits.network_of(found.defense, found.name)
+        ways = added_up(network, views, threat, found.card.image_size)
+        every = {words: _around(found, defense) for words, defense in ways.items()}
         if isinstance(found.defense, Undefended):
-            every["its own, the maximum of features"] = found.defense
-        every |= added_up(*local_logits.network_of(found.defense, found.name), threat, found.card.image_size)
-        for words, defense in every.items():
-            one = replace(found, defense=defense, name=f"{defense.name}:{found.card.name}")
+            every = {"its own, the maximum of features": found} | every
+        for words, one in every.items():
             results = [attacked(bench, one, threat, strength) for strength in PGD.values()]
             cells: list[Cell] = [results[0].clean, *(result.attacked for result in results), results[0].certified]
             rows.append(Row(f"{_named(found)}, {words}", cells))
@@ -137,30 +143,24 @@ def _under(
     """A row for every undefended network and attack: what is shown of its runs against the study's patches."""
     rows: list[Row] = []
     for wanted in models:
-        found = [undefended(bench, wanted, PatchThreat(patch)) for patch in study.patches]
-        if isinstance(found[0], NotRun):
-            rows.append(Row(wanted.name, [found[0]]))
+        found = undefended(bench, wanted)
+        if isinstance(found, NotRun):
+            rows.append(Row(wanted.name, [found]))
             continue
         for words, strength in ways.items():
-            results = [
-                attacked(bench, one, PatchThreat(patch), strength)
-                for one, patch in zip(found, study.patches, strict=True)
-                if isinstance(one, Target)
-            ]
-            rows.append(Row(f"{_named(found[0])}, {words}", shown(results)))
+            results = [attacked(bench, found, PatchThreat(patch), strength) for patch in study.patches]
+            rows.append(Row(f"{_named(found)}, {words}", shown(results)))
     return rows
 
 
-def undefended(bench: Bench, wanted: Wanted, threat: PatchThreat) -> Target | NotRun:
+def undefended(bench: Bench, wanted: Wanted) -> Target | NotRun:
     """A network without a defense: as it answers by itself, or of local logits their mean."""
-    found = target(bench, wanted, threat)
+    found = target(bench, wanted, None)
     if isinstance(found, NotRun) or isinstance(found.defense, Undefended):
         return found
-    name = f"undefended:{found.card.name}"
     if isinstance(found.defense, ViewDefense):
-        mean = Aggregation(*local_logits.network_of(found.defense, found.name), MEAN)
-        return replace(found, defense=mean, name=name)
-    return replace(found, defense=Undefended(found.defense.model), name=name)
+        return _around(found, Aggregation(*local_logits.network_of(found.defense, found.name), MEAN))
+    return _around(found, Undefended(found.defense.model))
 
 
 def added_up(
@@ -183,7 +183,8 @@ def added_up(
 def notes(bench: Bench, ways: Mapping[str, Strength], models: Iterable[Wanted], more: Iterable[str] = ()) -> list[str]:
     """Data, attacks, and the commands that train what is not there."""
     models = list(models)
-    known = [wanted for wanted in models if wanted.name in COMMANDS and bench.folder(wanted) is None]
+    usual = [wanted for wanted in models if wanted.role not in bench.models and wanted.name in COMMANDS]
+    known = [wanted for wanted in usual if bench.folder(wanted) is None]
     return [
         *bench.describe(),
         *(f"{words}: {strength.within(bench).words}" for words, strength in ways.items()),
@@ -193,11 +194,14 @@ def notes(bench: Bench, ways: Mapping[str, Strength], models: Iterable[Wanted], 
     ]
 
 
+def _around(found: Target, defense: Defense) -> Target:
+    return replace(found, defense=defense, name=f"{defense.name}:{found.name}")
+
+
 def _named(found: Target) -> str:
     """A network and how far its cells see."""
     try:
-        network = local_logits.network_of(found.defense, found.name)[0]
-        fields = receptive_fields(network, found.card.image_size)
+        fields = receptive_fields(local_logits.map_of(found.defense, found.name), found.card.image_size)
     except InputError:  # no map, or a layer that nothing can be claimed about
         return found.card.name
     return f"{found.card.name}, field {fields.size[0]}x{fields.size[1]}"

@@ -119,7 +119,7 @@ def histograms(
                 axes.plot(x, y, color=colour)
                 outlines[-1].append(np.stack([x, y], 1))
         for axes, (_, shown), found in zip(every, panels, outlines, strict=False):
-            raised = [outline[outline[:, 1] > outline[:, 1].min()] for outline in found]
+            raised = [outline[outline[:, 1] > axes.get_ylim()[0]] for outline in found]
             label(axes, [name for name, _, _ in shown], [colour for _, _, colour in shown], raised, found, 8.0)
         if not panels:
             every[0].text(0.5, 0.5, "no model was run", transform=every[0].transAxes, ha="center", color="#555555")
