@@ -22,7 +22,7 @@ from certipatch.reproduce import local_logits, plots
 from certipatch.reproduce.attacked import Strength, Target, target
 from certipatch.reproduce.bench import Bench
 from certipatch.reproduce.papers import Numbers
-from certipatch.reproduce.patchguard_attacks import LARGEST, ONE_PLACE, PICTURES, notes
+from certipatch.reproduce.patchguard_attacks import LARGEST, LOCAL, ONE_PLACE, PICTURES, notes
 from certipatch.reproduce.plots import BLUE, RED
 from certipatch.reproduce.studies import Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
@@ -88,7 +88,8 @@ def histograms(bench: Bench, study: Study, paper: Numbers) -> Table:
     columns = ["median", "99 % quantile", "largest", "pictures above every clean cell", "global accuracy"]
     more = [
         f"{LARGEST} patch at one random place; every attack runs to its last step and raises the foremost wrong class of the "
-        "global answer; the paper prints no numbers"
+        "global answer; the paper prints no numbers",
+        LOCAL,
     ]
     figure = plots.histograms(panels, names, BINS)
     return Table(columns, rows, notes(bench, {"attack": strength}, models, more), {"figure.png": figure})

@@ -39,6 +39,7 @@ PGD = {words: strength for words, strength in ATTACKS.items() if strength.attack
 MEAN = ClippedSum(-inf, inf)
 LARGEST = "3%"
 """The patch of table II and figure 3."""
+LOCAL = "local logits: the last layer on every cell of the last map, which conv networks pool by maximum and BagNets by mean"
 
 
 def _study(base: Study, title: str, size: tuple[int, int], patches: tuple[int | str, ...]) -> Study:
@@ -85,7 +86,8 @@ def local_predictions(bench: Bench, study: Study, paper: Numbers) -> Table:
     side = threat.locations(found.card.image_size).box(0)[2]
     about = [
         f"{LARGEST} patch: {side}x{side} pixels; local: mean over pictures of {cells} predictions each; "
-        f"{100 - whole.clean.percent:.1f} % of the global predictions are wrong without an attack"
+        f"{100 - whole.clean.percent:.1f} % of the global predictions are wrong without an attack",
+        LOCAL,
     ]
     return Table(columns, [row, *_paper(paper, study)], notes(bench, {"attack": strength}, [wanted], about + more))
 
@@ -127,7 +129,7 @@ def aggregations(bench: Bench, study: Study, paper: Numbers) -> Table:
             results = [attacked(bench, one, threat, strength) for strength in PGD.values()]
             cells: list[Cell] = [results[0].clean, *(result.attacked for result in results), results[0].certified]
             rows.append(Row(f"{_named(found)}, {words}", cells))
-    more = [f"{study.patch_words()[1]} patch; u: local logits; attacks climb the aggregation itself, made soft"]
+    more = [f"{study.patch_words()[1]} patch; u: local logits; attacks climb the aggregation itself, made soft", LOCAL]
     columns = ["clean", *(f"attacked, {words.split(', ')[1]}" for words in PGD), "certified"]
     lines = notes(bench, PGD, models, more + _elsewhere(paper, study))
     return Table(columns, rows + _paper(paper, study), lines)
