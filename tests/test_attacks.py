@@ -189,6 +189,20 @@ def test_a_batch_finds_what_single_pictures_find_and_seeds_repeat():
     assert not torch.equal(other.attacked, together.attacked)
 
 
+@pytest.mark.parametrize("name", ["patch-pgd", "lavan", "square"])
+def test_what_a_start_draws_does_not_hang_on_the_part_it_comes_in(name):
+    defense, images, threat = linear(scale=0.4), pictures(7), PatchThreat(2)
+    asked = task(defense, threat, images, starts=1, steps=40)
+    whole = find(name).run(Victim(defense), asked)
+    assert 0 < whole.broken.sum() < len(images)
+    for first, last in ((0, 2), (2, 7)):
+        part = replace(asked, images=images[first:last], label=asked.label[first:last], numbers=[*range(first, last)])
+        found = find(name).run(Victim(defense), part)
+        assert torch.equal(found.broken, whole.broken[first:last])
+        assert torch.equal(found.choice, whole.choice[first:last])
+        assert torch.allclose(found.attacked, whole.attacked[first:last], atol=1e-5)
+
+
 def test_broken_pictures_take_no_further_starts():
     defense = linear(scale=5.0)
     easy = task(defense, PatchThreat((6, 7)), starts=50, steps=30)

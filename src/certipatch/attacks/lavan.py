@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from certipatch.attacks.base import Attack, Notify, Outcome, Task, Victim
-from certipatch.attacks.locate import plan
+from certipatch.attacks.locate import noisy_starts
 from certipatch.attacks.pool import Pool, climb
 
 
@@ -23,17 +23,10 @@ class LaVAN(Attack):
     steps: ClassVar[int] = 150
 
     def run(self, victim: Victim, task: Task, notify: Notify = lambda done: None) -> Outcome:
-        victim.check_gradients(task.images)
-        places = task.places()
-        chosen = plan(victim, task, places)
-        masks = [places.masks(choice) for choice in chosen]
+        starts = noisy_starts(victim, task)
         with torch.no_grad():
             leads = torch.cat([victim.leads(p, task.generator(0, -1)) for p in task.images.split(task.batch)]).cpu()
         rivals = leads.scatter(1, task.label.cpu()[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
-
-        def begin(picture: int, start: int):
-            noise = torch.rand(task.images.shape[1:], generator=task.generator(picture, start))
-            return noise, masks[picture][start], chosen[picture][start]
 
         def aim(pool: Pool, leads: Tensor) -> Tensor:
             own = task.label[pool.picture].to(leads.device)
@@ -47,4 +40,4 @@ class LaVAN(Attack):
             largest = inside.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)
             pool.paint = (pool.paint + 4 * task.step * inside / largest).clamp_(0, 1)
 
-        return climb(Pool(victim, task, begin, places.count, [len(choice) for choice in chosen], notify), move, aim)
+        return climb(Pool(victim, task, *starts, notify), move, aim)

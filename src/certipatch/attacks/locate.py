@@ -9,6 +9,7 @@ from torch import Tensor
 
 from certipatch.attacks.base import Task, Victim
 from certipatch.attacks.places import Places
+from certipatch.attacks.pool import Begin
 from certipatch.errors import InputError
 
 COARSE = 12  # places of the coarse grid that are painted and looked at
@@ -69,6 +70,23 @@ def plan(victim: Victim, task: Task, places: Places) -> list[Int64[Tensor, "star
     if task.search not in makers:
         raise InputError(f"--search {task.search!r} is not known; use one of {', '.join(makers)}")
     return makers[task.search]()
+
+
+def noisy_starts(victim: Victim, task: Task) -> tuple[Begin, int, list[int]]:
+    """How a ``Pool`` of gradient steps on patches begins: random paint at planned places; patches, starts of each picture.
+
+    Errors: InputError where the victim gives no gradient, and as ``plan``.
+    """
+    victim.check_gradients(task.images)
+    places = task.places()
+    chosen = plan(victim, task, places)
+    masks = [places.masks(choice) for choice in chosen]
+
+    def begin(picture: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        noise = torch.rand(task.images.shape[1:], generator=task.generator(picture, start))
+        return noise, masks[picture][start], chosen[picture][start]
+
+    return begin, places.count, [len(choice) for choice in chosen]
 
 
 def _random(task: Task, places: Places) -> list[Tensor]:

@@ -7,11 +7,10 @@ starts; rows of all pictures and starts share one batch.
 
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
 from certipatch.attacks.base import Attack, Notify, Outcome, Task, Victim
-from certipatch.attacks.locate import plan
+from certipatch.attacks.locate import noisy_starts
 from certipatch.attacks.pool import Pool, climb
 
 
@@ -24,16 +23,7 @@ class PatchPGD(Attack):
     steps: ClassVar[int] = 150
 
     def run(self, victim: Victim, task: Task, notify: Notify = lambda done: None) -> Outcome:
-        victim.check_gradients(task.images)
-        places = task.places()
-        chosen = plan(victim, task, places)
-        masks = [places.masks(choice) for choice in chosen]
-
-        def begin(picture: int, start: int):
-            noise = torch.rand(task.images.shape[1:], generator=task.generator(picture, start))
-            return noise, masks[picture][start], chosen[picture][start]
-
         def move(pool: Pool, gradient: Tensor) -> None:
             pool.paint = (pool.paint + task.step * gradient.sign()).clamp_(0, 1)
 
-        return climb(Pool(victim, task, begin, places.count, [len(choice) for choice in chosen], notify), move)
+        return climb(Pool(victim, task, *noisy_starts(victim, task), notify), move)

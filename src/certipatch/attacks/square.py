@@ -10,7 +10,7 @@ import math
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from certipatch.attacks.base import Attack, Notify, Outcome, Task, Victim
 from certipatch.attacks.locate import plan
@@ -37,9 +37,10 @@ class Square(Attack):
         roams = task.search in ("auto", "random")
         masks = [places.masks(choice) for choice in chosen]
         channels, height, width = task.images.shape[1:]
+        draws: dict[tuple[int, int], Generator] = {}  # of each start, so that nothing hangs on the batch it comes in
 
         def begin(picture: int, start: int):
-            generator = task.generator(picture, start)
+            generator = draws[picture, start] = task.generator(picture, start)
             stripes = torch.randint(0, 2, (channels, 1, width), generator=generator).float()
             return stripes.expand(-1, height, -1), masks[picture][start], chosen[picture][start]
 
@@ -48,7 +49,7 @@ class Square(Attack):
         while pool.refill():
             rows = list(zip(pool.picture.tolist(), pool.start.tolist(), strict=True))
             before = pool.paint, pool.mask, pool.choice
-            pool.paint, pool.mask, pool.choice = self._proposed(pool, places, roams)
+            pool.paint, pool.mask, pool.choice = self._proposed(pool, places, roams, [draws[row] for row in rows])
             images = pool.images()
             with torch.no_grad():
                 loss = pool.loss(victim.leads(images, pool.generator)).float()
@@ -63,12 +64,13 @@ class Square(Attack):
             pool.choice = torch.where(back[:, None], before[2][stay], pool.choice)
         return pool.finish()
 
-    def _proposed(self, pool: Pool, places: Places, roams: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Every row repainted, or moved; rows of age 0 as they are."""
+    def _proposed(
+        self, pool: Pool, places: Places, roams: bool, draws: list[Generator]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Every row repainted, or moved, as its generator draws; rows of age 0 as they are."""
         paint, choice = pool.paint.clone(), pool.choice.clone()
-        generator, locations = pool.generator, places.locations
-        moved = []
-        for row, age in enumerate(pool.age.tolist()):
+        locations, moved = places.locations, []
+        for row, (age, generator) in enumerate(zip(pool.age.tolist(), draws, strict=True)):
             if age == 0:
                 continue
             one = int(torch.randint(places.count, (1,), generator=generator))

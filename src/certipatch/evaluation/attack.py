@@ -27,9 +27,8 @@ from certipatch.errors import InputError
 from certipatch.evaluation.files import write_bytes
 from certipatch.evaluation.metrics import wilson
 from certipatch.evaluation.records import ATTACK_EVIDENCE, ATTACK_RECORD, MAX_SCORES, read_records, write_part
-from certipatch.evaluation.run import Kind, Progress, part_of, work
+from certipatch.evaluation.run import Kind, Progress, configuration, part_of, work
 from certipatch.threats import PatchThreat, SparseThreat, Threat
-from certipatch.versions import versions
 from certipatch.workers import Workers
 
 CPU = torch.device("cpu")
@@ -67,35 +66,9 @@ class AttackJob:
     def config(self, dataset_sha256: str | None = None) -> dict[str, Any]:
         """All settings, as plain values."""
         threat = {"kind": "linf", "epsilon": self.epsilon} if self.threat is None else self.threat.to_dict()
-        return {
-            "command": "attack",
-            "defense": self.defense_name,
-            "method": self.defense.name,
-            "settings": self.defense.settings(),
-            "model_sha256": self.model_sha256,
-            "image_size": list(self.image_size),
-            "classes": list(self.class_names),
-            "dataset": self.pictures.name,
-            "dataset_sha256": dataset_sha256 or self.pictures.fingerprint(),
-            "dataset_note": self.pictures.note,
-            "split": self.pictures.split,
-            "images": len(self.pictures),
-            "threat": threat,
-            "attack": {
-                "name": self.attack.name,
-                "starts": self.starts,
-                "steps": self.steps,
-                "step": self.step,
-                "search": self.search,
-                "target": self.target,
-                "adaptive": self.adaptive,
-            },
-            "seed": self.seed,
-            "part": self.part,
-            "source": self.pictures.source,
-            "model": self.opened,
-            "versions": versions(),
-        }
+        names = ("starts", "steps", "step", "search", "target", "adaptive")
+        how = {"name": self.attack.name} | {name: getattr(self, name) for name in names}
+        return configuration("attack", self, dataset_sha256, threat=threat, attack=how)
 
     def task(self, images: Tensor, label: Tensor, margins: Tensor | None, numbers: list[int]) -> Task:
         """The attack on some pictures."""

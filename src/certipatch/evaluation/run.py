@@ -71,26 +71,31 @@ class Job:
 
         ``dataset_sha256`` is computed from all pictures, unless it is given.
         """
-        return {
-            "command": "evaluate",
-            "defense": self.defense_name,
-            "method": self.defense.name,
-            "settings": self.defense.settings(),
-            "model_sha256": self.model_sha256,
-            "image_size": list(self.image_size),
-            "classes": list(self.class_names),
-            "dataset": self.pictures.name,
-            "dataset_sha256": dataset_sha256 or self.pictures.fingerprint(),
-            "dataset_note": self.pictures.note,
-            "split": self.pictures.split,
-            "images": len(self.pictures),
-            "threat": self.threat.to_dict(),
-            "seed": self.seed,
-            "part": self.part,
-            "source": self.pictures.source,
-            "model": self.opened,
-            "versions": versions(),
-        }
+        return configuration("evaluate", self, dataset_sha256, threat=self.threat.to_dict())
+
+
+def configuration(command: str, job: Any, dataset_sha256: str | None, **own: Any) -> dict[str, Any]:
+    """The settings of a job as plain values: those that all jobs have, and those of its own command."""
+    return {
+        "command": command,
+        "defense": job.defense_name,
+        "method": job.defense.name,
+        "settings": job.defense.settings(),
+        "model_sha256": job.model_sha256,
+        "image_size": list(job.image_size),
+        "classes": list(job.class_names),
+        "dataset": job.pictures.name,
+        "dataset_sha256": dataset_sha256 or job.pictures.fingerprint(),
+        "dataset_note": job.pictures.note,
+        "split": job.pictures.split,
+        "images": len(job.pictures),
+        **own,
+        "seed": job.seed,
+        "part": job.part,
+        "source": job.pictures.source,
+        "model": job.opened,
+        "versions": versions(),
+    }
 
 
 @final
