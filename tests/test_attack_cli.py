@@ -21,6 +21,20 @@ from certipatch.threats import PatchThreat
 from certipatch.training import read, train
 
 COMMAND = ("attack", "--defense", "model", "--data", "stripes", "--patch", "1", "--attack", "patch-pgd")
+BLIND = """
+import torch
+from torch import nn
+
+class Blind(nn.Module):
+    channels = 1
+
+    def forward(self, x):
+        values = torch.from_numpy(x.detach().numpy().copy())
+        return 30 * nn.functional.adaptive_avg_pool2d(values, (3, 1)).flatten(1)
+
+def network():
+    return Blind().eval()
+"""
 SMALL = ("--limit", "12", "--starts", "2", "--steps", "6", "--step", "0.2", "--part", "5")
 
 
@@ -202,6 +216,58 @@ def test_sampled_answers_that_change_are_no_broken_certificates(certipatch, tmp_
 )
 def test_bad_input_is_one_line(certipatch, tmp_path, changes, words):
     assert words in refused(certipatch(*COMMAND, *SMALL, *changes, "--out", tmp_path / "run"))
+
+
+def test_a_network_without_gradients_is_told_what_fits_and_falls_to_it(certipatch, tmp_path, home, monkeypatch):
+    (home / "blind_classifier.py").write_text(BLIND)
+    monkeypatch.syspath_prepend(str(home))
+    command = ("attack", "--defense", "undefended", "--model", "blind_classifier:network", "--data", "stripes")
+    few = ("--patch", 9, "--limit", 6, "--starts", 2, "--steps", 60)
+    for name in ("patch-pgd", "lavan", "universal"):
+        line = refused(certipatch(*command, *few, "--attack", name, "--out", tmp_path / name))
+        assert "no gradient" in line
+        assert "square" in line
+    code, out, err = certipatch(*command, *few, "--attack", "square", "--out", tmp_path / "run", "--json")
+    sys.modules.pop("blind_classifier")
+    assert code == 0, err
+    summary = json.loads(out)
+    assert summary["attacked_accuracy"] < summary["clean_accuracy"] == 1
+
+
+def test_threats_that_a_defense_was_not_built_for(certipatch, tmp_path):
+    more = ("--data", "stripes", "--limit", "6", "--starts", "2", "--steps", "4", "--json")
+    fixed = ("--defense", "patchguard", "--model", "model", "--set", "patch=1", "--set", "fixed=true", "--patch", "6")
+    masks = (
+        "--defense",
+        "patchcleanser",
+        "--model",
+        "plain",
+        "--set",
+        "masks=3",
+        "--sparse",
+        "2",
+        "--attack",
+        "sparse",
+    )
+    for number, options in enumerate((fixed, masks)):
+        code, out, err = certipatch("attack", *options, *more, "--out", tmp_path / str(number))
+        assert code == 0, err
+        summary = json.loads(out)
+        assert summary["broken_certificates"] == 0
+        assert summary["clean_accuracy"] >= summary["attacked_accuracy"] >= summary["certified_accuracy"]
+    uncovered = (
+        "--defense",
+        "patchcleanser",
+        "--model",
+        "plain",
+        "--patch",
+        "3",
+        "--set",
+        "masks=1",
+        "--set",
+        "stride=2",
+    )
+    assert "does not cover" in refused(certipatch("attack", *uncovered, *more[:-1], "--out", tmp_path / "run"))
 
 
 def test_empirical_defenses_are_attacked_not_evaluated(certipatch, tmp_path):
