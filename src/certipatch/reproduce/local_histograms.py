@@ -1,4 +1,7 @@
-"""Figure 3 of PatchGuard (and 5, 6): a patch makes a few local logits very large, and their sum believes them."""
+"""Figure 3 of PatchGuard (and 5, 6): what a patch does to local logits.
+
+There it makes a few of them very large, and their mean believes those.
+"""
 
 import hashlib
 import json
@@ -29,7 +32,7 @@ from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
 from certipatch.threats import PatchThreat
 
 PART = 50
-BINS = 60
+BINS = 40
 
 
 @final

@@ -94,7 +94,7 @@ def draw(
 def histograms(
     panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, str]]]], axis_names: tuple[str, str], bins: int
 ) -> bytes:
-    """Histograms (name, values, colour) over each other, a panel for each title, as PNG; shares on a logarithmic scale."""
+    """Histograms (name, values, colour) over each other, a panel for each title, as PNG; percent, logarithmic."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -109,23 +109,35 @@ def histograms(
             values = np.concatenate([found for _, found, _ in shown])
             edges = np.linspace(values.min(), max(values.max(), values.min() + 1e-6), bins + 1)
             lowest = 50 / max(len(found) for _, found, _ in shown)  # half of one value
-            axes.set(ylabel=axis_names[1], yscale="log", xlim=(edges[0], edges[-1]), ylim=(lowest, 150))
+            shares = [np.maximum(100 * np.histogram(found, edges)[0] / len(found), lowest) for _, found, _ in shown]
+            axes.set(ylabel=axis_names[1], yscale="log", xlim=(edges[0], edges[-1]))
+            axes.set_ylim(lowest, min(100.0, 4 * np.max(shares)))
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.set_title(title, fontsize=9, loc="left")
-            outlines.append([])
-            for _, found, colour in shown:
-                shares = np.maximum(100 * np.histogram(found, edges)[0] / len(found), lowest)
-                x, y = np.repeat(edges, 2)[1:-1], np.repeat(shares, 2)
-                axes.fill_between(x, y, lowest, color=colour, alpha=0.13, linewidth=0)
-                axes.plot(x, y, color=colour)
-                outlines[-1].append(np.stack([x, y], 1))
-        for axes, (_, shown), found in zip(every, panels, outlines, strict=False):
-            raised = [outline[outline[:, 1] > axes.get_ylim()[0]] for outline in found]
-            label(axes, [name for name, _, _ in shown], [colour for _, _, colour in shown], raised, found, 8.0)
+            for share, (_, _, colour) in zip(shares, shown, strict=True):
+                axes.stairs(share, edges, baseline=lowest, fill=True, color=colour, alpha=0.13)
+                axes.stairs(share, edges, baseline=lowest, color=colour, linewidth=1.2)
+            outlines.append((edges, np.array(shares)))
+        for axes, (_, shown), (edges, shares) in zip(every, panels, outlines, strict=False):
+            names, colours = [name for name, _, _ in shown], [colour for _, _, colour in shown]
+            label(axes, names, colours, *_tops(edges, shares, axes.get_ylim()[0]), 8.0)
         if not panels:
             every[0].text(0.5, 0.5, "no model was run", transform=every[0].transAxes, ha="center", color="#555555")
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
+
+
+def _tops(edges: np.ndarray, shares: np.ndarray, lowest: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Where histograms can be named, on bars that stand highest there; and what names keep off: the bars, and all below."""
+    middles = (edges[:-1] + edges[1:]) / 2
+    anchors, bars = [], []
+    for share in shares:
+        bars.append(np.stack([middles, share], 1))
+        highest = (share >= shares.max(0)) & (share > lowest)
+        anchors.append(bars[-1][highest if highest.any() else share > lowest])
+    below = np.geomspace(lowest, 0.8 * shares.max(0), 12)
+    return anchors, [*bars, np.stack([np.tile(middles, 12), below.ravel()], 1)]
 
 
 def shades(colour: str, number: int) -> list[str]:
