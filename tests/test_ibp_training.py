@@ -261,9 +261,8 @@ def test_tables_print_what_was_measured_and_what_was_not(tmp_path, monkeypatch):
     data = write_parquet(tmp_path / "mnist", (28, 28))
     asked = recipe(tmp_path, data, epochs=1)
     train(asked, tmp_path / "models" / "mnist-ibp-5")
-    for name in (name for name in TABLES if name.startswith("ibp-")):
-        if name == "ibp-table8":
-            continue
+    for name in (f"ibp-table{number}" for number in range(2, 8)):  # attacks, and table 8, have tests of their own
+        assert name in TABLES
         done = CliRunner().invoke(app, ["reproduce", name, "--data", str(data), "--limit", "6", "--json"])
         assert done.exit_code == 0, done.output
         table = json.loads(done.stdout)

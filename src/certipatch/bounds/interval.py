@@ -96,3 +96,11 @@ def _pasted(window: Window, clean: Interval, rows: range, columns: range, fill: 
         return F.pad(found, around, value=fill) if any(around) else found
 
     return Interval(paste(clean.lower, window.inside.lower), paste(clean.upper, window.inside.upper))
+
+
+def reached(first: int, size: int, stride: int, padding: int, reach: int, cells: int) -> range:
+    """Outputs of one axis that read one of the cells first … first + size − 1."""
+    return range(
+        max(0, -((reach - first - padding) // stride)),
+        min(cells - 1, (first + size - 1 + padding) // stride) + 1,
+    )

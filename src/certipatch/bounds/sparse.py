@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from certipatch.bounds.convolution import Conv
 from certipatch.bounds.interval import Interval, widened
-from certipatch.bounds.layers import Conv, Flatten, Linear, Op, Pointwise, Same
+from certipatch.bounds.layers import Flatten, Linear, Op, Pointwise, Same
 from certipatch.bounds.propagate import Passage, passage, rivals_of
 
 MEMORY = 2**28  # bytes of the gains of single pixels that are held at once

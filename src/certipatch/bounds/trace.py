@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from certipatch.bounds import layers
+from certipatch.bounds import convolution, layers, pooling
 from certipatch.bounds.layers import Op, Pair
 from certipatch.errors import InputError
 
@@ -174,7 +174,7 @@ def _conv(layer: nn.Module, name: str, at: Precision) -> Op:
         padding = (left, right, top, bottom)
     else:
         padding = (layer.padding[1], layer.padding[1], layer.padding[0], layer.padding[0])
-    return layers.Conv(
+    return convolution.Conv(
         at.of(layer.weight),
         None if layer.bias is None else at.of(layer.bias),
         _pair(layer.stride),
@@ -216,7 +216,7 @@ def _max_pool(layer: nn.Module, name: str, at: Precision) -> Op:
     if layer.return_indices:
         _refuse(name, "it returns indices")
     kernel, stride = _pair(layer.kernel_size), _pair(layer.stride)
-    return layers.MaxPool(kernel, stride, _pair(layer.padding), _pair(layer.dilation), layer.ceil_mode)
+    return pooling.MaxPool(kernel, stride, _pair(layer.padding), _pair(layer.dilation), layer.ceil_mode)
 
 
 def _avg_pool(layer: nn.Module, name: str, at: Precision) -> Op:
@@ -224,14 +224,14 @@ def _avg_pool(layer: nn.Module, name: str, at: Precision) -> Op:
     sizes = _pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding)
     if layer.divisor_override is not None and layer.divisor_override < 0:
         _refuse(name, f"its divisor {layer.divisor_override} is negative")
-    return layers.AvgPool(*sizes, layer.ceil_mode, layer.count_include_pad, layer.divisor_override, at.eps)
+    return pooling.AvgPool(*sizes, layer.ceil_mode, layer.count_include_pad, layer.divisor_override, at.eps)
 
 
 def _adaptive(layer: nn.Module, name: str, at: Precision) -> Op:
     assert isinstance(layer, nn.AdaptiveAvgPool2d)
     if layer.output_size not in (1, (1, 1)):
         _refuse(name, f"it pools to {layer.output_size}, not to 1")
-    return layers.Mean(True, at.eps)
+    return pooling.Mean(True, at.eps)
 
 
 def _monotone(function: Callable[[Tensor], Tensor], at: Precision, exact: bool = False, floor: float = 0.0) -> Op:
@@ -345,7 +345,7 @@ def _mean(reader: _Reader, node: fx.Node, name: str) -> Make:
     dim = settings["dim"]
     if not isinstance(dim, tuple | list) or sorted(d % 4 for d in dim) != [2, 3]:
         _refuse(name, f"it is over the axes {dim}, not over rows and columns")
-    return lambda at: layers.Mean(bool(settings["keepdim"]), at.eps)
+    return lambda at: pooling.Mean(bool(settings["keepdim"]), at.eps)
 
 
 def _concatenate(reader: _Reader, node: fx.Node, name: str) -> Make:

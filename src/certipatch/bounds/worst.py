@@ -24,8 +24,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from certipatch.bounds.convolution import Conv
 from certipatch.bounds.interval import Interval
-from certipatch.bounds.layers import Conv, Flatten, Linear, Monotone, Op, Same
+from certipatch.bounds.layers import Flatten, Linear, Monotone, Op, Same
 from certipatch.bounds.patch import TOGETHER, Regions, box_of, regions, stacked
 from certipatch.bounds.propagate import Passage, rivals_of
 from certipatch.errors import InputError
