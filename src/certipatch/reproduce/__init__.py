@@ -8,6 +8,8 @@ from typing import final
 from certipatch.data import load
 from certipatch.errors import InputError
 from certipatch.reproduce import (
+    attacked_interval,
+    attacked_smoothing,
     interval,
     interval_papers,
     papers,
@@ -177,8 +179,28 @@ TABLES: dict[str, Reproduction] = {
     "ds-fig3": _ds("Figure 3", "accuracy of single views against Δ", smoothing_figures.single_views),
     "ds-fig5": _ds("Figure 5", "width and threshold", smoothing_figures.thresholds, papers.SMOOTHING_CHOICE),
     "ds-fig6": _ds("Figure 6", "size of the patch", smoothing_figures.patch_sizes),
+    "ds-fig7": _ds(
+        "Figure 7",
+        "smoothing and an undefended network under attack",
+        attacked_smoothing.attacks,
+        studies=attacked_smoothing.STUDIES,
+    ),
     "ds-table1": _ds("Table 1", "the best of each method", smoothing.best, papers.SMOOTHING_BEST, SMOOTHING),
     "ds-table2": _ds("Table 2", "derandomized and randomized columns", smoothing.methods, papers.SMOOTHING_METHODS),
+    "ibp-table1": _ibp(
+        "Table 1",
+        "empirical defenses under attack",
+        attacked_interval.empirical,
+        attacked_interval.EMPIRICAL_PAPER,
+        (attacked_interval.MNIST, attacked_interval.CIFAR10, attacked_interval.PHOTOGRAPHS),
+    ),
+    "ibp-table2-attacked": _ibp(
+        "Table 2, attacked",
+        "attacks beside certificates",
+        attacked_interval.certified,
+        interval_papers.COMPARISON,
+        (attacked_interval.MNIST, attacked_interval.CIFAR10),
+    ),
     "ibp-table2": _ibp("Table 2", "beside other defenses", interval.comparison, interval_papers.COMPARISON),
     "ibp-table3": _ibp("Tables 3, 9, 10", "strategies and their cost", interval.strategies, interval_papers.STRATEGIES),
     "ibp-table4": _ibp("Table 4", "any k pixels", interval.sparse, interval_papers.SPARSE),
@@ -190,6 +212,10 @@ TABLES: dict[str, Reproduction] = {
     "ibp-table8": _ibp("Table 8", "larger networks", interval.larger, interval_papers.LARGER, INTERVAL[1:]),
     "ds-several": _ds("supplement", "several bands or blocks per view", smoothing.several),
 }
+ATTACKING = frozenset({"ds-fig7", "ibp-table1", "ibp-table2-attacked"}) | {
+    name for name, found in TABLES.items() if found.studies == patchguard_attacks.ATTACKED
+}
+"""The tables that attack, and so take ``--starts`` and ``--steps``."""
 
 
 def find(name: str) -> Reproduction:
@@ -205,6 +231,8 @@ def find(name: str) -> Reproduction:
 def run(name: str, bench: Bench) -> Table:
     """Make a table. InputError on data or models that do not fit."""
     asked = find(name)
+    if name not in ATTACKING and (bench.starts is not None or bench.steps is not None):
+        raise InputError(f"{name} attacks nothing; leave --starts and --steps out")
     study = asked.study
     if asked.studies:
         study = study_of(load(bench.data, bench.split, limit=bench.limit), asked.studies)

@@ -63,7 +63,8 @@ class Strength:
         """For a note."""
         starts, steps = self.rounds
         knows = "" if self.adaptive else ", plain: it knows nothing of the defense"
-        return f"{self.attack}, {starts} start{'s' * (starts != 1)} x {steps} steps of {self.step:.3g}{knows}"
+        size = "" if self.attack == "linf" else f" of {self.step:.3g}"
+        return f"{self.attack}, {starts} start{'s' * (starts != 1)} x {steps} steps{size}{knows}"
 
     def within(self, bench: Bench) -> "Strength":
         """With the starts and steps that the user asked for; an attack of one start, at one place, keeps to it."""
@@ -142,9 +143,10 @@ def target(
     folder = bench.folder(wanted)
     if folder is None:
         return wanted.missing()
+    opened = folder.name if resources.find("zoo", folder.name) == folder else str(folder)
     if method is None:
-        return Target(*open_defense(str(folder), None, built_for, settings), folder.name, str(folder))
-    return Target(*open_defense(method, str(folder), built_for, settings), f"{method}:{folder.name}", str(folder))
+        return Target(*open_defense(str(folder), None, built_for, settings), folder.name, opened)
+    return Target(*open_defense(method, str(folder), built_for, settings), f"{method}:{folder.name}", opened)
 
 
 def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Strength) -> Attacked:
@@ -157,6 +159,10 @@ def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Stren
     """
     strength, attack = strength.within(bench), attacks.find(strength.attack)
     device, pictures = devices.default(), bench.pictures(found.card)
+    height, width, channels = pictures.pixels([0]).shape[1:]
+    if ((height, width), channels) != (found.card.image_size, found.card.channels):
+        wanted = f"{found.card.image_size[0]}x{found.card.image_size[1]} pixels of {found.card.channels} channels"
+        raise InputError(f"{found.name} reads {wanted}, {pictures.name} has {height}x{width} of {channels}")
     rows = max(1, min(256, PIXELS // (found.card.image_size[0] * found.card.image_size[1])))
     job = AttackJob(
         defense=found.defense.to(device),
@@ -193,6 +199,14 @@ def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Stren
     )
     proven = threat is not None and not summary["theorem"].startswith("none")
     return Attacked(clean, standing, certified if proven else UNCERTIFIED, found, pictures, folder, summary)
+
+
+def outcome(
+    bench: Bench, wanted: Wanted, threat: Threat | None, strength: Strength, method: str | None = None, **settings: Any
+) -> Attacked | NotRun:
+    """``attacked`` of a ``target``."""
+    found = target(bench, wanted, threat, method, **settings)
+    return found if isinstance(found, NotRun) else attacked(bench, found, threat, strength)
 
 
 def lacking(bench: Bench, models: Iterable[Wanted]) -> list[str]:

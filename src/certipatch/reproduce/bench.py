@@ -17,6 +17,7 @@ from torch import Tensor
 from certipatch import devices, resources
 from certipatch import evidence as ev
 from certipatch.data import Pictures, load
+from certipatch.data.loading import DATA_VARIABLE
 from certipatch.defenses import Card, Defense, Evidence, RandomizedAblation, locate, open_defense, read_card
 from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.card import write_tensors
@@ -262,6 +263,12 @@ class Bench:
             kept = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
             _keep(path, {"first": kept[0], "second": kept[1]}, {"asked": asked})
         return kept
+
+
+def at_hand(data: str) -> bool:
+    """Whether the data are in the user's own folder of known datasets: nothing is fetched for a table's other rows."""
+    root = os.environ.get(DATA_VARIABLE)
+    return bool(root) and (Path(root) / data).is_dir()
 
 
 def evidence_of(defense: ViewDefense, logits: Tensor, image_size: tuple[int, int]) -> Evidence:

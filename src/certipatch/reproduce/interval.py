@@ -92,7 +92,7 @@ def comparison(bench: Bench, study: Study, paper: Numbers) -> Table:
         model = trained(study.data, *_best(study, side), side)
         models.append(model)
         clean, certified = accuracies(bench, model, PatchThreat(side))
-        attack = NotRun(f"not run (certipatch attack --defense {model.name} --patch {side})")
+        attack = NotRun("not run (certipatch reproduce ibp-table2-attacked)")
         rows.append(Row(f"{side}x{side}, IBP, {NETWORKS[model.network][0]}", [clean, attack, certified]))
         rows += _of_paper(paper, f"{study.title} {side}x{side}, ")
     return Table(["clean", "attacked", "certified"], rows, notes(bench, models))

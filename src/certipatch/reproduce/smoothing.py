@@ -4,15 +4,12 @@ As in the paper, parameters are chosen on the first half of the pictures (valida
 other half (test).
 """
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
-from certipatch.data.loading import DATA_VARIABLE
 from certipatch.defenses import Card, DerandomizedSmoothing, RandomizedAblation, read_card
 from certipatch.errors import InputError
-from certipatch.reproduce.bench import Bench, Outcomes
+from certipatch.reproduce.bench import Bench, Outcomes, at_hand
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import SMOOTHING, Ablation, Study
 from certipatch.reproduce.table import Cell, NotRun, Row, Share, Table
@@ -75,7 +72,7 @@ def best(bench: Bench, study: Study, paper: Numbers) -> Table:
             Row(f"{name}, Chiang et al.", [*printed[:2]], "paper"),
             Row(f"{name}, Levine & Feizi", [*printed[2:]], "paper"),
         ]
-        own = bench if other is study else bench.beside(other.data) if _at_hand(other.data) else None
+        own = bench if other is study else bench.beside(other.data) if at_hand(other.data) else None
         for words, margin in (("margin per location", "location"), ("the paper's margin", "paper")):
             cells: list[Cell] = [NotRun(f"not run (--data {other.data})")]
             if own is not None:
@@ -203,9 +200,3 @@ def _half(found: Outcomes, which: int) -> Outcomes:
 def _chosen(by_size: Mapping[str, Outcomes]) -> Cell:
     key = choose(by_size)
     return NotRun("not run") if key is None else reported(by_size[key], key)[1]
-
-
-def _at_hand(data: str) -> bool:
-    """Whether the data are in the user's own folder of known datasets: nothing is fetched for a table's other rows."""
-    root = os.environ.get(DATA_VARIABLE)
-    return bool(root) and (Path(root) / data).is_dir()
