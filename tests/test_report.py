@@ -611,7 +611,8 @@ def test_unfinished_foreign_and_damaged_folders(finished, tmp_path, monkeypatch,
         (config | {"settings": 3}, "damaged settings"),
         (config | {"seed": 5}, "seed in config.yaml is not what the model"),
         (config | {"source": ["a"]}, "source is no text"),
-        (config | {"command": "attack"}, "report reads runs of evaluate and certify"),
+        (config | {"command": "campaign"}, "report reads runs of evaluate, attack and certify"),
+        (config | {"command": "attack"}, "damaged settings"),
     ):
         (finished / "config.yaml").write_text(yaml.safe_dump(damaged))
         with pytest.raises(InputError, match=reason):

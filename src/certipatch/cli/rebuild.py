@@ -9,15 +9,18 @@ from typing import Any, NoReturn
 import torch
 
 from certipatch import devices, report
+from certipatch.attacks import find
 from certipatch.cli.work import MAX_SHOWN, certify_shown, check_shape, open_named, own_run
-from certipatch.data import load, read_picture
-from certipatch.defenses import METHODS, Card, Defense, locate, read_card
+from certipatch.data import Pictures, load, read_picture
+from certipatch.defenses import METHODS, Card, locate, read_card
 from certipatch.defenses.around import Sheet
 from certipatch.errors import InputError
+from certipatch.evaluation import attack as attacking
 from certipatch.evaluation import files, run
 from certipatch.evaluation.claim import FREE, difference, plain
 from certipatch.models.adapters import NAMES, is_adapter
-from certipatch.threats import Threat, threat_from_dict
+from certipatch.report.attack_page import of_attack
+from certipatch.threats import PatchThreat, Threat, threat_from_dict
 
 MOVES = FREE | {"versions", "part", "dataset", "dataset_note"}
 """Settings that do not follow from the model and the pictures, or change with their folder's name."""
@@ -27,7 +30,7 @@ def rebuild(out: Path, data: str | None = None, model: str | None = None) -> Pat
     """Write the report of a finished run again, whole or not at all; gives its path.
 
     Args:
-        out: a run folder of evaluate or certify.
+        out: a run folder of evaluate, attack or certify.
         data, model: where the pictures and the model are, if not where the run found them.
 
     Errors: InputError for an unfinished or foreign folder, and where data or model are missing or have changed.
@@ -37,12 +40,18 @@ def rebuild(out: Path, data: str | None = None, model: str | None = None) -> Pat
     if command == "evaluate":
         job, summary = open_run(out, data, model)
         text = report.of_run(job, out, summary)
+    elif command == "attack":
+        pictures, summary = open_attack(out, data, model)
+        with _settings_of(out):
+            text = of_attack(pictures, out, summary)
     elif command == "certify":
         if data is not None:
-            raise InputError("--data belongs to runs of evaluate; config.yaml names the pictures of a run of certify")
+            raise InputError(
+                "--data belongs to runs of evaluate and attack; config.yaml names the pictures of a run of certify"
+            )
         text = _of_certify(out, config, model)
     else:
-        raise InputError(f"{out} was written by {command[:40]!r}; report reads runs of evaluate and certify")
+        raise InputError(f"{out} was written by {command[:40]!r}; report reads runs of evaluate, attack and certify")
     files.write_text(out / "report.html", text)
     return out / "report.html"
 
@@ -56,13 +65,61 @@ def open_run(out: Path, data: str | None = None, model: str | None = None) -> tu
     command = _text(out, config, "command")
     if command != "evaluate":
         raise InputError(f"{out} was written by {command[:40]!r}, not by evaluate")
+    with _settings_of(out):
+        threat = threat_from_dict(config["threat"])
+    defense, card, pictures, fingerprint = _opened(out, config, threat, data, model)
+    name, device = _text(out, config, "defense"), devices.default()
+    defense.to(device)
+    job = run.Job(defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
+    _same(out, config, job.config(fingerprint))
+    with _settings_of(out):
+        summary = run.summarize(config, out, defense)
+    return job, summary
+
+
+def open_attack(out: Path, data: str | None = None, model: str | None = None) -> tuple[Pictures, dict[str, Any]]:
+    """The pictures of a finished attack, and its summary, counted again from the records.
+
+    Errors: as ``rebuild``.
+    """
+    config = files.read_config(out)
+    with _settings_of(out):
+        linf = config["threat"]["kind"] == "linf"
+        epsilon = float(config["threat"]["epsilon"]) if linf else 0.0
+        threat = None if linf else threat_from_dict(config["threat"])
+        settings = dict(config["attack"])
+        attack = find(settings.pop("name"))
+    defense, card, pictures, fingerprint = _opened(out, config, threat or PatchThreat(1), data, model)
+    with _settings_of(out):
+        job = attacking.AttackJob(
+            defense=defense,
+            defense_name=_text(out, config, "defense"),
+            model_sha256=card.sha256,
+            image_size=card.image_size,
+            class_names=card.classes,
+            pictures=pictures,
+            threat=threat,
+            attack=attack,
+            epsilon=epsilon,
+            seed=config["seed"],
+            **settings,
+        )
+        _same(out, config, job.config(fingerprint))
+        return pictures, attacking.summarize_attack(config, out, defense)
+
+
+def _opened(
+    out: Path, config: dict[str, Any], threat: Threat, data: str | None, model: str | None
+) -> tuple[Any, Card | Sheet, Pictures, str]:
+    """The defense of a finished run, its card, its pictures and their fingerprint."""
     if not (out / "summary.json").exists():
         raise InputError(
-            f"{out} is not finished: run the same certipatch evaluate command again, it goes on from there"
+            f"{out} is not finished: run the same certipatch {_text(out, config, 'command')[:40]} command again, it goes on "
+            "from there"
         )
-    source, split, dataset, name = (_text(out, config, key) for key in ("source", "split", "dataset", "defense"))
+    source, split, dataset = (_text(out, config, key) for key in ("source", "split", "dataset"))
     with _settings_of(out):
-        threat, images = threat_from_dict(config["threat"]), int(config["images"])
+        images = int(config["images"])
     defense, card = _reopen(out, config, threat, model)
     source, size = data or source, card.image_size if card.resize else None
     try:
@@ -73,20 +130,19 @@ def open_run(out: Path, data: str | None = None, model: str | None = None) -> tu
     if fingerprint != config.get("dataset_sha256"):
         raise InputError(
             f"{source} {split} does not hold the pictures of {out} (the fingerprint differs: other pictures, order or "
-            f"labels); name the {dataset[:80]} of that run with --data, or evaluate again into a new --out"
+            f"labels); name the {dataset[:80]} of that run with --data, or make the run again into a new --out"
         )
     check_shape(pictures.pixels([0])[0].shape, card, pictures.name)
-    device = devices.default()
-    defense.to(device)
-    job = run.Job(defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
-    if key := difference(config, plain(job.config(fingerprint)), MOVES):
+    return defense, card, pictures, fingerprint
+
+
+def _same(out: Path, config: dict[str, Any], own: dict[str, Any]) -> None:
+    """InputError unless a run's settings are those of its model and pictures."""
+    if key := difference(config, plain(own), MOVES):
         raise InputError(f"{out}: {key} in config.yaml is not what the model and the pictures of that run give")
-    with _settings_of(out):
-        summary = run.summarize(config, out, defense)
-    return job, summary
 
 
-def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None) -> tuple[Defense, Card | Sheet]:
+def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None) -> tuple[Any, Card | Sheet]:
     """The defense of a run, from the model of the same weights, with the same settings."""
     name, method, wanted = (_text(out, config, key) for key in ("defense", "method", "model_sha256"))
     with _settings_of(out):
@@ -109,7 +165,7 @@ def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None
 
 def _adapted(
     out: Path, config: dict[str, Any], threat: Threat, model: str | None, place: str
-) -> tuple[Defense, Card | Sheet]:
+) -> tuple[Any, Card | Sheet]:
     """The defense of a run around somebody else's classifier. What a run folder names is opened if it is ours to name."""
     if model is None and place not in NAMES:
         raise InputError(

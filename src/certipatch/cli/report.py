@@ -7,17 +7,20 @@ import typer
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Run folder of evaluate or certify.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Run folder of evaluate, attack or certify.", metavar="RUN")],
     data: Annotated[str | None, typer.Option("--data", help="Where the pictures are now, if they moved.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Where the model is now, if it moved.")] = None,
 ) -> None:
     """Write RUN/report.html: numbers, every picture's weak places, and a patch that you can move over the pictures.
 
-    One file, no network, below 5 MB. The pictures and the model are opened again, and must be those of the run.
+    Of an attack: what it left of the accuracy, where it succeeded, and the worst patches. One file, no network, below
+    5 MB. The pictures and the model are opened again, and must be those of the run.
 
     Examples:
 
       certipatch report runs/fashion
+
+      certipatch report runs/attack
 
       certipatch report runs/m --data path/to/mnist --model models/m
     """
