@@ -27,6 +27,7 @@ from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.empirical import EmpiricalDefense
 from certipatch.defenses.patchcleanser import PatchCleanser
+from certipatch.defenses.patchcure import PatchCURE
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.errors import InputError
@@ -96,12 +97,25 @@ def _(defense: RandomizedAblation, images: Tensor, generator: Generator) -> Tens
 @leads.register
 def _(defense: PatchCleanser, images: Tensor, generator: Generator) -> Tensor:
     """Through double masking: every mask alone, and with one second mask, drawn anew at each step."""
-    views = defense.views_of((images.shape[2], images.shape[3]))
-    number = number_of_masks(views.number((images.shape[2], images.shape[3])))
+    return masked_leads(defense.model, defense.views_of((images.shape[2], images.shape[3])), images, generator)
+
+
+@leads.register
+def _(defense: PatchCURE, images: Tensor, generator: Generator) -> Tensor:
+    """Through double masking on features; the front is passed once, forth and back."""
+    back, pairs = defense.behind_front((images.shape[2], images.shape[3]))
+    return masked_leads(back, pairs, defense.front.features(images), generator)
+
+
+def masked_leads(
+    model: nn.Module, pairs: Views, maps: Float[Tensor, "N C H W"], generator: Generator
+) -> Float[Tensor, "N K"]:
+    """Leads under double masking of pictures, or of the maps that a network reads."""
+    number = number_of_masks(pairs.number((maps.shape[2], maps.shape[3])))
     table, every = pair_table(number), torch.arange(number)
     second = (every + torch.randint(1, max(2, number), (number,), generator=generator)) % number
     index = torch.cat([table[every, every], table[every, second]])
-    logits = view_logits(defense.model, views, images, index).float()
+    logits = view_logits(model, pairs, maps, index).float()
     alone, paired = lead_of(logits.flatten(0, 1)).view(logits.shape).split(number, 1)
     return twice_masked(alone, paired)
 

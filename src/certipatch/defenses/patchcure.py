@@ -128,6 +128,11 @@ class PatchCURE(ViewDefense):
         self.views_of(image_size)
         return AllPairs(self.front, self._cells[image_size].visible(self.front.fields.grid))
 
+    def behind_front(self, image_size: tuple[int, int]) -> tuple[nn.Module, MaskPairs]:
+        """The back end as a network of maps with hidden cells, and all pairs of masks of cells: what attacks go through."""
+        self.views_of(image_size)
+        return _Back(self.front), self._cells[image_size]
+
     def _looked_at(self, images: Float[Tensor, "B C H W"], certify: bool) -> Evidence:
         ev.check_images(images)
         tolerance, size = self.tolerance(images), (images.shape[2], images.shape[3])
