@@ -1,6 +1,7 @@
 """The tables of PatchGuard (Xiang et al. 2021) on our models, beside the paper's numbers.
 
-Tables II, IV, VI and XXI are about attacks: ``patchguard_attacks``. The paper's BagNets were trained on ImageNet first; ours were not.
+Tables II, IV, VI and XXI are about attacks: ``patchguard_attacks``. The paper's BagNets were trained on
+ImageNet first; ours were not.
 """
 
 import statistics
