@@ -228,4 +228,6 @@ def _settings_of(out: Path) -> Iterator[None]:
 
 def _damaged(out: Path, error: Exception) -> NoReturn:
     what = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:120]
-    raise InputError(f"{out} holds damaged settings in config.yaml or summary.json: {what}") from None
+    raise InputError(
+        f"{out} holds damaged settings in config.yaml or summary.json, or damaged records: {what}"
+    ) from None
