@@ -19,6 +19,7 @@ from certipatch import evidence as ev
 from certipatch.data import Pictures, load
 from certipatch.data.loading import DATA_VARIABLE
 from certipatch.defenses import Card, Defense, Evidence, RandomizedAblation, locate, open_defense, read_card
+from certipatch.defenses.around import Sheet
 from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.card import write_tensors
 from certipatch.errors import InputError
@@ -126,7 +127,7 @@ class Bench:
             return trained
         return locate(wanted.name) if resources.find("zoo", wanted.name) else None
 
-    def pictures(self, card: Card) -> Pictures:
+    def pictures(self, card: Card | Sheet) -> Pictures:
         """The pictures, in the size that the model reads where it resizes."""
         size = card.image_size if card.resize else None
         if size not in self._pictures:
@@ -146,7 +147,7 @@ class Bench:
             )
         return notes
 
-    def fingerprint(self, card: Card) -> str:
+    def fingerprint(self, card: Card | Sheet) -> str:
         """Of the pictures."""
         self._fingerprint = self._fingerprint or self.pictures(card).fingerprint()
         return self._fingerprint

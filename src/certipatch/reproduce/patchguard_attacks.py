@@ -82,7 +82,7 @@ def local_predictions(bench: Bench, study: Study, paper: Numbers) -> Table:
         after.append(before[-1] | np.asarray(records["broken"]))
     original, final = np.mean(before, 0), np.mean(after, 0)
     wrong = Share(whole.attacked.n - whole.attacked.count, whole.attacked.n)
-    row = Row(_named(found), [Mean.of(final), Mean.of(original), Mean.of(final - original), wrong])
+    row = Row(found.card.name, [Mean.of(final), Mean.of(original), Mean.of(final - original), wrong])
     side = threat.locations(found.card.image_size).box(0)[2]
     about = [
         f"{LARGEST} patch: {side}x{side} pixels; local: mean over pictures of {cells} predictions each; "
@@ -96,7 +96,7 @@ def undefended_networks(bench: Bench, study: Study, paper: Numbers) -> Table:
     """Table IV: undefended networks, one that sees far and a BagNet, under every attack."""
     bench, models = bench.first(PICTURES), [study.model("plain"), study.model("bagnet")]
     rows = _under(
-        bench, study, models, ATTACKS, lambda all_: [cell for one in all_ for cell in (one.clean, one.attacked)]
+        bench, study, models, ATTACKS, lambda runs: [cell for one in runs for cell in (one.clean, one.attacked)]
     )
     columns = [f"{words} {what}" for words in study.patch_words() for what in ("clean", "attacked")]
     return Table(columns, rows + _paper(paper, study), notes(bench, ATTACKS, models, _elsewhere(paper, study)))
@@ -106,9 +106,10 @@ def receptive_field_sizes(bench: Bench, study: Study, paper: Numbers) -> Table:
     """Table VI: undefended networks by the size of their receptive fields."""
     bench, bagnets = bench.first(PICTURES), [wanted for wanted in study.models if wanted.role.startswith("bagnet")]
     models = [study.model("plain"), *bagnets]
-    rows = _under(bench, study, models, PGD, lambda all_: [all_[0].clean, *(one.attacked for one in all_)])
+    rows = _under(bench, study, models, PGD, lambda runs: [runs[0].clean, *(one.attacked for one in runs)])
     columns = ["clean", *(f"{words} attacked" for words in study.patch_words())]
-    return Table(columns, rows + _paper(paper, study), notes(bench, PGD, models, _elsewhere(paper, study)))
+    sizes = [line for wanted in models if (line := _field(undefended(bench, wanted)))]
+    return Table(columns, rows + _paper(paper, study), notes(bench, PGD, models, sizes + _elsewhere(paper, study)))
 
 
 def aggregations(bench: Bench, study: Study, paper: Numbers) -> Table:
@@ -128,7 +129,7 @@ def aggregations(bench: Bench, study: Study, paper: Numbers) -> Table:
         for words, one in every.items():
             results = [attacked(bench, one, threat, strength) for strength in PGD.values()]
             cells: list[Cell] = [results[0].clean, *(result.attacked for result in results), results[0].certified]
-            rows.append(Row(f"{_named(found)}, {words}", cells))
+            rows.append(Row(f"{found.card.name}, {words}", cells))
     more = [f"{study.patch_words()[1]} patch; u: local logits; attacks climb the aggregation itself, made soft", LOCAL]
     columns = ["clean", *(f"attacked, {words.split(', ')[1]}" for words in PGD), "certified"]
     lines = notes(bench, PGD, models, more + _elsewhere(paper, study))
@@ -151,7 +152,7 @@ def _under(
             continue
         for words, strength in ways.items():
             results = [attacked(bench, found, PatchThreat(patch), strength) for patch in study.patches]
-            rows.append(Row(f"{_named(found)}, {words}", shown(results)))
+            rows.append(Row(f"{found.card.name}, {words}", shown(results)))
     return rows
 
 
@@ -200,13 +201,15 @@ def _around(found: Target, defense: Defense) -> Target:
     return replace(found, defense=defense, name=f"{defense.name}:{found.name}")
 
 
-def _named(found: Target) -> str:
-    """A network and how far its cells see."""
+def _field(found: Target | NotRun) -> str:
+    """How far a network's cells see, in a line; empty where it has none, or a layer about which nothing can be claimed."""
+    if isinstance(found, NotRun):
+        return ""
     try:
         fields = receptive_fields(local_logits.map_of(found.defense, found.name), found.card.image_size)
-    except InputError:  # no map, or a layer that nothing can be claimed about
-        return found.card.name
-    return f"{found.card.name}, field {fields.size[0]}x{fields.size[1]}"
+    except InputError:
+        return ""
+    return f"{found.card.name}: {fields.number(found.card.image_size)} cells, receptive field {fields.size[0]}x{fields.size[1]}"
 
 
 def _paper(paper: Numbers, study: Study) -> list[Row]:
