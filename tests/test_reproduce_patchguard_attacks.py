@@ -233,6 +233,14 @@ def test_networks_without_a_map_are_refused_by_name(world, tmp_path):
     assert isinstance(found.defense, Undefended)
 
 
+@pytest.mark.parametrize("name", ["pg-table4", "pg-fig3"])
+def test_pictures_that_a_network_does_not_read_are_refused(world, tmp_path, name):
+    other = write_parquet(tmp_path / "mnist", colour=True)
+    done = run(name, "--data", other, "--model", f"plain={world.folder / 'plain'}", "--out", tmp_path / "out")
+    assert isinstance(done.exception, InputError)
+    assert "plain reads 12x12 pixels of 1 channels, mnist has 12x12 of 3" in str(done.exception)
+
+
 def test_histograms_of_nothing_say_so():
     values = np.array([0.0, 1.0, 1.0, 5.0])
     full = plots.histograms(

@@ -149,6 +149,16 @@ def target(
     return Target(*open_defense(method, str(folder), built_for, settings), f"{method}:{folder.name}", opened)
 
 
+def pictures_of(bench: Bench, found: Target) -> Pictures:
+    """The bench's pictures. InputError where the target does not read such."""
+    pictures = bench.pictures(found.card)
+    height, width, channels = pictures.pixels([0]).shape[1:]
+    if ((height, width), channels) != (found.card.image_size, found.card.channels):
+        wanted = f"{found.card.image_size[0]}x{found.card.image_size[1]} pixels of {found.card.channels} channels"
+        raise InputError(f"{found.name} reads {wanted}, {pictures.name} has {height}x{width} of {channels}")
+    return pictures
+
+
 def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Strength) -> Attacked:
     """Attack every picture, or read what an earlier run of the same found. A broken certificate goes to ``bench.broken``.
 
@@ -158,11 +168,7 @@ def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Stren
     Errors: InputError where attack, threat and defense do not fit each other, or the pictures the model.
     """
     strength, attack = strength.within(bench), attacks.find(strength.attack)
-    device, pictures = devices.default(), bench.pictures(found.card)
-    height, width, channels = pictures.pixels([0]).shape[1:]
-    if ((height, width), channels) != (found.card.image_size, found.card.channels):
-        wanted = f"{found.card.image_size[0]}x{found.card.image_size[1]} pixels of {found.card.channels} channels"
-        raise InputError(f"{found.name} reads {wanted}, {pictures.name} has {height}x{width} of {channels}")
+    device, pictures = devices.default(), pictures_of(bench, found)
     rows = max(1, min(256, PIXELS // (found.card.image_size[0] * found.card.image_size[1])))
     job = AttackJob(
         defense=found.defense.to(device),

@@ -22,7 +22,7 @@ from certipatch.defenses import Undefended
 from certipatch.defenses.card import write_tensors
 from certipatch.evidence import PIXELS
 from certipatch.reproduce import local_logits, plots
-from certipatch.reproduce.attacked import Strength, Target, target
+from certipatch.reproduce.attacked import Strength, Target, pictures_of, target
 from certipatch.reproduce.bench import Bench
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.patchguard_attacks import LARGEST, LOCAL, ONE_PLACE, PICTURES, notes
@@ -100,7 +100,7 @@ def histograms(bench: Bench, study: Study, paper: Numbers) -> Table:
 
 def largest_logits(bench: Bench, found: Target, threat: PatchThreat, strength: Strength) -> Maxima:
     """Local logits of all pictures before and after an attack on the global answer; a part that is kept is not made again."""
-    pictures, device = bench.pictures(found.card), devices.default()
+    pictures, device = pictures_of(bench, found), devices.default()
     network = local_logits.map_of(found.defense, found.name).to(device)
     whole = found.defense.model if isinstance(found.defense, Undefended) else local_logits.MeanOfCells(network)
     card = found.card
