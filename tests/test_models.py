@@ -91,8 +91,13 @@ def test_a_conv_network_that_mirrors_sees_the_same_pixels_of_mirrored_pictures(v
     expected = (network(read) + network(other)) / 2
     network.mirror = True
     torch.testing.assert_close(network(read), expected, rtol=0, atol=1e-6)
+    sharp = settled(models.create(settings.model_copy(update={"temperature": 0.5}), views, 1, 3, size))
+    sharp.load_state_dict(network.state_dict())
+    torch.testing.assert_close(sharp(read), 2 * expected, rtol=0, atol=1e-6)
     network.train()
-    assert not torch.allclose(network(read), expected)
+    learned = network(read)
+    assert not torch.allclose(learned, expected)
+    torch.testing.assert_close(sharp.train()(read), learned)
 
 
 def test_resnet():

@@ -87,6 +87,8 @@ class ModelSettings(BaseModel):
     """Of a CNN: side of the first convolution."""
     mirror: bool | None = None
     """Of a conv network: mirror images, too, give an answer; the mean counts."""
+    temperature: float | None = Field(default=None, gt=0, le=100)
+    """Of a conv network: what its logits are divided by, once it is trained."""
     patch: int | None = Field(default=None, ge=1, le=64)
     """Of a ViT: side of a token in pixels."""
     dim: int | None = Field(default=None, ge=1, le=1280)

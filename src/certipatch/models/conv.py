@@ -24,6 +24,8 @@ class ConvNet(nn.Module):
             short.
         mirror: once trained, the answer is the mean of those to what is read and to its mirror image, left to right,
             which shows the same pixels; for networks that learned from pictures of both kinds.
+        temperature: once trained, logits are divided by it; below 1 confidences are sharper, which robust masking and
+            thresholds count on. To be chosen on held-out pictures.
 
     ``forward`` maps what is read (N, C + positions, h, w) to logits (N, K).
     """
@@ -36,9 +38,10 @@ class ConvNet(nn.Module):
         image_size: tuple[int, int],
         widths: tuple[int, ...] = (64, 128, 256),
         mirror: bool = False,
+        temperature: float = 1.0,
     ):
         super().__init__()
-        self.views, self.width, self.mirror = views, image_size[1], mirror
+        self.views, self.width, self.mirror, self.temperature = views, image_size[1], mirror, temperature
         self.encoding = "picture" if views is None else "crop"
         size, channels = image_size, in_channels
         if isinstance(views, Bands):
@@ -70,7 +73,11 @@ class ConvNet(nn.Module):
 
     def forward(self, views: Float[Tensor, "N C1 h w"]) -> Float[Tensor, "N K"]:
         answer = self._answer(views)
-        return answer if self.training or not self.mirror else (answer + self._answer(self.mirrored(views))) / 2
+        if self.training:
+            return answer
+        if self.mirror:
+            answer = (answer + self._answer(self.mirrored(views))) / 2
+        return answer / self.temperature
 
     def _answer(self, views: Float[Tensor, "N C1 h w"]) -> Float[Tensor, "N K"]:
         return self.head(torch.amax(self.body(views), dim=(2, 3)))
@@ -102,10 +109,11 @@ class CrossConvNet(nn.Module):
         image_size: tuple[int, int],
         widths: tuple[int, ...] = (64, 128, 256),
         mirror: bool = False,
+        temperature: float = 1.0,
     ):
         super().__init__()
         self.parts = nn.ModuleList(
-            ConvNet(part, in_channels, num_classes, image_size, widths, mirror) for part in views.parts
+            ConvNet(part, in_channels, num_classes, image_size, widths, mirror, temperature) for part in views.parts
         )
         self.num_classes = num_classes
 
