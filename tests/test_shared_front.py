@@ -204,3 +204,55 @@ def test_what_does_not_fit_is_refused():
         Recipe(name="n", data="d", epochs=1, defense="patchcure", model=ModelSettings(name="conv"))
     with pytest.raises(InputError, match="cannot share"):
         models.SharedViT(1, 2, SIZE, dim=10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_attacks_go_through_double_masking_on_features(name):
+    """The same leads and gradients as of masked pictures, one front per picture instead of one per mask."""
+    from certipatch.attacks import losses
+
+    defense = PatchCURE(network(name), THREATS[0], masks=2)
+    images = pictures(3, 7).requires_grad_()
+    draw = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    fronts = []
+    hook = defense.front.register_forward_hook(lambda *_: fronts.append(1))
+    found = losses.leads(defense, images, draw())
+    hook.remove()
+    assert not fronts  # the front by itself, never the whole network
+    expected = losses.masked_leads(defense.front, defense.views_of(SIZE), images, draw())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    (gradient,) = torch.autograd.grad(found.square().sum(), images)
+    (brute,) = torch.autograd.grad(expected.square().sum(), images)
+    torch.testing.assert_close(gradient, brute, rtol=1e-3, atol=1e-6)
+    assert gradient.abs().amax() > 0
+
+
+class Brighter(models.SharedFront):
+    """Says which channel is the brighter one in what is shown: random networks are certain under every mask."""
+
+    def __init__(self):
+        local = torch.nn.Sequential(torch.nn.Conv2d(4, 2, 1, bias=False)).requires_grad_(False)
+        local[0].weight[:] = torch.eye(2, 4)[:, :, None, None]
+        super().__init__(2, SIZE, models.receptive_fields(local.eval(), SIZE))
+        self.local = local
+
+    def front(self, views):
+        return self.local(views)
+
+    def back(self, features):
+        return 30 * features[:, :2].mean((2, 3))
+
+
+def test_an_attack_changes_answers_but_no_certified_one():
+    from certipatch.attacks import Task, Victim, find
+
+    defense, images = PatchCURE(Brighter().double().eval(), THREATS[0], masks=2), pictures(20, 4)
+    proof = defense.certify(images, THREATS[0])
+    how = {"starts": 4, "steps": 6, "step": 0.3, "search": "random", "margins": proof.margin}
+    outcome = find("patch-pgd").run(Victim(defense), Task(images, proof.label, THREATS[0], list(range(20)), **how))
+    assert outcome.broken.any()
+    assert proof.certified.any()
+    assert not any(outcome.violated)
+    assert not (outcome.broken & proof.certified).any()
+    assert torch.equal(defense.predict(outcome.attacked), outcome.label)
+    assert (outcome.label != proof.label)[outcome.broken].all()
