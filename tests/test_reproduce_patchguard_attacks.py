@@ -50,6 +50,7 @@ def test_local_logits_are_the_last_layer_on_every_cell():
         assert torch.equal(local_logits.Cell(local, cell)(images), found[:, cell])
     assert torch.equal(local_logits.MeanOfCells(local)(images), found.mean(1))
     one = conv((4, 4), (4, 4))  # a map of one cell: its local logits are the answer
+    one.temperature = 0.5
     small = torch.rand(3, 1, 4, 4)
     assert torch.allclose(local_logits.LocalConv(one)(small)[:, 0], one(small), atol=1e-6)
 

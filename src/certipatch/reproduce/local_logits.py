@@ -20,14 +20,18 @@ from certipatch.views import Views
 
 @final
 class LocalConv(nn.Module):
-    """A conv network of whole pictures, its last layer on every cell: pictures (B, C, H, W) to local logits (B, V, K)."""
+    """A conv network of whole pictures, its last layer on every cell: pictures (B, C, H, W) to local logits (B, V, K).
+
+    Of the picture as it is, also where the network answers for its mirror image too; divided by its temperature.
+    """
 
     encoding = "all-views"
 
     def __init__(self, network: ConvNet):
         super().__init__()
         head = nn.Conv2d(network.head.in_features, network.head.out_features, 1)
-        head.load_state_dict({"weight": network.head.weight[:, :, None, None], "bias": network.head.bias})
+        weight, bias = (tensor / network.temperature for tensor in (network.head.weight, network.head.bias))
+        head.load_state_dict({"weight": weight[:, :, None, None], "bias": bias})
         self.local = nn.Sequential(network.body, head)
         self.eval().requires_grad_(False)
 
