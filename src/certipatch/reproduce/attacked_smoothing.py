@@ -82,7 +82,7 @@ def _drawn(found: Sequence[Pair], clean: Sequence[Cell], ticks: Sequence[str], a
         standing = [clean[which], *(one.attacked for one in runs if isinstance(one, Attacked))]
         proven = ["", *(one.certified for one in runs if isinstance(one, Attacked))]
         series += [*_line(name, standing, colour, "o"), *_line("certified", proven, GREEN, "^")]
-    limits = ((-0.2, len(ticks) - 0.8), (0.0, 100.0))
+    limits = ((-0.2, len(ticks) - 0.8), (-2.0, 102.0))
     return plots.draw(series, (axis, "accuracy, %"), limits, [*enumerate(ticks)])
 
 
