@@ -117,9 +117,11 @@ def test_patch_pgd_breaks_a_linear_network_exactly_where_a_patch_can():
     assert all(len(outcome.tried[b]) == exact.shape[1] for b in standing.nonzero().flatten().tolist())
 
 
-def test_coarse_to_fine_finds_the_best_place_of_a_linear_network():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_coarse_to_fine_finds_the_best_place_of_a_linear_network(dtype):
     defense, threat = linear(classes=2), PatchThreat(2)
-    asked = task(defense, threat)
+    defense.model.to(dtype)
+    asked = task(defense, threat, pictures().to(dtype))
     places = Places(threat, SIZE)
     order = coarse_to_fine(Victim(defense), asked, places, len(places))
     exact = best_leads(defense, asked.images, asked.label, places)

@@ -35,7 +35,7 @@ def coarse_to_fine(victim: Victim, task: Task, places: Places, number: int) -> I
     Places of largest gain, apart from each other by half a patch, are painted along the gradient and looked at; then
     the neighbours of the best ones. Behind all that were looked at come the others in the order of their gain.
     """
-    gain = gains(victim, task, places).cpu()
+    gain = gains(victim, task, places).float().cpu()
     apart = max(1, places.side // 2)
     best = torch.full_like(gain, -torch.inf)
     coarse = torch.stack([_spread(row, places, COARSE, apart) for row in gain])

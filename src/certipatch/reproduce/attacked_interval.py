@@ -39,7 +39,7 @@ MNIST = _study(
     Wanted("votes", "mnist-columns-votes", 0.7),
 )
 CIFAR10 = _study(
-    "cifar10", "CIFAR-10", 32, Wanted("plain", "cifar10-plain", 1), Wanted("columns", "cifar10-columns", 3.3)
+    "cifar10", "CIFAR-10", 32, Wanted("plain", "cifar10-plain", 0.25), Wanted("columns", "cifar10-columns", 3.3)
 )
 PHOTOGRAPHS = Study("imagenette", (42, 52, 60), (Wanted("plain", "imagenet-lite"),), "ImageNet", (224, 224))
 

@@ -32,7 +32,9 @@ def _study(data: str, title: str, size: int, plain: Wanted, columns: Wanted) -> 
 
 
 STUDIES = (
-    _study("cifar10", "CIFAR-10", 32, Wanted("plain", "cifar10-plain", 1), Wanted("columns", "cifar10-columns", 3.3)),
+    _study(
+        "cifar10", "CIFAR-10", 32, Wanted("plain", "cifar10-plain", 0.25), Wanted("columns", "cifar10-columns", 3.3)
+    ),
     _study("mnist", "MNIST", 28, Wanted("plain", "mnist-plain", 0.4), Wanted("columns", "mnist-columns-votes", 0.7)),
 )
 

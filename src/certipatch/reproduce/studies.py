@@ -110,7 +110,7 @@ CIFAR10 = Study(
         Wanted("bagnet", "cifar10-bagnet", 3),
         Wanted("bagnet-10", "cifar10-bagnet10", 3),
         Wanted("columns", "cifar10-columns", 2),
-        Wanted("plain", "cifar10-plain", 1),
+        Wanted("plain", "cifar10-plain", 0.25),
     ),
 )
 IMAGENETTE = Study(
