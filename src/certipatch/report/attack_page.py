@@ -142,7 +142,9 @@ def _cards(
         facts = [("before", before), ("after", after + (", alarm" if row["attacked_alarm"] else ""))]
         if row["label"] != row["target"]:
             facts.append(("true class", classes[row["target"]]))
-        facts += [("places attacked", f"{row['places']:,}"), ("certified", "yes" if row["certified"] else "no")]
+        facts.append(("certified", "yes" if row["certified"] else "no"))
+        if row["certified_places"]:
+            facts.append(("certified places attacked", f"{row['certified_places']:,}"))
         box = None if row["top"] is None else [row[name] for name in ("top", "left", "height", "width")]
         if box is not None:
             facts.append(("patch", f"{box[2]}×{box[3]} at row {box[0]}, column {box[1]}"))
