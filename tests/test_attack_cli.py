@@ -14,7 +14,7 @@ from certipatch.attacks import find
 from certipatch.cli import attacking
 from certipatch.defenses import load, read_card
 from certipatch.evaluation import attack as attack_runs
-from certipatch.evaluation.attack_campaign import COUNTS, Cell, campaign
+from certipatch.evaluation.attack_campaign import COUNTS, Cell, affordable, campaign
 from certipatch.evaluation.records import read_evidence, read_records
 from certipatch.rules import Verdict, Vote
 from certipatch.threats import PatchThreat
@@ -312,6 +312,15 @@ def test_a_campaign_stops_resumes_and_reports(certipatch, tmp_path, home, monkey
     assert certipatch(*command)[:2] == (0, out)
     assert snapshot(tmp_path / "run") == before
     assert "another campaign" in refused(certipatch(*command, "--seed", "3"))
+
+
+@pytest.mark.parametrize(
+    ("starts", "steps", "units", "expected"),
+    [(8, 40, 1e9, (8, 40)), (64, 2, 1e9, (64, 2)), (8, 40, 40.0, (8, 5)), (64, 2, 40.0, (20, 2)), (8, 40, 5.0, (2, 2)),
+     (2, 20, 0.0, (1, 2)), (2, 1, 0.0, (1, 1))],
+)  # fmt: skip
+def test_slow_defenses_get_fewer_starts_and_steps_in_a_round(starts, steps, units, expected):
+    assert affordable(starts, steps, units) == expected
 
 
 def test_campaign_cells_count_certified_pairs_and_find_a_liar(home, tmp_path, monkeypatch):

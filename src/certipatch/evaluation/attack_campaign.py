@@ -71,7 +71,10 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
 
 
 def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) -> dict[str, int]:
-    """One round of a cell on its next pictures; gives its counts. The first rounds, and those of short shares, are small."""
+    """One round of a cell on its next pictures; gives its counts.
+
+    The first rounds, and those of short shares, are small; slow defenses get fewer starts and steps.
+    """
     defense, pictures = cell.open()
     cell.attack.check(cell.threat)
     size = 2 if number == 0 or share < 20 else 16
@@ -79,6 +82,9 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
     indices = range(first, first + size)
     images = pictures.images(indices)
     victim = Victim(defense)
+    started = time.monotonic()
+    victim.answer(images)
+    units = share / (2 * 3 * max(1e-6, time.monotonic() - started))  # a step is about three passes; there are two tasks
     counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
     if certifies(defense):
         found = defense.certify(images, cell.threat)
@@ -88,13 +94,14 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
         label, margins = victim.answer(images).label, None
         usable = torch.ones_like(label, dtype=torch.bool)
     many = number % 2 == 1 and size > 2
+    starts, steps = affordable(2, min(cell.attack.steps, 20), units)
     base = Task(
         images=images,
         label=label,
         threat=cell.threat,
         numbers=list(indices),
-        starts=2,
-        steps=min(cell.attack.steps, 20),
+        starts=starts,
+        steps=steps,
         margins=margins,
         seed=seed + number,
         batch=max(1, min(256, PIXELS // (images.shape[2] * images.shape[3]))),
@@ -102,17 +109,10 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
     tasks = [base]
     single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1
     if margins is not None and single and bool((margins > 0).any()):
-        steps = 2 if many else 40
-        starts = 4 if size == 2 else 64 if many else 8
-        tasks.append(
-            replace(
-                base,
-                starts=starts,
-                steps=min(cell.attack.steps, steps),
-                step=0.5 if many else 0.05,
-                search="certified",
-            )
+        starts, steps = affordable(
+            4 if size == 2 else 64 if many else 8, min(cell.attack.steps, 2 if many else 40), units
         )
+        tasks.append(replace(base, starts=starts, steps=steps, step=0.5 if many else 0.05, search="certified"))
     for task in tasks:
         chosen = usable.cpu()
         if task.search == "certified":
@@ -151,6 +151,12 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
             elif bool(outcome.broken[at]):
                 counts["changed_elsewhere"] += 1
     return counts
+
+
+def affordable(starts: int, steps: int, units: float) -> tuple[int, int]:
+    """At most so many starts and steps, of whose product ``units`` are paid for: starts of two steps first."""
+    starts = max(1, min(starts, int(units / 2)))
+    return starts, max(min(steps, 2), min(steps, int(units / starts)))
 
 
 def _path(out: Path, cell: Cell) -> Path:
