@@ -23,6 +23,7 @@ from certipatch.evidence import PIXELS
 from certipatch.threats import PatchThreat, Threat
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
+SEARCH = 60  # passes forth and back that a search for weak places takes about
 Progress = Callable[[int, int, str], None]
 
 
@@ -102,6 +103,7 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
         numbers=list(indices),
         starts=starts,
         steps=steps,
+        search="auto" if units >= SEARCH else "random",
         margins=margins,
         seed=seed + number,
         batch=max(1, min(256, PIXELS // (images.shape[2] * images.shape[3]))),
