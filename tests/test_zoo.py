@@ -14,7 +14,17 @@ from certipatch.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 NAMES = tuple(sorted(path.parent.name for path in (ROOT / "zoo").glob("*/card.json")))
-NAMED = {"fashion-columns", "mnist-columns", "mnist-columns-votes", "mnist-patchguard", "mnist-plain", "cifar10-columns"}
+NAMED = {
+    "fashion-columns",
+    "mnist-columns",
+    "mnist-columns-votes",
+    "mnist-patchguard",
+    "mnist-plain",
+    "cifar10-bagnet",
+    "cifar10-columns",
+    "cifar10-patchguard",
+    "cifar10-plain",
+}
 
 
 @pytest.fixture(scope="module")
