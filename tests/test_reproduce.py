@@ -92,7 +92,7 @@ def test_a_table_in_markdown_csv_and_json():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A data folder, a small BagNet and a column network, trained for an epoch."""
+    """A data folder, a small BagNet, a column and a plain network, trained for an epoch."""
     folder = tmp_path_factory.mktemp("reproduce")
     data = write_parquet(folder / "data")
     bagnet = write_recipe(
@@ -106,7 +106,9 @@ def models(tmp_path_factory):
         epochs=1,
     )
     columns = write_recipe(folder / "columns.yaml", epochs=1)
-    for name, path in (("bagnet", bagnet), ("columns", columns)):
+    mlp = {"name": "mlp", "widths": [8]}
+    plain = write_recipe(folder / "plain.yaml", epochs=1, defense="undefended", views=None, model=mlp, objective={})
+    for name, path in (("bagnet", bagnet), ("columns", columns), ("plain", plain)):
         train(read(path, [f"data={data}"]), folder / name)
     return folder
 
@@ -118,7 +120,8 @@ def run(*arguments):
 @pytest.mark.parametrize("name", ["pg-table5", *(f"pg-table{n}" for n in range(14, 21)), "pg-fig7"])
 def test_every_table_is_made_from_tiny_models(models, tmp_path, name):
     arguments = ["reproduce", name, "--data", models / "data", "--out", tmp_path / "out"]
-    arguments += ["--model", f"bagnet={models / 'bagnet'}", "--model", f"columns={models / 'columns'}"]
+    for role in ("bagnet", "columns", "plain"):
+        arguments += ["--model", f"{role}={models / role}"]
     done = run(*arguments, "--json")
     assert done.exit_code == 0, done.output
     table = json.loads(done.stdout)

@@ -134,7 +134,10 @@ class Bench:
             self._pictures[size] = load(self.data, self.split, size=size, limit=self.limit)
         found = self._pictures[size]
         if len(found.class_names) != len(card.classes):
-            raise InputError(f"{found.name} has {len(found.class_names)} classes, but {card.name} {len(card.classes)}")
+            raise InputError(
+                f"{found.name} has {len(found.class_names)} classes, but {card.name} {len(card.classes)}; name a network "
+                "that was trained on these data with --model ROLE=FOLDER"
+            )
         return found
 
     def describe(self) -> list[str]:
