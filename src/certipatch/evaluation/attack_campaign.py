@@ -84,7 +84,7 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
     images = pictures.images(indices)
     victim = Victim(defense)
     started = time.monotonic()
-    victim.answer(images)
+    answer = victim.answer(images)
     units = share / (2 * 3 * max(1e-6, time.monotonic() - started))  # a step is about three passes; there are two tasks
     counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
     if certifies(defense):
@@ -92,7 +92,7 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
         label, margins = found.label, found.margin.cpu()
         usable = torch.ones_like(label, dtype=torch.bool) if found.alarm is None else ~found.alarm
     else:
-        label, margins = victim.answer(images).label, None
+        label, margins = answer.label, None
         usable = torch.ones_like(label, dtype=torch.bool)
     many = number % 2 == 1 and size > 2
     starts, steps = affordable(2, min(cell.attack.steps, 20), units)
