@@ -4,6 +4,7 @@ Not in modules whose functions promise a ValueError (InputError) on tensors of t
 would answer with its own TypeCheckError first.
 """
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ HOOKED = (
     "training",
     "views",
 )
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they and their children share the cores, before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 install_import_hook([f"certipatch.{name}" for name in HOOKED], "beartype.beartype")
 

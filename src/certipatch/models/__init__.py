@@ -85,6 +85,8 @@ class ModelSettings(BaseModel):
     """Of a BagNet: side in pixels that pictures are resized to inside the network."""
     kernel: int | None = Field(default=None, ge=1, le=64)
     """Of a CNN: side of the first convolution."""
+    stride: int | None = Field(default=None, ge=1, le=4)
+    """Of a conv network: step of its first convolution."""
     mirror: bool | None = None
     """Of a conv network: mirror images, too, give an answer; the mean counts."""
     temperature: float | None = Field(default=None, gt=0, le=100)
