@@ -24,7 +24,9 @@ HOOKED = (
     "views",
 )
 
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they and their children share the cores, before torch is imported
+if workers := os.environ.get(
+    "PYTEST_XDIST_WORKER_COUNT"
+):  # they and their children share the cores, before torch is imported
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 install_import_hook([f"certipatch.{name}" for name in HOOKED], "beartype.beartype")

@@ -8,6 +8,7 @@ from torch import nn
 
 import certipatch as cp
 from certipatch.attacks import ATTACKS, Places, Task, Victim, find, losses
+from certipatch.attacks.clean_views import CleanViews
 from certipatch.attacks.locate import coarse_to_fine
 from certipatch.attacks.universal import poses, worn
 from certipatch.certificate import Certificate
@@ -26,7 +27,7 @@ from certipatch.rules import (
     Windows,
 )
 from certipatch.threats import PatchThreat, SparseThreat
-from certipatch.views import Columns
+from certipatch.views import Blocks, Columns, Cross, Rows
 
 SIZE = (6, 7)
 
@@ -391,6 +392,60 @@ def test_sampled_and_rendered_views_give_gradients(build):
     Victim(defense).check_gradients(asked.images)
     outcome = find("patch-pgd").run(Victim(defense), asked)
     assert torch.equal(outcome.label, defense.predict(outcome.attacked))
+
+
+VIEWS = {
+    "columns": (Columns(2), "crop", 3),
+    "rows": (Rows(3, stride=2), "crop", 3),
+    "blocks": (Blocks(3), "crop", 3),
+    "cross": (Cross(2), "crop", 3),
+    "null": (Columns(2), "null", 1),
+}
+
+
+class OfViews(nn.Module):
+    """Different for every pixel of a view: its logits are sums of squares with fixed weights."""
+
+    def __init__(self, encoding: str):
+        super().__init__()
+        self.encoding = encoding
+
+    def forward(self, views):
+        flat = views.flatten(1)
+        weight = torch.randn(flat.shape[1], 4, generator=torch.Generator().manual_seed(4)).to(flat)
+        return (flat + flat * flat) @ weight
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_that_no_patch_touches_are_not_computed_again(name):
+    views, encoding, batch = VIEWS[name]
+    images = torch.rand((3, 1, 8, 8), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    defense = cp.DerandomizedSmoothing(OfViews(encoding).eval(), views, threshold=0.3)
+    victim = Victim(defense)
+    attack = task(defense, PatchThreat(2), images, batch=batch)
+    clean = CleanViews.of(victim, attack)
+    assert clean is not None
+    places, picture = attack.places(), torch.tensor([2, 0, 0, 1])
+    mask = places.masks(torch.tensor([[0], [5], [48], [30]]))
+    attacked = torch.where(mask, 0.7, images[picture])
+    found = []
+    for leads in (lambda x: victim.leads(x, torch.Generator()), lambda x: clean.leads(x, picture, mask)):
+        x = attacked.clone().requires_grad_()
+        of_each = leads(x)
+        (gradient,) = torch.autograd.grad((of_each * torch.arange(4)).sum(), x)
+        found.append((of_each, gradient * mask))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+    seen, model_forward = [], defense.model.forward
+    defense.model.forward = lambda x: (seen.append(len(x)), model_forward(x))[1]  # type: ignore[method-assign]
+    clean.leads(attacked, picture, mask)
+    assert sum(seen) < 0.8 * len(picture) * views.number((8, 8))
+
+
+def test_views_that_show_most_of_a_picture_are_all_computed():
+    defense = cp.DerandomizedSmoothing(OfViews("null").eval(), Columns(5), threshold=0.3)
+    images = torch.rand((2, 1, 8, 8), generator=torch.Generator().manual_seed(2))
+    assert CleanViews.of(Victim(defense), task(defense, PatchThreat(2), images)) is None
+    assert CleanViews.of(Victim(linear()), task(linear(), PatchThreat(2))) is None
 
 
 def test_the_universal_patch_is_one_for_all_and_never_leaves_a_place():

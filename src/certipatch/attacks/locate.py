@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from certipatch.attacks.base import Task, Victim
+from certipatch.attacks.clean_views import CleanViews
 from certipatch.attacks.places import Places
 from certipatch.attacks.pool import Begin
 from certipatch.errors import InputError
@@ -23,7 +24,8 @@ def gains(victim: Victim, task: Task, places: Places) -> Float[Tensor, "B L"]:
     """
     images = task.images.detach().clone().requires_grad_()
     with torch.enable_grad():
-        loss = _loss(victim, task, images, torch.arange(len(images)))
+        picture = torch.arange(len(images))
+        loss = _loss(task, victim.leads(images, task.generator(0, -2)), picture)
         (gradient,) = torch.autograd.grad(loss.sum(), images)
     pixels = torch.maximum(gradient * (1 - task.images), -gradient * task.images).sum(1)
     return places.sums(pixels)
@@ -169,21 +171,28 @@ def _spread(gain: Float[Tensor, " L"], places: Places, number: int, apart: int) 
 def _painted(victim: Victim, task: Task, places: Places, choice: Int64[Tensor, "B n"]) -> Float[Tensor, "B n"]:
     """Losses with places painted black or white, pixel by pixel along the gradient at a grey patch."""
     number, picture = choice.shape[1], torch.arange(len(choice)).repeat_interleave(choice.shape[1])
+    clean = CleanViews.of(victim, task)
+
+    def losses_of(images: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
+        if clean is None:
+            return _loss(task, victim.leads(images, task.generator(0, -2)), rows)
+        return _loss(task, clean.leads(images, rows, mask), rows)
+
     found = []
     for part in torch.arange(len(picture)).split(task.batch):
-        mask = places.masks(choice.flatten()[part][:, None]).to(task.images.device)
-        images = task.images[picture[part]]
+        rows, mask = picture[part], places.masks(choice.flatten()[part][:, None]).to(task.images.device)
+        images = task.images[rows]
         grey = torch.where(mask, torch.full_like(images, 0.5), images).requires_grad_()
         with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(_loss(victim, task, grey, picture[part]).sum(), grey)
+            (gradient,) = torch.autograd.grad(losses_of(grey, rows, mask).sum(), grey)
         painted = torch.where(mask, (gradient > 0).to(images), images)
         with torch.no_grad():
-            found.append(_loss(victim, task, painted, picture[part]).cpu())
+            found.append(losses_of(painted, rows, mask).cpu())
     return torch.cat(found).float().view(-1, number)
 
 
-def _loss(victim: Victim, task: Task, images: Tensor, picture: Tensor) -> Tensor:
-    leads = victim.leads(images, task.generator(0, -2))
+def _loss(task: Task, leads: Float[Tensor, "N K"], picture: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """The lead of the target, or of the foremost class that is not the label."""
     if task.target is not None:
         return leads[:, task.target]
     return leads.scatter(1, task.label[picture][:, None].to(leads.device), -torch.inf).amax(1)

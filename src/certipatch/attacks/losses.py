@@ -75,7 +75,11 @@ def bare_leads(defense: object, images: Float[Tensor, "N C H W"], generator: Gen
 @leads.register
 def _(defense: ViewDefense, images: Tensor, generator: Generator) -> Tensor:
     size = (images.shape[2], images.shape[3])
-    logits = view_logits(defense.model, defense.views_of(size), images)
+    return logit_leads(defense, view_logits(defense.model, defense.views_of(size), images), size)
+
+
+def logit_leads(defense: ViewDefense, logits: Float[Tensor, "N V K"], size: tuple[int, int]) -> Float[Tensor, "N K"]:
+    """Leads under a defense's rule, from the logits of all views of pictures of ``size`` (H, W)."""
     return rule_leads(defense.rule(size), soft_values(defense, logits))
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from certipatch.attacks.base import Answer, Notify, Outcome, Task, Victim
+from certipatch.attacks.clean_views import CleanViews
 
 EVERY = 10  # steps after which the victim is asked although the loss does not say that it fell
 Begin = Callable[
@@ -48,6 +49,7 @@ class Pool:
         self.steps = task.steps if steps is None else steps
         number, images = len(task.images), task.images
         self.generator = task.generator(0, -1)
+        self._clean = CleanViews.of(victim, task)
         self.outcome = Outcome(
             broken=torch.zeros(number, dtype=torch.bool),
             attacked=images.clone(),
@@ -91,6 +93,12 @@ class Pool:
     def images(self) -> Float[Tensor, "R C H W"]:
         """The attacked pictures of all rows."""
         return torch.where(self.mask, self.paint, self.task.images[self.picture])
+
+    def leads(self, images: Float[Tensor, "R C H W"]) -> Float[Tensor, "R K"]:
+        """The victim's leads for the rows' pictures; views that no mask reaches are not computed again."""
+        if self._clean is None:
+            return self.victim.leads(images, self.generator)
+        return self._clean.leads(images, self.picture, self.mask)
 
     def loss(self, leads: Float[Tensor, "R K"]) -> Float[Tensor, " R"]:
         """The lead of the target, or of the foremost class that is not to be the answer."""
@@ -190,7 +198,7 @@ def climb(
     while pool.refill():
         images = pool.images().detach().requires_grad_()
         with torch.enable_grad():
-            leads = pool.victim.leads(images, pool.generator)
+            leads = pool.leads(images)
             loss = pool.loss(leads)
             (gradient,) = torch.autograd.grad((loss if aim is None else aim(pool, leads)).sum(), images)
         stay = pool.settle(images, loss)

@@ -52,7 +52,7 @@ class Square(Attack):
             pool.paint, pool.mask, pool.choice = self._proposed(pool, places, roams, [draws[row] for row in rows])
             images = pool.images()
             with torch.no_grad():
-                loss = pool.loss(victim.leads(images, pool.generator)).float()
+                loss = pool.loss(pool.leads(images)).float()
             better = torch.tensor([kept.get(row, -math.inf) for row in rows]) < loss.cpu()
             stay = pool.settle(images, loss)
             found = zip(rows, better.tolist(), loss.tolist(), strict=True)

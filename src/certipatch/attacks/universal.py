@@ -69,7 +69,7 @@ class Universal(Attack):
         while pool.refill():
             images = pool.images()
             with torch.no_grad():
-                loss = pool.loss(victim.leads(images, pool.generator))
+                loss = pool.loss(pool.leads(images))
             pool.settle(images, loss)
         return pool.finish()
 

@@ -3,7 +3,7 @@
 A *cell* is a defense and an attack. Each round attacks some further pictures in two ways: as ``attack`` does, and at
 certified places only, there with few steps at many places or with many steps at few. Certificates are claims about any
 picture and about each place, so a picture needs no true label, and one that is open somewhere is attacked where it is
-not. A round of a cell is written before the next begins: a campaign stops and resumes.
+not. The universal patch, learned in a few steps, is put on up to EVERYWHERE places of a picture. A round of a cell is written before the next begins: a campaign stops and resumes.
 """
 
 import time
@@ -15,6 +15,7 @@ from typing import Any, final
 import torch
 
 from certipatch.attacks import Attack, Task, Victim, certifies
+from certipatch.attacks.universal import Universal
 from certipatch.data import Pictures
 from certipatch.errors import InputError
 from certipatch.evaluation.attack import sampled, save_break
@@ -23,6 +24,7 @@ from certipatch.evidence import PIXELS
 from certipatch.threats import PatchThreat, Threat
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
+EVERYWHERE = 1024  # places of a picture that the universal patch is put on
 SEARCH = 60  # passes forth and back that a search for weak places takes about
 Progress = Callable[[int, int, str], None]
 
@@ -111,9 +113,12 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
     tasks = [base]
     single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1
     if margins is not None and single and bool((margins > 0).any()):
-        starts, steps = affordable(
-            4 if size == 2 else 64 if many else 8, min(cell.attack.steps, 2 if many else 40), units
-        )
+        if isinstance(cell.attack, Universal):  # its steps are shared; a place takes two passes, not three a step
+            starts, steps = max(1, min(4 if size == 2 else EVERYWHERE if many else 64, int(1.5 * units))), steps
+        else:
+            starts, steps = affordable(
+                4 if size == 2 else 64 if many else 8, min(cell.attack.steps, 2 if many else 40), units
+            )
         tasks.append(replace(base, starts=starts, steps=steps, step=0.5 if many else 0.05, search="certified"))
     for task in tasks:
         chosen = usable.cpu()

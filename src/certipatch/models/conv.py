@@ -116,7 +116,8 @@ class CrossConvNet(nn.Module):
     ):
         super().__init__()
         self.parts = nn.ModuleList(
-            ConvNet(part, in_channels, num_classes, image_size, widths, stride, mirror, temperature) for part in views.parts
+            ConvNet(part, in_channels, num_classes, image_size, widths, stride, mirror, temperature)
+            for part in views.parts
         )
         self.num_classes = num_classes
 

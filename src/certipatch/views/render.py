@@ -52,26 +52,56 @@ def crop(
     """
     if isinstance(views, Cross):
         return _crop_cross(images, views, index)
+    rows, columns, position = _crops(images, views, index)
+    if rows is None:
+        turned = images.transpose(2, 3) if isinstance(views, Rows) else images
+        pixels = turned[:, :, :, columns].permute(0, 3, 1, 2, 4)
+    else:
+        pixels = images[:, :, rows[:, :, None], columns[:, None, :]].permute(0, 2, 1, 3, 4)
+    channels = position[None, :, :, None, None].expand(len(images), -1, -1, *pixels.shape[3:])
+    return torch.cat([pixels, channels], dim=2)
+
+
+def _crops(
+    images: Float[Tensor, "B C H W"], views: Bands | Blocks, index: Int[Tensor, " v"]
+) -> tuple[Int[Tensor, "v s"] | None, Int[Tensor, "v s"], Float[Tensor, "v p"]]:
+    """Rows of each block, or None; columns (of a row band: rows) of each block or band; their positions in [0, 1)."""
     if views.count != 1:
         raise InputError(f"a crop shows one band or block, not {views.count}; use the null encoding")
-    size = images.shape[2], images.shape[3]
-    reach = torch.arange(views.width, device=images.device)
-    index = index.to(images.device)
+    size, device = (images.shape[2], images.shape[3]), images.device
+    reach = torch.arange(views.width, device=device)
+    index = index.to(device)
     if isinstance(views, Bands):
+        length = size[0] if isinstance(views, Rows) else size[1]
+        starts = torch.tensor(views.starts(size), device=device)[index]
+        return None, (starts[:, None] + reach) % length, (starts / length)[:, None].to(images.dtype)
+    tops, lefts = (torch.tensor(places, device=device) for places in views.starts(size))
+    top, left = tops[index // len(lefts)], lefts[index % len(lefts)]
+    position = torch.stack([top / size[0], left / size[1]], 1).to(images.dtype)
+    return (top[:, None] + reach) % size[0], (left[:, None] + reach) % size[1], position
+
+
+def crop_each(
+    images: Float[Tensor, "n C H W"], views: Bands | Blocks | Cross, index: Int[Tensor, " n"]
+) -> Float[Tensor, "n C1 h w"]:
+    """View ``index[i]`` of picture i, as ``crop`` gives it."""
+    if isinstance(views, Cross):
+        first = views.parts[0].number((images.shape[2], images.shape[3]))
+        turned = (index >= first).to(images.device)
+        shape = (len(images), images.shape[1] + 2, images.shape[2], views.width)
+        cropped = torch.empty(shape, dtype=images.dtype, device=images.device)
+        for part, chosen, flag in ((views.parts[0], ~turned, 0), (views.parts[1], turned, 1)):
+            cropped[chosen, :-1] = crop_each(images[chosen], part, index.to(images.device)[chosen] - flag * first)
+            cropped[chosen, -1] = flag
+        return cropped
+    rows, columns, position = _crops(images, views, index)
+    each = torch.arange(len(images), device=images.device)
+    if rows is None:
         turned = images.transpose(2, 3) if isinstance(views, Rows) else images
-        starts = torch.tensor(views.starts(size), device=images.device)[index]
-        places = (starts[:, None] + reach) % turned.shape[3]
-        pixels = turned[:, :, :, places].permute(0, 3, 1, 2, 4)
-        position = [starts / turned.shape[3]]
+        pixels = turned[each[:, None], :, :, columns].permute(0, 2, 3, 1)
     else:
-        tops, lefts = (torch.tensor(places, device=images.device) for places in views.starts(size))
-        top, left = tops[index // len(lefts)], lefts[index % len(lefts)]
-        rows, columns = (top[:, None] + reach) % size[0], (left[:, None] + reach) % size[1]
-        pixels = images[:, :, rows[:, :, None], columns[:, None, :]].permute(0, 2, 1, 3, 4)
-        position = [top / size[0], left / size[1]]
-    channels = torch.stack(position, 1).to(images.dtype)[None, :, :, None, None]
-    channels = channels.expand(len(images), -1, -1, *pixels.shape[3:])
-    return torch.cat([pixels, channels], dim=2)
+        pixels = images[each[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return torch.cat([pixels, position[:, :, None, None].expand(-1, -1, *pixels.shape[2:])], dim=1)
 
 
 def _crop_cross(
@@ -111,9 +141,13 @@ def render(
 def render_each(
     encoding: str, images: Float[Tensor, "n C H W"], views: Views, index: Int[Tensor, " n"], value: Fill = 0.5
 ) -> Float[Tensor, "n ..."]:
-    """View ``index[i]`` of picture i, in the encodings ``null`` or ``fill``. ValueError on another."""
+    """View ``index[i]`` of picture i, as ``render`` gives it. ValueError on another encoding."""
+    if encoding == "crop":
+        if not isinstance(views, Bands | Blocks | Cross):
+            raise InputError("only bands and blocks can be cropped; use the null encoding")
+        return crop_each(images, views, index)
     if encoding not in ("null", "fill"):
-        raise InputError(f"single views are rendered for the encodings null and fill, not {encoding!r}")
+        raise InputError(f"unknown encoding {encoding!r}; use null, fill or crop")
     visible = views.visible((images.shape[2], images.shape[3]), index).to(images.device)[:, None]
     if encoding == "null":
         return torch.cat([images, 1 - images], dim=1) * visible

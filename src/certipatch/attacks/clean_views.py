@@ -1,0 +1,66 @@
+"""Views that a patch does not touch say what they said of the clean picture, and are computed once.
+
+A band of 4 columns of 32 sees a 5x5 patch in 8 of 32 places: a gradient through the other 24 would be zero.
+"""
+
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from certipatch import evidence as ev
+from certipatch.attacks import losses
+from certipatch.attacks.base import Task, Victim
+from certipatch.defenses.base import ViewDefense
+from certipatch.views.render import render_each
+
+SMALL = 0.5  # views that show more of a picture than this are all computed
+
+
+@final
+class CleanViews:
+    """A defense's logits for the views of clean pictures, from which those of attacked ones differ where a mask is."""
+
+    def __init__(self, defense: ViewDefense, images: Float[Tensor, "B C H W"], batch: int):
+        self._defense, self._size = defense, (images.shape[2], images.shape[3])
+        self._views = defense.views_of(self._size)
+        shown = self._views.visible(self._size, torch.arange(self._views.number(self._size)))
+        self._shown = shown.flatten(1).to(images)  # (V, H·W)
+        with torch.no_grad():
+            parts = [losses.view_logits(defense.model, self._views, part) for part in images.split(batch)]
+        self._logits = torch.cat(parts)
+
+    @classmethod
+    def of(cls, victim: Victim, task: Task) -> "CleanViews | None":
+        """None where the victim's leads do not come from the logits of small views, each of which is a pass."""
+        defense = victim.defense
+        if not victim.adaptive or not isinstance(defense, ViewDefense):
+            return None
+        own = losses.leads.dispatch(type(defense)) is losses.leads.dispatch(ViewDefense)
+        if not own or getattr(defense.model, "encoding", "null") == "all-views":
+            return None
+        found = cls(defense, task.images, task.batch)
+        return found if found._shown.mean() < SMALL else None
+
+    def leads(
+        self, images: Float[Tensor, "R C H W"], picture: Int64[Tensor, " R"], mask: Bool[Tensor, "R 1 H W"]
+    ) -> Float[Tensor, "R K"]:
+        """Leads of pictures that differ from clean ``picture`` under ``mask`` alone; differentiable."""
+        touched = (mask.flatten(1).to(self._shown) @ self._shown.T > 0).nonzero()
+        step = max(1, ev.PIXELS // max(1, int(self._shown.sum(1).max())))
+        parts = touched.split(step)
+        if len(parts) == 1 or not images.requires_grad:
+            answers = [self._answers(images, part) for part in parts]
+        else:  # to save memory: computed again on the way back
+            answers = [checkpoint(self._answers, images, part, use_reentrant=False) for part in parts]
+        logits = self._logits[picture]
+        changed = torch.cat([part for part in answers if isinstance(part, Tensor)]).to(logits.dtype)
+        logits = logits.index_put((touched[:, 0], touched[:, 1]), changed)
+        return losses.logit_leads(self._defense, logits, self._size)
+
+    def _answers(self, images: Float[Tensor, "R C H W"], pairs: Int64[Tensor, "n 2"]) -> Float[Tensor, "n K"]:
+        model = self._defense.model
+        encoding, fill = getattr(model, "encoding", "null"), getattr(model, "fill", 0.5)
+        return model(render_each(encoding, images[pairs[:, 0]], self._views, pairs[:, 1], fill))
