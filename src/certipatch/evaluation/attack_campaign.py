@@ -1,9 +1,10 @@
 """A soundness campaign: every defense against every attack that fits it, for a given time, looking for one false certificate.
 
 A *cell* is a defense and an attack. Each round attacks some further pictures in two ways: as ``attack`` does, and at
-certified places only, there with few steps at many places or with many steps at few. Certificates are claims about any
-picture and about each place, so a picture needs no true label, and one that is open somewhere is attacked where it is
-not. The universal patch, learned in a few steps, is put on up to EVERYWHERE places of a picture. A round of a cell is written before the next begins: a campaign stops and resumes.
+certified places only, there with few steps at many places or with many steps at few; the universal patch, learned in a few
+steps, is put on up to EVERYWHERE places of a picture. Certificates are claims about any picture and about each place, so a
+picture needs no true label, and one that is open somewhere is attacked where it is not. A round of a cell is written before
+the next begins: a campaign stops and resumes.
 """
 
 import time
