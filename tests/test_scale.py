@@ -212,6 +212,29 @@ def test_training_with_several_processes(home, forks, tmp_path, change):
                 torch.testing.assert_close(one[name].float(), several[name].float(), rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("strategy", ["all", "random", "sparse", "guided"])
+def test_certified_training_with_several_processes(home, forks, tmp_path, strategy):
+    bound = {"pixels": 2} if strategy == "sparse" else {"patch": 2}
+    interval = {"strategy": strategy, "ramp_from": 0.0, "ramp_until": 0.5, **bound}
+    recipe = {"name": "tiny", "data": str(home / "stripes"), "epochs": 2, "batch_size": 16, "learning_rate": 0.05}
+    recipe |= {"model": {"name": "mlp", "widths": [12]}, "interval": interval, "limit": 81, "holdout": 20, "optimizer": "sgd"}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        arguments = ["train", str(tmp_path / "r.yaml"), "--out", str(out)]
+        ended = forks.run(*[Command(arguments)] * count, workers=count > 1)
+        assert [process.code for process in ended] == [0] * count, ended
+        assert json.loads((out / "card.json").read_text())["training"]["processes"] == count
+    losses = [[line["loss"] for line in logged(tmp_path / name)] for name in ("1", "2")]
+    one, two = (load_file(tmp_path / name / "weights.safetensors") for name in ("1", "2"))
+    if strategy == "guided":  # each process draws places for its own share of the batch
+        assert losses[1] == pytest.approx(losses[0], rel=0.3)
+        return
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4)
+
+
 def test_training_goes_on_exactly_with_as_many_processes_and_nearly_with_others(home, forks, tmp_path):
     def weights(name: str) -> dict[str, torch.Tensor]:
         return load_file(tmp_path / name / "weights.safetensors")
