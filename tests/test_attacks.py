@@ -349,6 +349,24 @@ def test_double_masking_leads_where_all_masks_agree():
     assert (found.amax(1) > 0).all()
 
 
+def test_a_plain_attack_on_masks_looks_at_the_bare_picture():
+    seen = []
+
+    class Watched(Linear):
+        def forward(self, pictures):
+            seen.append(pictures)
+            return super().forward(pictures)
+
+    images = pictures(2)
+    for method in (cp.PatchCleanser, cp.MinorityReports):
+        defense = method(Watched().eval(), PatchThreat(2), masks=3)
+        seen.clear()
+        found = Victim(defense, adaptive=False).leads(images, torch.Generator())
+        assert len(seen) == 1
+        assert torch.equal(seen[0], images)
+        assert torch.equal(found, Victim(linear()).leads(images, torch.Generator()))
+
+
 class Blind(nn.Module):
     """A network through NumPy, as an ONNX session: no gradients."""
 

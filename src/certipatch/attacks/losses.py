@@ -26,11 +26,12 @@ from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.empirical import EmpiricalDefense
-from certipatch.defenses.patchcleanser import PatchCleanser
+from certipatch.defenses.patchcleanser import BehindMasks, PatchCleanser
 from certipatch.defenses.patchcure import PatchCURE
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.errors import InputError
+from certipatch.models.shared_front import SharedFront
 from certipatch.rules import ClippedSum, DoubleMask, MaskedDetection, MinorityReports, RobustMask, Rule, Vote
 from certipatch.rules.double_mask import number_of_masks
 from certipatch.rules.order_statistics import OrderStatistic
@@ -61,14 +62,17 @@ def leads(defense: object, images: Float[Tensor, "N C H W"], generator: Generato
 def bare_leads(defense: object, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
     """Leads of a defense's network alone: what a plain attack looks at, which knows nothing of the defense.
 
-    With views: the mean of their logits.
+    With views: the mean of their logits. Behind masks: of the picture without any.
     """
-    if isinstance(defense, ViewDefense):
+    whole = isinstance(getattr(defense, "model", None), BehindMasks | SharedFront)
+    if isinstance(defense, ViewDefense) and not whole:
         size = (images.shape[2], images.shape[3])
         return lead_of(view_logits(defense.model, defense.views_of(size), images).mean(1))
     network: Callable[[Tensor], Tensor] | None = getattr(defense, "model", None)
     if network is None:
         raise InputError(f"there is no loss to attack {type(defense).__name__} with; register one for losses.leads")
+    if getattr(network, "encoding", "picture") == "null":
+        images = torch.cat([images, 1 - images], 1)
     return lead_of(network(images).float())
 
 
