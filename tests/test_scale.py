@@ -217,7 +217,13 @@ def test_certified_training_with_several_processes(home, forks, tmp_path, strate
     bound = {"pixels": 2} if strategy == "sparse" else {"patch": 2}
     interval = {"strategy": strategy, "ramp_from": 0.0, "ramp_until": 0.5, **bound}
     recipe = {"name": "tiny", "data": str(home / "stripes"), "epochs": 2, "batch_size": 16, "learning_rate": 0.05}
-    recipe |= {"model": {"name": "mlp", "widths": [12]}, "interval": interval, "limit": 81, "holdout": 20, "optimizer": "sgd"}
+    recipe |= {
+        "model": {"name": "mlp", "widths": [12]},
+        "interval": interval,
+        "limit": 81,
+        "holdout": 20,
+        "optimizer": "sgd",
+    }
     (tmp_path / "r.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
     for count in (1, 2):
         out = tmp_path / str(count)
