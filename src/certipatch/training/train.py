@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -27,12 +26,12 @@ from certipatch.training import checkpoint, objectives
 from certipatch.training.interval import IntervalObjective
 from certipatch.training.masking import MaskLoss, Masks, masks_of
 from certipatch.training.recipe import IntervalTraining, Recipe
+from certipatch.training.watch import bounded_held_out, cut_log, held_out, log, words
 from certipatch.versions import versions
 from certipatch.views import Cross, PixelSets, Views, mask_set
 from certipatch.views.render import render
 
 CHECKPOINT_SECONDS = 60.0
-WATCHED_PIXELS, FEWEST = 2**25, 16  # that views of held-out pictures show together; pictures at least
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what to show beside the bar)."""
 
@@ -94,7 +93,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     train_count = len(every) - recipe.holdout
     per_epoch = math.ceil(train_count / recipe.batch_size)
     total = per_epoch * recipe.epochs
-    seconds = _cut_log(out, first) if fabric.global_rank == 0 else 0.0
+    seconds = cut_log(out, first) if fabric.global_rank == 0 else 0.0
     started = saved = time.monotonic()
     order, epoch_of_order, mean = torch.empty(0, dtype=torch.int64), -1, math.nan
     module.train()
@@ -123,11 +122,13 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         if fabric.global_rank == 0 and epoch_ends:
             kept = every[train_count:], targets[train_count:]
             held = (
-                _held_out(recipe, blank, network, *kept, fabric.device) if bounded is None else _watch(bounded, *kept)
+                held_out(recipe, blank, network, *kept, fabric.device)
+                if bounded is None
+                else bounded_held_out(bounded, *kept)
             )
             spent = seconds + time.monotonic() - started
-            _log(out, {"epoch": epoch + 1, "step": done, "loss": round(mean, 4), "seconds": round(spent), **held})
-            progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}  {_words(held)}")
+            log(out, {"epoch": epoch + 1, "step": done, "loss": round(mean, 4), "seconds": round(spent), **held})
+            progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}  {words(held)}")
             module.train()
         if fabric.global_rank == 0 and (epoch_ends or time.monotonic() - saved > CHECKPOINT_SECONDS):
             saved = time.monotonic()
@@ -363,71 +364,3 @@ def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Mod
 def _undominated(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Tensor:
     found = sees(views, threat, image_size)
     return found.rows[found.undominated]
-
-
-def _held_out(
-    recipe: Recipe, card: cards.Card, network: nn.Module, images: Tensor, targets: Tensor, device: torch.device
-) -> dict[str, float]:
-    """Clean and certified accuracy on held-out pictures with the weights as they are now; of large ones, on the first."""
-    if len(images) == 0:
-        return {}
-    network.eval()
-    side = recipe.objective.patch if recipe.masking is None else recipe.settings["patch"]
-    threat = PatchThreat(min(side, *card.image_size))
-    if card.defense == "randomized-ablation":  # enough to watch by; understates what more samples certify
-        card = card.model_copy(update={"settings": card.settings | {"samples": 50, "samples_to_pick": 10}})
-    defense = cards.build(card, network, threat)
-    views, size = card.created_views(), card.image_size
-    if views is not None:  # watching shall not take longer than learning
-        shown = int(views.visible(size).sum())
-        images = images[: max(FEWEST, WATCHED_PIXELS // shown)]
-        targets = targets[: len(images)]
-    label, certified = [], []
-    for part in images.split(250):
-        found = defense.certify(part.to(device).float().div(255), threat)
-        label.append(found.label.cpu())
-        certified.append(found.certified.cpu())
-    right = torch.cat(label) == targets
-    robust = right & torch.cat(certified)
-    return {"clean_accuracy": right.double().mean().item(), "certified_accuracy": robust.double().mean().item()}
-
-
-def _watch(bounded: IntervalObjective, images: Tensor, targets: Tensor) -> dict[str, float]:
-    """The same by interval bounds, with the losses."""
-    if len(images) == 0:
-        return {}
-    device = next(bounded.parameters()).device
-    return bounded.watch(images.to(device).float().div(255), targets.to(device))
-
-
-def _words(held: dict[str, float]) -> str:
-    if not held:
-        return ""
-    losses = f" (loss {held['clean_loss']:.2f}, of bounds {held['bound_loss']:.2f})" if "bound_loss" in held else ""
-    return f"held out: clean {held['clean_accuracy']:.1%}, certified {held['certified_accuracy']:.1%}{losses}"
-
-
-def _log(out: Path, line: dict[str, Any]) -> None:
-    with (out / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def _cut_log(out: Path, step: int) -> float:
-    """Drop the lines of the log that were written after ``step``, or not to their end; gives the seconds until then."""
-    path, kept, seconds = out / "log.jsonl", [], 0.0
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return seconds
-    for line in lines:
-        try:
-            values = json.loads(line)
-            if values["step"] <= step:
-                kept, seconds = [*kept, line], float(values["seconds"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    if len(kept) < len(lines):
-        temporary = path.with_name("log.jsonl.part")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
-    return seconds

@@ -1,0 +1,85 @@
+"""What a training says on its way: accuracies on held-out pictures, beside the bar and in ``log.jsonl``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certipatch.defenses import card as cards
+from certipatch.threats import PatchThreat
+from certipatch.training.interval import IntervalObjective
+from certipatch.training.recipe import Recipe
+
+WATCHED_PIXELS, FEWEST = 2**25, 16  # that views of held-out pictures show together; pictures at least
+
+
+def held_out(
+    recipe: Recipe, card: cards.Card, network: nn.Module, images: Tensor, targets: Tensor, device: torch.device
+) -> dict[str, float]:
+    """Clean and certified accuracy on held-out pictures with the weights as they are now; of large ones, on the first."""
+    if len(images) == 0:
+        return {}
+    network.eval()
+    side = recipe.objective.patch if recipe.masking is None else recipe.settings["patch"]
+    threat = PatchThreat(min(side, *card.image_size))
+    if card.defense == "randomized-ablation":  # enough to watch by; understates what more samples certify
+        card = card.model_copy(update={"settings": card.settings | {"samples": 50, "samples_to_pick": 10}})
+    defense = cards.build(card, network, threat)
+    views, size = card.created_views(), card.image_size
+    if views is not None:  # watching shall not take longer than learning
+        shown = int(views.visible(size).sum())
+        images = images[: max(FEWEST, WATCHED_PIXELS // shown)]
+        targets = targets[: len(images)]
+    label, certified = [], []
+    for part in images.split(250):
+        found = defense.certify(part.to(device).float().div(255), threat)
+        label.append(found.label.cpu())
+        certified.append(found.certified.cpu())
+    right = torch.cat(label) == targets
+    robust = right & torch.cat(certified)
+    return {"clean_accuracy": right.double().mean().item(), "certified_accuracy": robust.double().mean().item()}
+
+
+def bounded_held_out(bounded: IntervalObjective, images: Tensor, targets: Tensor) -> dict[str, float]:
+    """The same by interval bounds, with the losses."""
+    if len(images) == 0:
+        return {}
+    device = next(bounded.parameters()).device
+    return bounded.watch(images.to(device).float().div(255), targets.to(device))
+
+
+def words(held: dict[str, float]) -> str:
+    """Held-out numbers, as they stand beside the bar."""
+    if not held:
+        return ""
+    losses = f" (loss {held['clean_loss']:.2f}, of bounds {held['bound_loss']:.2f})" if "bound_loss" in held else ""
+    return f"held out: clean {held['clean_accuracy']:.1%}, certified {held['certified_accuracy']:.1%}{losses}"
+
+
+def log(out: Path, line: dict[str, Any]) -> None:
+    """Write one more line of ``log.jsonl``."""
+    with (out / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def cut_log(out: Path, step: int) -> float:
+    """Drop the lines of the log that were written after ``step``, or not to their end; gives the seconds until then."""
+    path, kept, seconds = out / "log.jsonl", [], 0.0
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return seconds
+    for line in lines:
+        try:
+            values = json.loads(line)
+            if values["step"] <= step:
+                kept, seconds = [*kept, line], float(values["seconds"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    if len(kept) < len(lines):
+        temporary = path.with_name("log.jsonl.part")
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+    return seconds
