@@ -12,6 +12,7 @@ import torch
 
 import certipatch as cp
 from certipatch.attacks import Task, Victim, find
+from certipatch.attacks.clean_views import CleanViews
 from certipatch.defenses import Undefended
 
 PICTURES, STARTS, STEPS = 32, 2, 10
@@ -92,3 +93,23 @@ def test_art(benchmark) -> None:
     broken = benchmark.pedantic(each, rounds=1, iterations=1)
     ours = int(find("patch-pgd").run(Victim(defense), task).broken.sum())
     assert ours >= broken
+
+
+@pytest.mark.parametrize("views", ["all", "touched"])
+@pytest.mark.benchmark(group="a gradient for 16 pictures under a 5x5 patch, cifar10-columns")
+def test_views_that_a_patch_touches(benchmark, views) -> None:
+    defense = cp.load("cifar10-columns")
+    images = torch.rand((16, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    victim, numbers = Victim(defense), list(range(len(images)))
+    task = Task(images, defense.predict(images), cp.PatchThreat(5), numbers, 1, 1, 0.2, "random")
+    clean, picture = CleanViews.of(victim, task), torch.arange(len(images))
+    assert clean is not None
+    mask = task.places().masks(torch.arange(0, 784, 49)[:, None])
+    attacked = torch.where(mask, 0.5, images).requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        leads = victim.leads(attacked, torch.Generator()) if views == "all" else clean.leads(attacked, picture, mask)
+        return torch.autograd.grad(leads.amax(1).sum(), attacked)[0] * mask
+
+    found = benchmark.pedantic(gradient, rounds=5, iterations=1, warmup_rounds=1)
+    assert found.abs().sum() > 0
