@@ -367,6 +367,26 @@ def test_a_plain_attack_on_masks_looks_at_the_bare_picture():
         assert torch.equal(found, Victim(linear()).leads(images, torch.Generator()))
 
 
+@pytest.mark.parametrize("name", ["patch-pgd", "lavan", "universal", "square"])
+def test_a_plain_attack_asks_the_defense_once_for_each_picture(name):
+    defense, images = cp.PatchCleanser(Linear().eval(), PatchThreat(3), masks=2), pictures(4)
+    asked = task(defense, PatchThreat(3), images, starts=4)
+    victim, answered = Victim(defense, adaptive=False), []
+    answer = victim.answer
+    victim.answer = lambda x: (answered.append(x), answer(x))[1]  # type: ignore[method-assign]
+    outcome = find(name).run(victim, asked)
+    assert sum(map(len, answered)) == 4
+    assert torch.equal(torch.cat(answered), outcome.attacked)
+    assert torch.equal(outcome.label, defense.predict(outcome.attacked))
+    assert torch.equal(outcome.broken, outcome.label != asked.label)
+    assert all(1 <= len(tried) for tried in outcome.tried)
+    if name == "patch-pgd":
+        network = linear()
+        fell = network.predict(outcome.attacked) != asked.label
+        assert fell.any()
+        assert torch.equal(outcome.loss > 0, fell)
+
+
 class Blind(nn.Module):
     """A network through NumPy, as an ONNX session: no gradients."""
 

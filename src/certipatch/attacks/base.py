@@ -35,7 +35,8 @@ class Victim:
 
     Args:
         defense: anything with ``predict``; a detector says with ``alarm`` or its rule which pictures raise one.
-        adaptive: attack through the defense; False: its network alone, as an attacker who knows nothing of it would.
+        adaptive: attack through the defense; False: its network alone, as an attacker who knows nothing of it would: the
+            defense is asked at the end, once per picture.
     """
 
     def __init__(self, defense: Any, adaptive: bool = True):

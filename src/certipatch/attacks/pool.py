@@ -1,7 +1,8 @@
 """The pool: pairs of picture and start, as many as one gradient takes, each replaced as soon as it is done with.
 
 A start is done after its last step; all starts of a picture are done as soon as one has broken it. So batches stay
-full while easy pictures fall early and hard ones take all their starts.
+full while easy pictures fall early and hard ones take all their starts. A plain attack, whose victim is a network behind a
+defense that it does not know of, takes whole starts until the network falls; then the defense answers to its best picture.
 """
 
 from collections.abc import Callable, Iterator
@@ -116,7 +117,10 @@ class Pool:
         self._keep_best(images, loss)
         last = self.age >= self.steps
         ask = (loss > 0) | last | (self.age % EVERY == EVERY - 1)
-        if bool(ask.any()):
+        if not self.victim.adaptive:  # a start ends before anybody looks, and only at the bare network
+            fell = self.picture[last]
+            self.outcome.broken[fell] = self.outcome.loss[fell] > 0
+        elif bool(ask.any()):
             rows = ask.nonzero().flatten()
             self._ask(images[rows], self.picture[rows], self.choice[rows])
         self.outcome.queries += len(self.picture)
@@ -156,8 +160,13 @@ class Pool:
         return Answer(label, alarm)
 
     def finish(self) -> Outcome:
-        """The outcome, with the victim's answers to the best pictures of those that stand."""
+        """The outcome, with the victim's answers to the best pictures of those that stand.
+
+        A plain attack never asked it before: there all pictures are decided here.
+        """
         found = self.outcome
+        if not self.victim.adaptive:
+            found.broken.zero_()
         standing = (~found.broken).nonzero().flatten()
         for part in standing.split(max(1, self.task.batch)):
             if len(part):
