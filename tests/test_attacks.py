@@ -379,7 +379,7 @@ def test_a_plain_attack_asks_the_defense_once_for_each_picture(name):
     assert torch.equal(torch.cat(answered), outcome.attacked)
     assert torch.equal(outcome.label, defense.predict(outcome.attacked))
     assert torch.equal(outcome.broken, outcome.label != asked.label)
-    assert all(1 <= len(tried) for tried in outcome.tried)
+    assert all(len(tried) >= 1 for tried in outcome.tried)
     if name == "patch-pgd":
         network = linear()
         fell = network.predict(outcome.attacked) != asked.label
