@@ -20,6 +20,7 @@ NAMED = {
     "mnist-columns-votes",
     "mnist-patchguard",
     "mnist-plain",
+    "mnist-ibp-5",
     "cifar10-bagnet",
     "cifar10-columns",
     "cifar10-patchguard",

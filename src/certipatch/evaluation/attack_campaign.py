@@ -25,6 +25,7 @@ from certipatch.evidence import PIXELS
 from certipatch.threats import PatchThreat, Threat
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
+SMALL, LARGE = 2, 16  # pictures of a round: of the first one, and of slow defenses; of others
 EVERYWHERE = 1024  # places of a picture that the universal patch is put on
 SEARCH = 60  # passes forth and back that a search for weak places takes about
 Progress = Callable[[int, int, str], None]
@@ -58,7 +59,10 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
         i = fresh[0] if fresh else min(ready, key=lambda i: rows[i]["seconds"])
         started = time.monotonic()
         try:
-            found = attack_round(cells[i], out, seed, rows[i]["rounds"], seconds / max(1, len(ready)))
+            share = seconds / max(1, len(ready))
+            pace = rows[i]["seconds"] / max(1, rows[i]["pictures"])
+            size = LARGE if rows[i]["rounds"] and (share >= 20 or 2 * LARGE * pace <= share) else SMALL
+            found = attack_round(cells[i], out, seed, rows[i]["rounds"], share, size)
         except InputError as error:
             rows[i]["skipped"] = str(error)
             found = dict.fromkeys(COUNTS, 0)
@@ -74,15 +78,11 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
     return rows
 
 
-def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) -> dict[str, int]:
-    """One round of a cell on its next pictures; gives its counts.
-
-    The first rounds, and those of short shares, are small; slow defenses get fewer starts and steps.
-    """
+def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float, size: int = SMALL) -> dict[str, int]:
+    """One round of a cell on its next ``size`` pictures; gives its counts. Slow defenses get fewer starts and steps."""
     defense, pictures = cell.open()
     cell.attack.check(cell.threat)
-    size = 2 if number == 0 or share < 20 else 16
-    first = (max(0, number - 1) * 16 + (2 if number else 0)) % max(1, len(pictures) - size)
+    first = (max(0, number - 1) * LARGE + (SMALL if number else 0)) % max(1, len(pictures) - size)
     indices = range(first, first + size)
     images = pictures.images(indices)
     victim = Victim(defense)
@@ -97,7 +97,7 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
     else:
         label, margins = answer.label, None
         usable = torch.ones_like(label, dtype=torch.bool)
-    many = number % 2 == 1 and size > 2
+    many = number % 2 == 1 and size > SMALL
     starts, steps = affordable(2, min(cell.attack.steps, 20), units)
     base = Task(
         images=images,
@@ -115,10 +115,10 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float) ->
     single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1
     if margins is not None and single and bool((margins > 0).any()):
         if isinstance(cell.attack, Universal):  # its steps are shared; a place takes two passes, not three a step
-            starts, steps = max(1, min(4 if size == 2 else EVERYWHERE if many else 64, int(1.5 * units))), steps
+            starts, steps = max(1, min(4 if size == SMALL else EVERYWHERE if many else 64, int(1.5 * units))), steps
         else:
             starts, steps = affordable(
-                4 if size == 2 else 64 if many else 8, min(cell.attack.steps, 2 if many else 40), units
+                4 if size == SMALL else 64 if many else 8, min(cell.attack.steps, 2 if many else 40), units
             )
         tasks.append(replace(base, starts=starts, steps=steps, step=0.5 if many else 0.05, search="certified"))
     for task in tasks:
