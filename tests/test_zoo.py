@@ -21,6 +21,7 @@ NAMED = {
     "mnist-patchguard",
     "mnist-plain",
     "mnist-ibp-5",
+    "mnist-double-mask",
     "cifar10-bagnet",
     "cifar10-columns",
     "cifar10-patchguard",
