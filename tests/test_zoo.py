@@ -21,6 +21,7 @@ NAMED = {
     "mnist-patchguard",
     "mnist-plain",
     "mnist-ibp-5",
+    "imagenette-columns",
     "mnist-double-mask",
     "cifar10-bagnet",
     "cifar10-columns",
