@@ -30,6 +30,9 @@ NAMED = {
 }
 
 
+FEWER = {"mnist-double-mask": 1_000, "imagenette-columns": 500}  # test pictures, where each takes long
+
+
 @pytest.fixture(scope="module")
 def sample():
     return load("fashion-sample")

@@ -14,6 +14,7 @@ from certipatch import evidence as ev
 from certipatch.attacks import losses
 from certipatch.attacks.base import Task, Victim
 from certipatch.defenses.base import ViewDefense
+from certipatch.views import Views
 from certipatch.views.render import render_each
 
 SMALL = 0.5  # views that show more of a picture than this are all computed
@@ -23,26 +24,25 @@ SMALL = 0.5  # views that show more of a picture than this are all computed
 class CleanViews:
     """A defense's logits for the views of clean pictures, from which those of attacked ones differ where a mask is."""
 
-    def __init__(self, defense: ViewDefense, images: Float[Tensor, "B C H W"], batch: int):
-        self._defense, self._size = defense, (images.shape[2], images.shape[3])
-        self._views = defense.views_of(self._size)
-        shown = self._views.visible(self._size, torch.arange(self._views.number(self._size)))
-        self._shown = shown.flatten(1).to(images)  # (V, H·W)
+    def __init__(self, defense: ViewDefense, views: Views, shown: Bool[Tensor, "V H W"], task: Task):
+        self._defense, self._views, self._size = defense, views, (shown.shape[1], shown.shape[2])
+        self._shown = shown.flatten(1).to(task.images)  # (V, H·W)
         with torch.no_grad():
-            parts = [losses.view_logits(defense.model, self._views, part) for part in images.split(batch)]
+            parts = [losses.view_logits(defense.model, views, part) for part in task.images.split(task.batch)]
         self._logits = torch.cat(parts)
 
     @classmethod
     def of(cls, victim: Victim, task: Task) -> "CleanViews | None":
         """None where the victim's leads do not come from the logits of small views, each of which is a pass."""
-        defense = victim.defense
+        defense, size = victim.defense, (task.images.shape[2], task.images.shape[3])
         if not victim.adaptive or not isinstance(defense, ViewDefense):
             return None
         own = losses.leads.dispatch(type(defense)) is losses.leads.dispatch(ViewDefense)
         if not own or getattr(defense.model, "encoding", "null") == "all-views":
             return None
-        found = cls(defense, task.images, task.batch)
-        return found if found._shown.mean() < SMALL else None
+        views = defense.views_of(size)
+        shown = views.visible(size)
+        return cls(defense, views, shown, task) if shown.double().mean() < SMALL else None
 
     def leads(
         self, images: Float[Tensor, "R C H W"], picture: Int64[Tensor, " R"], mask: Bool[Tensor, "R 1 H W"]
