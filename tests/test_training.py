@@ -20,6 +20,7 @@ from certipatch.relation import sees
 from certipatch.rules import RobustMask, Vote, Windows
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives, read, train
+from certipatch.training.train import _augment
 from certipatch.views import Columns, Cross
 
 
@@ -112,6 +113,7 @@ def test_a_full_disk_loses_only_the_last_minute(tmp_path, data, monkeypatch):
         ("views.width=40", "does not fit"),
         ("objective.patch=40", "does not fit"),
         ("split=nothing", "test"),
+        ("augment.crop=33", "a bagnet without resize"),
     ],
 )
 def test_bad_recipes_are_told_in_one_line(tmp_path, data, change, message):
@@ -242,3 +244,43 @@ def test_a_cross_that_starts_from_its_columns_and_rows_and_takes_evenly_spaced_v
         train(read(recipe, ["objective.views_per_step=7"]), tmp_path / "uneven")
     with pytest.raises(InputError, match="two models are for a cross"):
         train(read(recipe, ["views.name=columns"]), tmp_path / "no-cross")
+
+
+LOCAL = {
+    "defense": "patchguard",
+    "views": None,
+    "settings": {"evidence": "logits", "patch": 4},
+    "model": {"name": "bagnet", "field": 9, "widths": [4, 4, 4, 4], "depths": [1, 1, 1, 1]},
+    "objective": {
+        "views_per_step": "all",
+        "cross_entropy": 0.0,
+        "pooled_cross_entropy": 1.0,
+        "masked_cross_entropy": 1.0,
+    },
+}
+
+
+def test_crops_are_parts_of_their_pictures(tmp_path, data):
+    recipe = read(write_recipe(tmp_path / "r.yaml", data=str(data), **LOCAL, augment={"crop": 33}))
+    images = torch.arange(2 * 40 * 50).view(2, 1, 40, 50)  # every pixel has a number of its own
+    corners = set()
+    for seed in range(200):
+        cut = _augment(images, recipe, torch.Generator().manual_seed(seed))
+        assert cut.shape == (2, 1, 33, 33)
+        for picture in range(2):
+            top, left = divmod(int(cut[picture, 0, 0, 0]) - 2000 * picture, 50)
+            assert torch.equal(cut[picture, 0], images[picture, 0, top : top + 33, left : left + 33])
+            corners.add((top, left))
+    assert {top for top, _ in corners} == set(range(8))
+    assert {left for _, left in corners} == set(range(18))
+
+
+def test_a_bagnet_learns_from_crops_and_reads_whole_pictures(tmp_path):
+    folder = write_parquet(tmp_path / "data", (40, 48))
+    recipe = write_recipe(tmp_path / "r.yaml", data=str(folder), **LOCAL, augment={"crop": 33}, epochs=1)
+    card = train(read(recipe), tmp_path / "out")
+    assert card.image_size == (40, 48)
+    defense, _ = defenses.open_defense(str(tmp_path / "out"), None, PatchThreat(4), {})
+    assert defense.certify(torch.rand(2, 1, 40, 48), PatchThreat(4)).margin.shape[0] == 2
+    with pytest.raises(InputError, match=r"augment\.crop: 41 pixels do not fit pictures of 40x48"):
+        train(read(recipe, ["augment.crop=41"]), tmp_path / "larger")

@@ -117,10 +117,10 @@ IMAGENETTE = Study(
     "imagenette",
     ("1%", "2%", "3%"),
     (
-        Wanted("bagnet", "imagenette-bagnet17", 33),
-        Wanted("bagnet-9", "imagenette-bagnet9", 33),
-        Wanted("bagnet-33", "imagenette-bagnet33", 33),
-        Wanted("columns", "imagenette-columns", 3),
+        Wanted("bagnet", "imagenette-bagnet17", 2),
+        Wanted("bagnet-9", "imagenette-bagnet9", 2),
+        Wanted("bagnet-33", "imagenette-bagnet33", 2),
+        Wanted("columns", "imagenette-columns", 2),
         Wanted("plain", "imagenette-plain", 5),
     ),
 )

@@ -137,6 +137,9 @@ class Augment(BaseModel):
     """Largest shift in pixels along each axis, drawn for each picture; black comes in."""
     flip: bool = False
     """Mirror half of the pictures left to right."""
+    crop: int | None = Field(default=None, ge=33, le=4096)
+    """Side in pixels of a square that is cut out at a random place, for networks whose cells do not know where they
+    are: a step on small squares costs a share of one on whole pictures."""
 
 
 class Recipe(Described):
@@ -207,6 +210,8 @@ class Recipe(Described):
             raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
         if self.defense in PLAIN and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):
             raise ValueError("a network without views has no margin to raise; use cross_entropy alone")
+        if self.augment.crop is not None and (self.model.name != "bagnet" or self.model.resize):
+            raise ValueError("augment.crop is for networks of any picture size: a bagnet without resize")
         if self.views is not None and self.views.random and asked.views_per_step == "all":
             raise ValueError(f"{self.views.name} cannot all be shown; use objective.views_per_step: 1")
         if self.views is not None and (asked.mask_margin or asked.masked_cross_entropy) and self.views.count != 1:

@@ -61,6 +61,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     every = pictures.decode_all()
     targets = torch.from_numpy(pictures.labels)
     size = (every.shape[2], every.shape[3])
+    if (recipe.augment.crop or 0) > min(size):
+        raise InputError(f"augment.crop: {recipe.augment.crop} pixels do not fit pictures of {size[0]}x{size[1]}")
     blank = cards.Card(
         name=recipe.name,
         defense=recipe.defense,
@@ -245,20 +247,26 @@ def _schedule(share: float, warmup: float) -> float:
 
 
 def _augment(images: Tensor, recipe: Recipe, draw: torch.Generator) -> Tensor:
-    """Shifted and mirrored copies of uint8 pictures (B, C, H, W)."""
-    shift = recipe.augment.shift
-    if shift:
-        height, width = images.shape[2:]
-        moves = torch.randint(0, 2 * shift + 1, (len(images), 2), generator=draw)
-        padded = torch.nn.functional.pad(images, (shift,) * 4)
-        rows = moves[:, :1] + torch.arange(height)
-        columns = moves[:, 1:] + torch.arange(width)
-        picture = torch.arange(len(images))[:, None, None]
-        images = padded.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    if recipe.augment.flip:
+    """Shifted, cropped and mirrored copies of uint8 pictures (B, C, H, W)."""
+    asked, height, width = recipe.augment, *images.shape[2:]
+    if asked.shift:
+        moves = torch.randint(0, 2 * asked.shift + 1, (len(images), 2), generator=draw)
+        images = _cut(torch.nn.functional.pad(images, (asked.shift,) * 4), moves, (height, width))
+    if asked.crop is not None:
+        corners = [torch.randint(0, side - asked.crop + 1, (len(images),), generator=draw) for side in (height, width)]
+        images = _cut(images, torch.stack(corners, dim=1), (asked.crop, asked.crop))
+    if asked.flip:
         mirrored = torch.rand(len(images), generator=draw) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return images
+
+
+def _cut(images: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
+    """A part of (H, W) pixels of each picture, with its upper left pixel at ``corners`` (B, 2)."""
+    rows = corners[:, :1] + torch.arange(size[0])
+    columns = corners[:, 1:] + torch.arange(size[1])
+    picture = torch.arange(len(images))[:, None, None]
+    return images.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _loss(
@@ -272,23 +280,24 @@ def _loss(
     asked, encoding = recipe.objective, getattr(network, "encoding", "null")
     threat = PatchThreat(asked.patch)
     views, drawn = card.created_views(), card.random_views()
+    image_size = card.image_size if recipe.augment.crop is None else (recipe.augment.crop, recipe.augment.crop)
     if views is None and encoding == "all-views":
-        views = receptive_fields(network.eval(), card.image_size)
+        views = receptive_fields(network.eval(), image_size)
         network.train()
     relation = windows = None
     families: list[tuple[Tensor, Tensor]] = []
     if asked.vote_margin:
         assert views is not None
-        relation = _undominated(views, threat, card.image_size).to(device)
+        relation = _undominated(views, threat, image_size).to(device)
     if asked.masked_cross_entropy:
         assert views is not None
-        windows = malicious_windows(views, threat, card.image_size).members.to(device)
+        windows = malicious_windows(views, threat, image_size).members.to(device)
     if asked.mask_margin:
         assert views is not None
         for part in views.parts if isinstance(views, Cross) else [views]:
-            reached = _undominated(part, threat, card.image_size).to(device)
-            families.append((reached, malicious_windows(part, threat, card.image_size).members.to(device)))
-    total, spacing = 0 if views is None else views.number(card.image_size), 1
+            reached = _undominated(part, threat, image_size).to(device)
+            families.append((reached, malicious_windows(part, threat, image_size).members.to(device)))
+    total, spacing = 0 if views is None else views.number(image_size), 1
     if families and asked.views_per_step != "all":
         if any(reached.shape[1] * asked.views_per_step % total for reached, _ in families):
             raise InputError(f"views_per_step: {asked.views_per_step} cannot be evenly spaced among {total} views")
@@ -312,7 +321,7 @@ def _loss(
     def logits_of(images: Tensor, index: Tensor, draw: torch.Generator) -> Tensor:
         if drawn is not None:
             assert asked.views_per_step != "all"
-            shown = PixelSets(drawn.draw(card.image_size, asked.views_per_step, draw))
+            shown = PixelSets(drawn.draw(image_size, asked.views_per_step, draw))
             rendered = render(encoding, images, shown, torch.arange(asked.views_per_step))
             return module(rendered.flatten(0, 1)).float().unflatten(0, rendered.shape[:2])
         if views is None:
