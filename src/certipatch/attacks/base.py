@@ -111,6 +111,13 @@ class Task:
         text = f"{self.seed}/{self.numbers[picture]}/{start}".encode()
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))
 
+    def loss(self, leads: Float[Tensor, "N K"], picture: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """The lead of the target, or of the foremost class that is not to be the answer, for rows of these pictures."""
+        if self.target is not None:
+            return leads[:, self.target]
+        own = self.label[picture].to(leads.device)
+        return leads.scatter(1, own[:, None], -torch.inf).amax(1)
+
     def places(self) -> Places:
         """The places of the threat's patches. InputError without a patch threat."""
         if not isinstance(self.threat, PatchThreat):

@@ -25,7 +25,7 @@ def gains(victim: Victim, task: Task, places: Places) -> Float[Tensor, "B L"]:
     images = task.images.detach().clone().requires_grad_()
     with torch.enable_grad():
         picture = torch.arange(len(images))
-        loss = _loss(task, victim.leads(images, task.generator(0, -2)), picture)
+        loss = task.loss(victim.leads(images, task.generator(0, -2)), picture)
         (gradient,) = torch.autograd.grad(loss.sum(), images)
     pixels = torch.maximum(gradient * (1 - task.images), -gradient * task.images).sum(1)
     return places.sums(pixels)
@@ -175,8 +175,8 @@ def _painted(victim: Victim, task: Task, places: Places, choice: Int64[Tensor, "
 
     def losses_of(images: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
         if clean is None:
-            return _loss(task, victim.leads(images, task.generator(0, -2)), rows)
-        return _loss(task, clean.leads(images, rows, mask), rows)
+            return task.loss(victim.leads(images, task.generator(0, -2)), rows)
+        return task.loss(clean.leads(images, rows, mask), rows)
 
     found = []
     for part in torch.arange(len(picture)).split(task.batch):
@@ -189,13 +189,6 @@ def _painted(victim: Victim, task: Task, places: Places, choice: Int64[Tensor, "
         with torch.no_grad():
             found.append(losses_of(painted, rows, mask).cpu())
     return torch.cat(found).float().view(-1, number)
-
-
-def _loss(task: Task, leads: Float[Tensor, "N K"], picture: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """The lead of the target, or of the foremost class that is not the label."""
-    if task.target is not None:
-        return leads[:, task.target]
-    return leads.scatter(1, task.label[picture][:, None].to(leads.device), -torch.inf).amax(1)
 
 
 def _part(task: Task, first: int, step: int) -> Task:

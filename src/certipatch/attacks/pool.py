@@ -102,11 +102,8 @@ class Pool:
         return self._clean.leads(images, self.picture, self.mask)
 
     def loss(self, leads: Float[Tensor, "R K"]) -> Float[Tensor, " R"]:
-        """The lead of the target, or of the foremost class that is not to be the answer."""
-        if self.task.target is not None:
-            return leads[:, self.task.target]
-        own = self.task.label[self.picture].to(leads.device)
-        return leads.scatter(1, own[:, None], -torch.inf).amax(1)
+        """What the attack raises, for each row."""
+        return self.task.loss(leads, self.picture)
 
     def settle(self, images: Float[Tensor, "R C H W"], loss: Float[Tensor, " R"]) -> Bool[Tensor, " R"]:
         """Ask the victim where a row may have succeeded, keep the best of each picture; then rows are a step older.
