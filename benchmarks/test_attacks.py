@@ -5,6 +5,7 @@ here it gets one picture at a time, at a random place for each step, as it is ma
 """
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,11 +30,13 @@ def attacked(batch: int = 256) -> tuple[Undefended, Task]:
     return defense, Task(images, label, threat, numbers, STARTS, STEPS, 0.2, "random", batch=batch)
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.benchmark(group=GROUP)
-def test_batched(benchmark) -> None:
+def test_batched(benchmark, bf16) -> None:
     defense, task = attacked()
-    outcome = benchmark.pedantic(lambda: find("patch-pgd").run(Victim(defense), task), rounds=3, iterations=1)
-    assert outcome.broken.any()
+    exact = find("patch-pgd").run(Victim(defense), task).broken.sum()
+    attack = partial(find("patch-pgd").run, Victim(defense, bf16=bf16), task)
+    assert benchmark.pedantic(attack, rounds=3, iterations=1).broken.sum() >= exact
 
 
 @pytest.mark.benchmark(group=GROUP)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from support import write_parquet, write_recipe
 
@@ -103,6 +104,16 @@ def test_a_run_as_the_contract_says_and_again(certipatch, tmp_path):
     before = snapshot(tmp_path / "run")
     assert certipatch(*COMMAND, *SMALL, "--out", tmp_path / "run", "--json")[:2] == (0, out)
     assert snapshot(tmp_path / "run") == before
+
+
+def test_bf16_is_written_down_and_starts_another_run(certipatch, tmp_path):
+    code, _, _ = certipatch(*COMMAND, *SMALL, "--bf16", "--out", tmp_path / "fast")
+    assert code == 0
+    assert yaml.safe_load((tmp_path / "fast" / "config.yaml").read_text())["attack"]["bf16"] is True
+    code, _, err = certipatch(*COMMAND, *SMALL, "--out", tmp_path / "fast")
+    assert code == 2
+    assert "another" in err
+    assert certipatch("report", tmp_path / "fast", "--data", "stripes")[0] == 0
 
 
 def test_an_interrupted_run_goes_on_to_the_same_summary(certipatch, tmp_path, monkeypatch):

@@ -206,6 +206,24 @@ def test_what_a_start_draws_does_not_hang_on_the_part_it_comes_in(name):
         assert torch.allclose(found.attacked, whole.attacked[first:last], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["patch-pgd", "lavan", "universal", "square"])
+def test_bf16_is_for_gradients_and_never_for_answers(name):
+    defense, passes = linear(seed=3), []
+    defense.model.register_forward_hook(lambda *_: passes.append(torch.is_autocast_enabled("cpu")))
+    victim, asked = Victim(defense, bf16=True), task(defense, PatchThreat(2))
+    assert not any(passes)
+    outcome = find(name).run(victim, asked)
+    assert any(passes)
+    passes.clear()
+    answer = victim.answer(outcome.attacked).label
+    assert not any(passes)
+    assert torch.equal(outcome.broken, answer != asked.label)
+    images = pictures()
+    near, exact = (Victim(defense, bf16=bf16).leads(images, torch.Generator()) for bf16 in (True, False))
+    assert near.dtype == exact.dtype == torch.float32
+    assert 0 < (near - exact).abs().max() < 0.1
+
+
 def test_broken_pictures_take_no_further_starts():
     defense = linear(scale=5.0)
     easy = task(defense, PatchThreat((6, 7)), starts=50, steps=30)
@@ -477,6 +495,24 @@ def test_views_that_no_patch_touches_are_not_computed_again(name):
     defense.model.forward = lambda x: (seen.append(len(x)), model_forward(x))[1]  # type: ignore[method-assign]
     clean.leads(attacked, picture, mask)
     assert sum(seen) < 0.8 * len(picture) * views.number((8, 8))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_touched_views_are_passed_in_bf16_as_all_are(name):
+    views, encoding, batch = VIEWS[name]
+    images = torch.rand((3, 1, 8, 8), generator=torch.Generator().manual_seed(2))
+    defense = cp.DerandomizedSmoothing(OfViews(encoding).eval(), views, threshold=0.3)
+    attack = task(defense, PatchThreat(2), images, batch=batch)
+    mask = attack.places().masks(torch.tensor([[0], [48], [30]]))
+    attacked, found = torch.where(mask, 0.7, images), []
+    for bf16 in (False, True):
+        victim = Victim(defense, bf16=bf16)
+        clean = CleanViews.of(victim, attack)
+        assert clean is not None
+        found += [victim.leads(attacked, torch.Generator()), clean.leads(attacked, torch.arange(3), mask)]
+    torch.testing.assert_close(found[2], found[3], rtol=1e-3, atol=1e-3)
+    assert not torch.equal(found[0], found[2])
+    assert {leads.dtype for leads in found} == {torch.float32}
 
 
 def test_views_that_show_most_of_a_picture_are_all_computed():

@@ -37,10 +37,11 @@ class Victim:
         defense: anything with ``predict``; a detector says with ``alarm`` or its rule which pictures raise one.
         adaptive: attack through the defense; False: its network alone, as an attacker who knows nothing of it would: the
             defense is asked at the end, once per picture.
+        bf16: networks are passed in bfloat16 for leads and their gradients, never for answers.
     """
 
-    def __init__(self, defense: Any, adaptive: bool = True):
-        self.defense, self.adaptive = defense, adaptive
+    def __init__(self, defense: Any, adaptive: bool = True, bf16: bool = False):
+        self.defense, self.adaptive, self.bf16 = defense, adaptive, bf16
 
     def answer(self, images: Float[Tensor, "N C H W"]) -> Answer:
         """What the defense itself says."""
@@ -60,7 +61,12 @@ class Victim:
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
         """How far each class is from being the answer; differentiable."""
         found = losses.leads if self.adaptive else losses.bare_leads
-        return found(self.defense, images, generator)
+        with self.passes(images):
+            return found(self.defense, images, generator)
+
+    def passes(self, images: Tensor) -> torch.autocast:
+        """In which precision networks are passed for leads of such pictures."""
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
 
     def check_gradients(self, images: Float[Tensor, "N C H W"]) -> None:
         """InputError where the defense gives no gradient with respect to the picture."""

@@ -24,11 +24,12 @@ SMALL = 0.5  # views that show more of a picture than this are all computed
 class CleanViews:
     """A defense's logits for the views of clean pictures, from which those of attacked ones differ where a mask is."""
 
-    def __init__(self, defense: ViewDefense, views: Views, shown: Bool[Tensor, "V H W"], task: Task):
-        self._defense, self._views, self._size = defense, views, (shown.shape[1], shown.shape[2])
+    def __init__(self, victim: Victim, views: Views, shown: Bool[Tensor, "V H W"], task: Task):
+        self._victim, self._defense = victim, victim.defense
+        self._views, self._size = views, (shown.shape[1], shown.shape[2])
         self._shown = shown.flatten(1).to(task.images)  # (V, H·W)
-        with torch.no_grad():
-            parts = [losses.view_logits(defense.model, views, part) for part in task.images.split(task.batch)]
+        with torch.no_grad(), victim.passes(task.images):
+            parts = [losses.view_logits(self._defense.model, views, part) for part in task.images.split(task.batch)]
         self._logits = torch.cat(parts)
 
     @classmethod
@@ -42,7 +43,7 @@ class CleanViews:
             return None
         views = defense.views_of(size)
         shown = views.visible(size)
-        return cls(defense, views, shown, task) if shown.double().mean() < SMALL else None
+        return cls(victim, views, shown, task) if shown.double().mean() < SMALL else None
 
     def leads(
         self, images: Float[Tensor, "R C H W"], picture: Int64[Tensor, " R"], mask: Bool[Tensor, "R 1 H W"]
@@ -51,10 +52,11 @@ class CleanViews:
         touched = (mask.flatten(1).to(self._shown) @ self._shown.T > 0).nonzero()
         step = max(1, ev.PIXELS // max(1, int(self._shown.sum(1).max())))
         parts = touched.split(step)
-        if len(parts) == 1 or not images.requires_grad:
-            answers = [self._answers(images, part) for part in parts]
-        else:  # to save memory: computed again on the way back
-            answers = [checkpoint(self._answers, images, part, use_reentrant=False) for part in parts]
+        with self._victim.passes(images):
+            if len(parts) == 1 or not images.requires_grad:
+                answers = [self._answers(images, part) for part in parts]
+            else:  # to save memory: computed again on the way back
+                answers = [checkpoint(self._answers, images, part, use_reentrant=False) for part in parts]
         logits = self._logits[picture]
         changed = torch.cat([part for part in answers if isinstance(part, Tensor)]).to(logits.dtype)
         logits = logits.index_put((touched[:, 0], touched[:, 1]), changed)

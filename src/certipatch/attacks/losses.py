@@ -149,14 +149,14 @@ def view_logits(
     """
     encoding = getattr(model, "encoding", "null")
     if encoding == "all-views":
-        every = model(images)
+        every = model(images).to(images.dtype)
         return every if index is None else every[:, index]
     index = torch.arange(views.number((images.shape[2], images.shape[3]))) if index is None else index
     step = max(1, ev.PIXELS // images[:, 0].numel())
 
     def answers(pictures: Tensor, chosen: Tensor) -> Tensor:
         shown = render(encoding, pictures, views, chosen, getattr(model, "fill", 0.5))
-        return model(shown.flatten(0, 1)).unflatten(0, shown.shape[:2])
+        return model(shown.flatten(0, 1)).to(images.dtype).unflatten(0, shown.shape[:2])
 
     if len(index) <= step or not images.requires_grad:
         return torch.cat([answers(images, chosen) for chosen in index.split(step)], 1)

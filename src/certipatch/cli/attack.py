@@ -58,6 +58,10 @@ def attack(
     plain: Annotated[
         bool, typer.Option("--plain", help="Attack the bare network: know nothing of the defense.")
     ] = False,
+    bf16: Annotated[
+        bool,
+        typer.Option("--bf16", help="Gradients in bfloat16: faster where the machine has it. Answers stay exact."),
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.", min=0)] = 0,
     batch: Annotated[
         int | None,
@@ -119,6 +123,7 @@ def attack(
         "search": search,
         "target": target,
         "adaptive": not plain,
+        "bf16": bf16,
         "seed": seed,
         "batch": batch,
         "part": part,

@@ -56,6 +56,7 @@ class AttackJob:
     target: int | None = None
     epsilon: float = 0.0
     adaptive: bool = True
+    bf16: bool = False
     seed: int = 0
     device: torch.device = CPU
     opened: str | None = None
@@ -68,6 +69,7 @@ class AttackJob:
         threat = {"kind": "linf", "epsilon": self.epsilon} if self.threat is None else self.threat.to_dict()
         names = ("starts", "steps", "step", "search", "target", "adaptive")
         how = {"name": self.attack.name} | {name: getattr(self, name) for name in names}
+        how |= {"bf16": True} if self.bf16 else {}
         return configuration("attack", self, dataset_sha256, threat=threat, attack=how)
 
     def task(self, images: Tensor, label: Tensor, margins: Tensor | None, numbers: list[int]) -> Task:
@@ -106,7 +108,7 @@ def attack(
 def _make(job: AttackJob, out: Path, config: dict[str, Any], first: int, notify: Callable[[int], None]) -> pa.Table:
     """Certify and attack a part, and write it."""
     indices, images = part_of(job, config, first)
-    victim, targets = Victim(job.defense, job.adaptive), job.pictures.labels[indices.start : indices.stop]
+    victim, targets = Victim(job.defense, job.adaptive, job.bf16), job.pictures.labels[indices.start : indices.stop]
     if job.attack.prepare is not Attack.prepare and not job.learned:
         job.learned.append(_learned(job, victim))
     found = job.defense.certify(images, job.threat) if certifies(job.defense) and job.threat is not None else None
