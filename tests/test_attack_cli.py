@@ -323,6 +323,13 @@ def test_a_campaign_stops_resumes_and_reports(certipatch, tmp_path, home, monkey
     assert certipatch(*command)[:2] == (0, out)
     assert snapshot(tmp_path / "run") == before
     assert "another campaign" in refused(certipatch(*command, "--seed", "3"))
+    longer = (*command[:3], str(table["minutes"] + 0.05), *command[4:])
+    assert certipatch(*longer)[0] == 0
+    more = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert more["minutes"] > table["minutes"]
+    rounds = [(old["rounds"], new["rounds"]) for old, new in zip(table["rows"], more["rows"], strict=True)]
+    assert all(old <= new for old, new in rounds)
+    assert any(old < new for old, new in rounds)
 
 
 @pytest.mark.parametrize(

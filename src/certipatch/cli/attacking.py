@@ -87,7 +87,8 @@ def rows_of(image_size: tuple[int, int]) -> int:
 
 
 def campaign_into(out: Path, minutes: float, seed: int, progress: Progress) -> dict[str, Any]:
-    """Attack every shipped model with every attack that fits; gives the table, and writes it. Stops and resumes.
+    """Attack every shipped model with every attack that fits; gives the table, and writes it. Stops and resumes, and
+    goes on where more minutes are given than before.
 
     Pictures are those of the model's own test split where they are at hand ($CERTIPATCH_DATA), else the shipped sample,
     made to fit: certificates are claims about any picture.
@@ -101,15 +102,15 @@ def campaign_into(out: Path, minutes: float, seed: int, progress: Progress) -> d
         "versions": versions(),
     }
     if (out / "config.yaml").exists():
-        if key := difference(files.read_config(out), plain(config), {"versions"}):
+        if key := difference(files.read_config(out), plain(config), {"versions", "minutes"}):
             raise InputError(f"{out} holds another campaign: {key} differs; give a new --out")
     elif out.exists() and any(not files.is_leftover(path) for path in out.iterdir()):
         raise InputError(f"{out} exists and is no run folder; give a new or empty --out")
     else:
         out.mkdir(parents=True, exist_ok=True)
         files.write_text(out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-    if (out / "summary.json").exists():
-        return files.read_json(out / "summary.json")
+    if (out / "summary.json").exists() and (table := files.read_json(out / "summary.json"))["minutes"] >= minutes:
+        return table
     opened = cache(lambda name, threat: _opened(name, cards[name], threat))
     cells = [
         Cell(name, attack, threat, partial(opened, name, threat))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from certipatch.defenses import card as cards
+from certipatch.models import receptive_fields
 from certipatch.threats import PatchThreat
 from certipatch.training.interval import IntervalObjective
 from certipatch.training.recipe import Recipe
@@ -28,6 +29,8 @@ def held_out(
         card = card.model_copy(update={"settings": card.settings | {"samples": 50, "samples_to_pick": 10}})
     defense = cards.build(card, network, threat)
     views, size = card.created_views(), card.image_size
+    if views is None and getattr(network, "encoding", None) == "all-views":
+        views = receptive_fields(network, size)
     if views is not None:  # watching shall not take longer than learning
         shown = int(views.visible(size).sum())
         images = images[: max(FEWEST, WATCHED_PIXELS // shown)]
