@@ -160,6 +160,10 @@ def test_what_has_no_graph_says_so(monkeypatch, tmp_path):
     sampled = cp.RandomizedAblation(network(views, **CONV), views, samples=10, samples_to_pick=5)
     with pytest.raises(InputError, match="randomized-ablation cannot be exported: its answers rest on random draws"):
         AsGraph(sampled, SIZE, 1)
+    for empirical in (defenses.LocalGradientsSmoothing, defenses.DigitalWatermarking):
+        cleaning = empirical(models.ConvNet(None, 1, 2, SIZE, (4,)).eval())
+        with pytest.raises(InputError, match=f"{empirical.name} cannot be exported: its answers have no graph"):
+            AsGraph(cleaning, SIZE, 1)  # type: ignore[arg-type]
     many = PatchCleanser(models.ConvNet(None, 1, 2, (128, 128), (4,)).eval(), cp.PatchThreat(10), masks=6)
     with pytest.raises(InputError, match=r"666 views of 128x128 .* --set masks=3"):
         AsGraph(many, (128, 128), 1)

@@ -52,6 +52,15 @@ def coarse_to_fine(victim: Victim, task: Task, places: Places, number: int) -> I
     return torch.where(seen, best, rest).topk(min(number, gain.shape[1]), 1).indices
 
 
+SEARCHES = ("random", "exhaustive", "gradient", "margin", "certified", "auto")
+
+
+def check_search(search: str) -> None:
+    """InputError on another word than those of ``plan``."""
+    if search not in SEARCHES:
+        raise InputError(f"--search {search!r} is not known; use one of {', '.join(SEARCHES)}")
+
+
 def plan(victim: Victim, task: Task, places: Places) -> list[Int64[Tensor, "starts count"]]:
     """The choices of places of every start of every picture.
 
@@ -61,6 +70,7 @@ def plan(victim: Victim, task: Task, places: Places) -> list[Int64[Tensor, "star
 
     Errors: InputError on another word, and where the search does not fit the threat or the defense.
     """
+    check_search(task.search)
     makers: dict[str, Callable[[], list[Tensor]]] = {
         "random": lambda: _random(task, places),
         "exhaustive": lambda: _exhaustive(task, places),
@@ -69,8 +79,6 @@ def plan(victim: Victim, task: Task, places: Places) -> list[Int64[Tensor, "star
         "certified": lambda: _certified(task, places),
         "auto": lambda: _auto(victim, task, places),
     }
-    if task.search not in makers:
-        raise InputError(f"--search {task.search!r} is not known; use one of {', '.join(makers)}")
     return makers[task.search]()
 
 

@@ -45,8 +45,6 @@ def main() -> None:
     except UsageError as error:
         code = _fail(f"{error.format_message()} (see certipatch --help)")
     except (typer.Abort, KeyboardInterrupt):
-        if workers.rank() == 0:
-            print("stopped; run the same command again to go on", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,6 +53,8 @@ def main() -> None:
         code = _fail(str(error))
     except OSError as error:
         code = _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    if code == 130 and workers.rank() == 0:
+        print("stopped; run the same command again to go on", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

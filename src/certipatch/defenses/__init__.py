@@ -86,6 +86,8 @@ def locate(name: str) -> Path:
             f"no weights of {name!r} here; take zoo/{name} of the repository if it is there, or train it: certipatch "
             f"train recipes/{name}.yaml --data PATH --out models/{name}, then --defense models/{name}"
         )
+    if "/" in name:
+        raise InputError(f"there is no folder {name}; give a zoo model (certipatch list models) or what train wrote")
     known = resources.names("zoo", "*/card.json")
     near = difflib.get_close_matches(name, known, n=1)
     hint = (

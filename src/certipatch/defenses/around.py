@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from certipatch.defenses.card import BUILT_FOR_A_PATCH, PLAIN, SETTINGS
-from certipatch.errors import InputError
+from certipatch.errors import InputError, problem
 from certipatch.models.adapters import Adapted
 from certipatch.models.adapters.sources import opening
 from certipatch.threats import PatchThreat, Threat
@@ -78,9 +78,8 @@ def around(
     try:
         settings = SETTINGS[method].model_validate(changes or {}).model_dump(mode="json")
     except ValidationError as error:
-        first = error.errors()[0]
-        place = "".join(f"{part}: " for part in first["loc"])
-        raise InputError(f"{method} around {network.name}: {place}{first['msg']}") from None
+        place, words = problem(error, SETTINGS[method].model_fields)
+        raise InputError(f"{method} around {network.name}: {place}{': ' * bool(place)}{words}") from None
     channels = network.preprocessing.channels
     with opening(f"{network.name}, given pictures of {channels}x{image_size[0]}x{image_size[1]} values,"):
         names = network.class_names(channels, image_size)

@@ -33,7 +33,7 @@ from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.defenses.undefended import Undefended
-from certipatch.errors import InputError
+from certipatch.errors import InputError, problem
 from certipatch.models import LOCAL, ModelSettings, create
 from certipatch.rules.clopper_pearson import MAX_SAMPLES
 from certipatch.threats import PatchThreat, Threat
@@ -336,9 +336,8 @@ def read(folder: Path) -> Card:
     except OSError as error:
         raise InputError(f"{folder} is no trained defense: {error.strerror or error}: card.json") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{path}: {place}: {first['msg']}") from None
+        place, words = problem(error)
+        raise InputError(f"{path}: {place or 'the file'}: {words}") from None
 
 
 def load_folder(
@@ -362,9 +361,9 @@ def load_folder(
                 card.model_dump() | {"defense": method or card.defense, "settings": kept | (changes or {})}
             )
         except ValidationError as error:
-            first = error.errors()[0]
-            place = "".join(f"{part}: " for part in first["loc"])
-            raise InputError(f"{method or card.defense} around {folder.name}: {place}{first['msg']}") from None
+            place, words = problem(error, SETTINGS[method or card.defense].model_fields)
+            place += ": " * bool(place)
+            raise InputError(f"{method or card.defense} around {folder.name}: {place}{words}") from None
     weights = read_weights(folder, card)
     network = card.network()
     network.load_state_dict(weights)

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from certipatch.attacks import Attack, Outcome, Task, Victim, certifies
+from certipatch.attacks.locate import check_search
 from certipatch.certificate import Certificate
 from certipatch.data import Pictures
 from certipatch.errors import InputError
@@ -100,6 +101,7 @@ def attack(
     Errors: InputError as there, and where the attack does not fit the threat or the defense.
     """
     job.attack.check(job.threat)
+    check_search(job.search)
     if job.target is not None and not 0 <= job.target < len(job.class_names):
         raise InputError(f"--target {job.target} is no class; give 0 to {len(job.class_names) - 1}")
     return work(job, ATTACK, out, progress, workers)

@@ -27,8 +27,7 @@ def claim(asked: dict[str, Any], out: Path) -> dict[str, Any]:
         summary = _summary(out, config)
         free = FREE | ({"versions"} if summary else set())
         if key := difference(config, asked, free):
-            old, new = (str(values.get(key))[:60] for values in (config, asked))
-            raise InputError(f"{out} holds another run: {key} is {old} there, {new} here; give a new --out")
+            raise InputError(f"{out} holds another run: {_apart(key, config, asked)}; give a new --out")
         if summary:
             return {"config": config, "summary": summary, "missing": []}
     else:
@@ -50,8 +49,17 @@ def parts(config: dict[str, Any]) -> range:
 
 def difference(one: dict[str, Any], other: dict[str, Any], free: set[str]) -> str | None:
     """The first key, of those that are not ``free``, whose values differ."""
-    keys = sorted((one.keys() | other.keys()) - free)
+    keys = sorted((one.keys() | other.keys()) - free, key=lambda key: (key != "command", key))
     return next((key for key in keys if one.get(key) != other.get(key)), None)
+
+
+def _apart(key: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+    """How two configurations differ in ``key``; of two mappings, where the first of their own keys does."""
+    old, new = there.get(key), here.get(key)
+    if isinstance(old, dict) and isinstance(new, dict) and (inner := difference(old, new, set())):
+        return f"{key}: {_apart(inner, old, new)}"
+    words = ["absent" if value is None else str(value)[:60] for value in (old, new)]
+    return f"{key} is {words[0]} there, {words[1]} here"
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class AsGraph(nn.Module):
             self.model, self.answer = defense.model, lambda images: (self.model(images).argmax(1),)
             return
         if not isinstance(defense, ViewDefense):
-            reason = "its answers rest on random draws" if defense.confidence < 1 else "its answers have no graph"
+            random = getattr(defense, "confidence", 1.0) < 1
+            reason = "its answers rest on random draws" if random else "its answers have no graph"
             raise InputError(f"{defense.name} cannot be exported: {reason}")
         views = defense.views_of(image_size)
         number = views.number(image_size)

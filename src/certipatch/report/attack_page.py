@@ -67,10 +67,13 @@ def threat_words(threat: dict[str, Any]) -> str:
 
 
 def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    proves = not summary["theorem"].startswith("none")
     what = {
         "clean": "right without an attack",
         "attacked": "still right after it",
-        "certified": "proven: no attack within the threat can succeed",
+        "certified": "proven: no attack within the threat can succeed"
+        if proves
+        else "nothing is proven by this defense",
     }
     images = summary["images"]
     return [

@@ -211,8 +211,8 @@
     const [lo, hi] = explorer.bounds || [0, 0];
     const gain = classes.map((k) => (k === y || !explorer.bounds ? 0 : touched * hi));
     const least = classes.map((k, c) => outside[c] + (explorer.bounds ? touched * (k === y ? lo : 0) : 0));
-    const base = Math.min(0, ...least);
-    const end = Math.max(1e-9, ...classes.map((_, c) => Math.max(least[c], outside[c] + gain[c], found.outside[c] + found.inside[c]) - base));
+    const top = Math.max(1e-9, ...classes.map((_, c) => Math.max(least[c], outside[c] + gain[c], found.outside[c] + found.inside[c])));
+    const bottom = Math.min(0, ...least), base = bottom - (bottom < 0 ? 0.05 * (top - bottom) : 0), end = top - base;
     const order = classes.map((_, c) => c).sort((a, b) => (classes[b] === y) - (classes[a] === y) || outside[b] - outside[a] || classes[a] - classes[b]);
     const rows = order.slice(0, 5);
     const truth = classes.indexOf(target[now.i]);
@@ -247,6 +247,7 @@
     const why = {
       mask: "The others give the sums above. The attacker can also make the answer lose its strongest region; the margin allows for that.",
       detection: "The margin is the answer’s score where the patch is hidden, less the threshold for an alarm.",
+      masks: "What decides is not the sum: the answer must stay behind every two masks, one of which hides the patch. The margin is its smallest lead there.",
       other: "The margin follows from the theorem.",
     };
     if (!explorer.bounds || most.rival < 0) return `${seen}. ${why[explorer.rule] || why.other}`;

@@ -12,7 +12,7 @@ from certipatch.certificate import Certificate
 from certipatch.defenses import Defense
 from certipatch.defenses.base import ViewDefense
 from certipatch.relation import Sees
-from certipatch.rules import ClippedSum, MaskedDetection, RobustMask, Rule, Vote
+from certipatch.rules import ClippedSum, DoubleMask, MaskedDetection, RobustMask, Rule, Vote
 from certipatch.views import Bands, Blocks, Columns, Cross, ReceptiveFields, Views
 
 MAX_BYTES = 2**20  # of the relation and of the list of places, each, in a page
@@ -26,7 +26,7 @@ class Places:
 
     relation: L places, R distinct rows, V views. layout: how the views are drawn, see ``layout``. classes: K names.
     bounds: what an attacker can make of one score where the margin is then a difference of sums, or None.
-    clip: the range to which the rule clips scores. rule: ``vote``, ``sum``, ``mask``, ``detection`` or ``other``.
+    clip: the range to which the rule clips scores. rule: ``vote``, ``sum``, ``mask``, ``detection``, ``masks`` or ``other``.
     """
 
     relation: Sees
@@ -117,4 +117,5 @@ def _rule(rule: Rule) -> tuple[str, tuple[float, float] | None, tuple[float, flo
         return "sum", limits if all(map(math.isfinite, limits)) else None, limits
     if isinstance(rule, RobustMask):
         return "mask", None, (0.0, rule.clip)
-    return "detection" if isinstance(rule, MaskedDetection) else "other", None, everything
+    kinds = {MaskedDetection: "detection", DoubleMask: "masks"}
+    return next((kind for of, kind in kinds.items() if isinstance(rule, of)), "other"), None, everything

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from certipatch.defenses.card import PLAIN, Described, Side
-from certipatch.errors import InputError
+from certipatch.errors import InputError, problem
 from certipatch.models import LOCAL
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 
@@ -239,11 +239,11 @@ def read(path: Path, changes: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "recipe"
-        raise InputError(
-            f"{path}: {place}: {first['msg']}, not {json.dumps(first['input'], default=str)[:80]}"
-        ) from None
+        place, words = problem(error, Recipe.model_fields)
+        given = error.errors()[0]
+        if place and given["type"] not in ("extra_forbidden", "missing"):
+            words += f", not {json.dumps(given['input'], default=str)[:80]}"
+        raise InputError(f"{path}: {place or 'recipe'}: {words}") from None
 
 
 def _change(values: dict[str, Any], change: str) -> None:

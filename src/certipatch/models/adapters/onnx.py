@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from certipatch.errors import InputError
+from certipatch.errors import InputError, problem
 from certipatch.models.adapters.adapted import Adapted, Preprocessing
 from certipatch.models.adapters.sources import needed, opening
 
@@ -85,6 +85,5 @@ def _preprocessing(path: Path, described: dict[str, Any]) -> Preprocessing:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{path if path.exists() else 'the ONNX file'}: {place}: {first['msg']}") from None
+        place, words = problem(error, Preprocessing.model_fields)
+        raise InputError(f"{path if path.exists() else 'the ONNX file'}: {place or 'the file'}: {words}") from None
