@@ -76,6 +76,7 @@ LAYERS = {
     "average pool, without padding": lambda: (nn.AvgPool2d((2, 3), (2, 2), (1, 1), True, False), conv(2, 3, 2)),
     "average pool, divisor": lambda: (conv(2, 3, 1), nn.AvgPool2d(3, 2, 1, divisor_override=4)),
     "pooling that skips": lambda: (conv(2, 3, 1), nn.MaxPool2d(1, 3), nn.AvgPool2d(1, 2)),
+    "linear along rows": lambda: (nn.Linear(8, 5), nn.ReLU(), conv(2, 3, 3)),
     "global average": lambda: (conv(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)),
 }
 
@@ -110,10 +111,24 @@ class Viewed(nn.Module):
         return self.head(F.leaky_relu(self.fc(x), 0.1))
 
 
+class Spread(nn.Module):
+    """A pooled map that is spread over the map that it is added to."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.conv, self.pool, self.after, self.head = conv(2, 3, 3, 1, 1), pool, conv(3, 2, 3), nn.Linear(84, 3)
+
+    def forward(self, x):
+        x = F.relu(self.conv(x))
+        return self.head(torch.flatten(F.relu(self.after(x + self.pool(x))), 1))
+
+
 def nets():
     torch.manual_seed(0)
     found = {name: headed(*layers()) for name, layers in LAYERS.items()}
     found["residual, concatenation"] = Residual().double().eval()
+    for name, pool in {"maximum": nn.MaxPool2d(SIZE), "mean": nn.AvgPool2d(SIZE), "rows": nn.MaxPool2d((1, 8))}.items():
+        found[f"{name} spread over the map"] = Spread(pool).double().eval()
     found["view and functions"] = Viewed().double().eval()
     for depth in (2, 4):
         found[f"cnn {depth}"] = created(name="cnn", depth=depth).double()
@@ -535,6 +550,25 @@ def hooked():
 def test_models_that_break_the_theorem_are_refused(net, reason):
     with pytest.raises(InputError, match=reason):
         IntervalBounds(net()).check(pictures().float())
+
+
+class Weighted(nn.Module):
+    """A constant that makes three channels of one, or what a picture is joined with."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.register_buffer("weights", torch.tensor([1.0, 2.0, -1.0]).view(1, 3, 1, 1))
+        self.join, self.head = join, nn.Linear(3 * 72, 3)
+
+    def forward(self, x):
+        return self.head(torch.flatten(x + x.mean((2, 3)) if self.join else x * self.weights, 1))
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_maps_that_change_their_shape_unseen_are_refused(join):
+    reason = "joins maps and vectors" if join else "makes maps of 3x9x8 from 1x9x8"
+    with pytest.raises(InputError, match=reason):
+        IntervalBounds(Weighted(join).eval()).certify(pictures(1, 1).float(), SparseThreat(1))
 
 
 # From the command line -------------------------------------------------------------------------------------------

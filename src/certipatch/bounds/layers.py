@@ -119,6 +119,10 @@ class Linear(Op):
         """e of the rounding."""
         return (self.weight.shape[1] + 8) * self.eps
 
+    def reads_all(self, x: Interval) -> bool:
+        """Whether every output depends on all of ``x``; else the layer is applied along the last axis of a map."""
+        return self.shape_of_map is not None or len(x.shape) == 2
+
     def whole(self, *inputs: Interval) -> Interval:
         x = inputs[0].map(lambda x: x.flatten(1)) if self.shape_of_map else inputs[0]
         if x.is_point and self.eps == 0:
@@ -207,11 +211,12 @@ class Same(Op):
 
 
 class Join(Op):
-    """A layer of several maps of one size that works cell by cell."""
+    """A layer of several maps that works cell by cell; where one is spread over another, through whole maps."""
 
     def window(self, inputs: Sequence[State], clean: Sequence[Interval], image: Interval) -> State:
         windows = [x for x in inputs if isinstance(x, Window)]
-        if any(isinstance(x, Interval) for x in inputs) or not windows:
+        spread = len({x.shape[2:] for x in clean}) > 1
+        if spread or any(isinstance(x, Interval) for x in inputs) or not windows:
             return super().window(inputs, clean, image) if any(x is not None for x in inputs) else None
         rows = range(min(x.top for x in windows), max(x.top + x.size[0] for x in windows))
         columns = range(min(x.left for x in windows), max(x.left + x.size[1] for x in windows))

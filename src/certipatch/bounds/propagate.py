@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from certipatch.bounds.interval import Interval
-from certipatch.bounds.layers import Linear, Op, merged
+from certipatch.bounds.layers import Linear, Op, Pointwise, merged
 from certipatch.bounds.trace import Precision, Step, flatten_into_linear, trace
 from certipatch.errors import InputError
 
@@ -86,14 +86,20 @@ def layout(model: nn.Module, picture: tuple[int, int, int]) -> Layout:
     steps = trace(model)
     zeros = torch.zeros(1, *picture, dtype=first.dtype, device=first.device)
     shapes, found = [zeros.shape], [Interval(zeros, zeros)]
+    at = Precision(first.dtype, 0.0)
     for step in steps:
         try:
-            found.append(step.make(Precision(first.dtype, 0.0)).whole(*(found[i] for i in step.inputs)))
+            found.append(step.make(at).whole(*(found[i] for i in step.inputs)))
         except (RuntimeError, IndexError) as error:
             size = "x".join(map(str, picture))
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"interval bounds: {step.name} cannot read pictures of {size}: {reason}") from None
         shapes.append(found[-1].shape)
+        if len({len(shapes[i]) for i in step.inputs}) > 1:
+            raise InputError(f"interval bounds: {step.name} joins maps and vectors")
+        if isinstance(step.make(at), Pointwise) and shapes[-1] != shapes[step.inputs[0]]:
+            before, after = ("x".join(map(str, shape[1:])) for shape in (shapes[step.inputs[0]], shapes[-1]))
+            raise InputError(f"interval bounds: {step.name} makes maps of {after} from {before}; its constant must not")
     if len(shapes[-1]) != 2 or shapes[-1][1] < 2:
         raise InputError(f"interval bounds: the network gives {tuple(shapes[-1])} where logits (B, K ≥ 2) are needed")
     return Layout(steps, tuple(shapes), first.dtype)

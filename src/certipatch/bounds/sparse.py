@@ -75,7 +75,7 @@ def _margins(passed: Passage, images: Tensor, label: Tensor, pixels: int, streng
                 clean[number] = op.whole(before)
             elif passed.head is not None and op is passed.head:
                 return _of_linear_network(passed.head, before, box, images.shape[1], pixels, label, rivals)
-            elif isinstance(op, Linear | Conv):
+            elif isinstance(op, Conv) or (isinstance(op, Linear) and op.reads_all(before)):
                 found.append(first_layer(op, before, box, images.shape[1], pixels))
                 continue
         found.append(op.whole(*(found[i] for i in inputs)))  # of the box: weaker, and true for any layer
