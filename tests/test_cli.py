@@ -272,6 +272,11 @@ def test_a_run_of_another_configuration(certipatch, tmp_path):
     assert "command is evaluate there, attack here" in refused(certipatch(*attack))
 
 
+def test_more_places_than_can_be_counted_are_told(certipatch):
+    line = refused(certipatch("certify", "good.png", "--defense", "model", "--patch", "1", "--count", "500"))
+    assert "more than 10^15 locations" in line
+
+
 def test_an_option_that_is_not_known_leaves_no_folder_behind(certipatch, tmp_path):
     command = ("attack", "--defense", "model", "--data", "stripes", "--patch", "2", "--out", tmp_path / "run")
     assert "use one of random, exhaustive" in refused(certipatch(*command, "--search", "everywhere"))

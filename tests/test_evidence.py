@@ -14,6 +14,22 @@ SIZE = (8, 8)
 COLUMNS = vw.Columns(3, stride=2)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6])
+def test_the_tolerance_of_a_score_grows_with_the_logits(scale):
+    network = nulls(nn.ReLU())
+    with torch.no_grad():
+        network[-1].weight *= scale
+        network[-1].bias *= scale
+    tolerance = ev.check_model(network, COLUMNS, images())
+    logits = ev.logits(network, COLUMNS, images())
+    spread = (logits - logits.mean(-1, keepdim=True)).abs().max().item()
+    assert tolerance.atol >= 1e-6 * max(1.0, 0.5 * spread)
+    one_row = torch.cat(
+        [ev.logits(network, COLUMNS, images(), torch.tensor([v]), 1) for v in range(logits.shape[1])], 1
+    )
+    assert ((one_row.softmax(-1) - logits.softmax(-1)).abs() <= tolerance.of(logits.softmax(-1))).all()
+
+
 def images(dtype=torch.float32):
     return torch.rand(2, 1, *SIZE, generator=torch.Generator().manual_seed(5)).to(dtype)
 

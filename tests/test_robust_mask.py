@@ -396,3 +396,15 @@ def test_the_example_of_appendix_e():
     assert Vote().certify(votes, windows.members).certified.tolist() == [True]
     assert Vote(margin="paper").certify(votes, windows.members).certified.tolist() == [False]
     assert RobustMask(windows, 0.0).certify(votes, windows.members).certified.tolist() == [True]
+
+
+def test_float32_evidence_beyond_1e30_ranks_as_in_float64():
+    evidence = torch.zeros(1, 9, 70)
+    evidence[0, :7, 0], evidence[0, :4, 1:64], evidence[0, [0, 2, 4], 69] = 9.9e29, 8e29, 3e38
+    sees = torch.zeros(1, 9, dtype=torch.bool)
+    sees[0, 7:] = True
+    rule = RobustMask(Windows.runs(9, 2), 0.0)
+    verdict, attacked = rule.certify(evidence, sees), evidence.clone()
+    attacked[0, 7:, 1:69], attacked[0, 7:, 69] = 0.0, 3e38
+    assert torch.equal(rule.predict(evidence), rule.predict(evidence.double()))
+    assert not (verdict.margin > 0).any() or torch.equal(rule.predict(attacked), verdict.label)

@@ -91,9 +91,10 @@ def sees(views: Views | Tensor, threat: Threat, image_size: tuple[int, int]) -> 
 
 
 def _check_budget(locations: int, views: int, threat: Threat) -> None:
-    if locations * (views / 8 + 16) > MAX_BYTES:
+    if locations * (views + 128) > 8 * MAX_BYTES:
+        many = f"{locations:,}" if locations < 10**15 else "more than 10^15"
         raise InputError(
-            f"{threat}: {locations} locations x {views} views exceed {MAX_BYTES >> 20} MiB; use a larger stride, fewer "
+            f"{threat}: {many} locations x {views} views exceed {MAX_BYTES >> 20} MiB; use a larger stride, fewer "
             "patches, or name the places with where=[…]"
         )
 

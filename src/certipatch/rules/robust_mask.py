@@ -270,7 +270,8 @@ def _totals(evidence: Shaped[Tensor, "b V K"], clip: float) -> Float64[Tensor, "
     wide = evidence.dtype == torch.float64 or not evidence.is_floating_point() or evidence.element_size() < 4
     if wide or evidence.shape[1] > 10_000:
         return clipped(evidence, 0.0, clip).sum(1)
-    return evidence.clamp(0.0, min(clip, 1e30)).sum(1).double()
+    found = evidence.clamp(0.0, min(clip, 1e30)).sum(1).double()
+    return found if found.numel() == 0 or found.amax() < 1e30 else clipped(evidence, 0.0, clip).sum(1)
 
 
 def _least(outside: Float64[Tensor, "b W K"], covering: Bool[Tensor, "P W"]) -> Float64[Tensor, "b P K"]:
