@@ -46,8 +46,7 @@ class Universal(Attack):
             with torch.enable_grad():
                 images = worn(patch, task.images[rows], choice, pose, places)
                 leads = victim.leads(images, generator)
-                own = task.label[rows, None].to(leads.device)
-                loss = leads.scatter(1, own, -torch.inf).amax(1) if task.target is None else leads[:, task.target]
+                loss = task.loss(leads, rows)
                 (gradient,) = torch.autograd.grad(loss.clamp(max=2.0).sum(), patch)
             patch = (patch.detach() + task.step * gradient.sign()).clamp(0, 1)
         return patch.detach()
