@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import certipatch as cp
 from certipatch import cli
+from certipatch.bounds import Interval, margin_bounds, passage, patch_margins, regions, sparse_margins
 from certipatch.defenses.around import around, frame
 from certipatch.errors import InputError
 from certipatch.models.adapters import Adapted, Preprocessing, is_adapter, open_model, runs_code
@@ -63,6 +64,13 @@ def one_class():
         def forward(self, x):
             return super().forward(x)[:, :1]
     return Wrong().eval()
+
+def convolution():
+    torch.manual_seed(0)
+    found = nn.Sequential(nn.Conv2d(1, 4, 5, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    found(torch.zeros(1, 1, 12, 12))
+    found.channels = 1
+    return found.eval()
 
 def pictures():
     return nn.Identity().eval()
@@ -117,6 +125,19 @@ def test_a_module_of_ones_own(certipatch, home):
     assert code == 0, err
     assert json.loads((home / "alarms" / "summary.json").read_text())["notion"] == "detection"
     assert certipatch("evaluate", "--defense", "undefended", *around[:-2], "--out", "none")[0] == 0
+
+
+def test_interval_bounds_of_ones_own_module(certipatch, home):
+    around = ("--defense", "interval-bounds", "--model", "toy_classifier:convolution")
+    code, _, err = certipatch("evaluate", *around, "--patch", 1, "--data", "stripes", "--limit", 6, "--out", "run")
+    assert code == 0, err
+    assert (
+        json.loads((home / "run" / "summary.json").read_text())["defense"]
+        == "interval-bounds:toy_classifier:convolution"
+    )
+    code, out, err = certipatch("certify", "picture.png", *around, "--sparse", 1, "--json")
+    assert code == 0, err
+    assert json.loads(out)["threat"] == {"kind": "sparse", "pixels": 1}
 
 
 def test_a_run_folder_opens_no_code(certipatch, home, monkeypatch):
@@ -324,6 +345,41 @@ def test_preprocessing_is_the_networks_own():
     for wrong in ({"std": (0,)}, {"size": (0, 3)}, {"scale": -1}, {"order": "GRB"}, {"something": 1}):
         with pytest.raises(ValueError):  # noqa: PT011
             Preprocessing(**wrong)
+
+
+def test_bounds_go_through_the_preprocessing():
+    """They are those of the same network with its preprocessing written out, and no attack leaves them."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).double().eval()
+    asked = Preprocessing(size=(10, 9), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.5), scale=2.0, order="BGR",
+                          classes=tuple("abcde"))  # fmt: skip
+    model = Adapted(network, asked, "mine")
+    assert model.only(("e", "b", "c"))
+    x, y = torch.rand(2, 3, 10, 9, dtype=torch.float64), torch.tensor([0, 2])
+    points = passage(model, (3, 10, 9)).values(Interval(x, x))[-1]
+    assert torch.allclose(points.lower, model(x), 0, 1e-12)
+    found = regions(cp.PatchThreat(3), (10, 9))
+    some, any_two = patch_margins(model, x, y, found, outward=True), sparse_margins(model, x, y, 2, outward=True)
+    everything = margin_bounds(model, Interval(0 * x, 0 * x + 1), y)
+    assert (some.amin(1) > everything + 1e-6).all()
+    assert (any_two > everything + 1e-6).all()
+    hidden = torch.rand(200, 90).argsort(1) < 2
+    inside = [torch.stack([found.pixels(i) for i in range(len(found))]), hidden.view(-1, 10, 9)]
+    for masks, bound in zip(inside, (some, any_two[:, None]), strict=True):
+        painted = torch.where(masks[:, None, None], torch.rand(len(masks), 1, 3, 10, 9).double().round(), x)
+        answer = model(painted.flatten(0, 1)).unflatten(0, (-1, 2))
+        for b in range(2):
+            rivals = [k for k in range(3) if k != y[b]]
+            assert (answer[:, b, y[b], None] - answer[:, b, rivals] >= bound[b]).all()
+
+
+@pytest.mark.parametrize(
+    ("picture", "reason"), [((3, 8, 9), "resizes pictures of 8x9 to 10x9"), ((1, 10, 9), "reads 3 channels")]
+)
+def test_preprocessing_without_bounds(picture, reason):
+    model = Adapted(nn.Sequential(nn.Flatten(), nn.Linear(270, 2)).eval(), Preprocessing(size=(10, 9)), "mine")
+    with pytest.raises(InputError, match=reason):
+        passage(model, picture)
 
 
 def test_masks_come_before_the_preprocessing():

@@ -210,6 +210,15 @@ class Same(Op):
         return inputs[0]
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Reversed(Pointwise):
+    """Channels in the opposite order."""
+
+    def whole(self, *inputs: Interval) -> Interval:
+        return inputs[0].map(lambda x: x.flip(1))
+
+
 class Join(Op):
     """A layer of several maps that works cell by cell; where one is spread over another, through whole maps."""
 

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from certipatch.bounds.adapted import steps_of
 from certipatch.bounds.interval import Interval
 from certipatch.bounds.layers import Linear, Op, Pointwise, merged
-from certipatch.bounds.trace import Precision, Step, flatten_into_linear, trace
+from certipatch.bounds.trace import Precision, Step, flatten_into_linear
 from certipatch.errors import InputError
 
 
@@ -83,7 +84,7 @@ class Layout:
 def layout(model: nn.Module, picture: tuple[int, int, int]) -> Layout:
     """Read ``model``, for pictures of ``picture`` (C, H, W). Errors as those of ``passage``."""
     first = next(model.parameters(), torch.zeros(()))
-    steps = trace(model)
+    steps = steps_of(model, picture)
     zeros = torch.zeros(1, *picture, dtype=first.dtype, device=first.device)
     shapes, found = [zeros.shape], [Interval(zeros, zeros)]
     at = Precision(first.dtype, 0.0)

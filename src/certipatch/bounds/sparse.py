@@ -139,14 +139,13 @@ def _most_of_linear(
 def _best_pixels(weight: Tensor, plus: Tensor, minus: Tensor, pixels: int) -> Int[Tensor, "B m k"]:
     """The pixels of largest gain for each picture and output.
 
-    No pixel gains more than Σ_c |w_c| times the most that any picture lets it move. The pixels of largest such product
-    are tried first; all others only where one of those could be among the best.
+    No pixel gains more than it would if each of its channels could rise, and fall, by the most that any picture lets
+    it. The pixels of largest such gain are tried first; all others only where one of those could be among the best.
     """
     cells, tried = weight.shape[2], max(CANDIDATES, 8 * pixels)
     if cells <= tried:
         return _gains(weight[None], plus[:, None], minus[:, None]).topk(pixels, -1).indices
-    reach = torch.maximum(plus.amax((0, 1)), minus.amax((0, 1)))
-    limit, some = (weight.abs().sum(1) * reach).topk(tried + 1, -1)
+    limit, some = _gains(weight, plus.amax(0), minus.amax(0)).topk(tried + 1, -1)
     limit, some = limit[:, -1], some[:, :-1]
     part = weight.gather(2, some[:, None].expand(-1, weight.shape[1], -1))
     gains = _gains(part[None], *(x[:, :, some].transpose(1, 2) for x in (plus, minus)))

@@ -87,13 +87,14 @@ class Adapted(nn.Module):
         self.training = network.training
         self.identity = identity or digest(network, preprocessing.model_dump_json())
         self.fill: float | tuple[float, ...] = getattr(network, "fill", preprocessing.fill)
-        self._only: Tensor | None = None
+        self.kept: Tensor | None = None
+        """The classes that it answers with; None for all."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
         """Names of the classes, where they are known."""
         known = self.preprocessing.classes
-        return known if known is None or self._only is None else tuple(known[i] for i in self._only.tolist())
+        return known if known is None or self.kept is None else tuple(known[i] for i in self.kept.tolist())
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -105,7 +106,7 @@ class Adapted(nn.Module):
         place = {name.casefold(): i for i, name in enumerate(self.preprocessing.classes or ())}
         if not all(name.casefold() in place for name in names):
             return False
-        self._only = torch.tensor([place[name.casefold()] for name in names])
+        self.kept = torch.tensor([place[name.casefold()] for name in names])
         return True
 
     def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
@@ -114,7 +115,7 @@ class Adapted(nn.Module):
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(pictures):
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(answer).__name__
             raise InputError(f"{self.name} gives {got} for {len(pictures)} pictures; logits (N, K) are needed")
-        return logits if self._only is None else logits[:, self._only.to(logits.device)]
+        return logits if self.kept is None else logits[:, self.kept.to(logits.device)]
 
     @torch.inference_mode()
     def class_names(self, channels: int, image_size: tuple[int, int]) -> tuple[str, ...]:

@@ -1,0 +1,58 @@
+"""The layers of somebody's own network behind its preprocessing: colours in another order, mean and std of a channel."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from certipatch.bounds import layers
+from certipatch.bounds.layers import Linear, Op
+from certipatch.bounds.trace import Make, Precision, Step, trace
+from certipatch.errors import InputError
+from certipatch.models.adapters.adapted import Adapted
+
+
+def steps_of(model: nn.Module, picture: tuple[int, int, int]) -> tuple[Step, ...]:
+    """``trace.trace``, and what comes before and behind the network where ``model`` is an adapter.
+
+    Errors: InputError where its preprocessing resizes pictures of ``picture`` (C, H, W), or changes their channels.
+    """
+    if not isinstance(model, Adapted):
+        return trace(model)
+    asked, name = model.preprocessing, f"interval bounds: {model.name}"
+    if picture[0] != asked.channels:
+        raise InputError(f"{name} reads {asked.channels} channels; the pictures have {picture[0]}")
+    if asked.size is not None and asked.size != picture[1:]:
+        have, want = ("x".join(map(str, size)) for size in (picture[1:], asked.size))
+        raise InputError(
+            f"{name} resizes pictures of {have} to {want}, which has no bounds: give it pictures of {want}"
+        )
+    scale, shift = (torch.tensor(x, dtype=torch.float64).expand(asked.channels) for x in (asked.std, asked.mean))
+    make = _preprocessed(asked.scale / scale, -shift / scale, asked.order == "BGR")
+    first = [Step("preprocessing", (i,), each) for i, each in enumerate(make)]
+    moved = [replace(step, inputs=tuple(i + len(first) for i in step.inputs)) for step in trace(model.network)]
+    if model.kept is not None:
+        moved[-1] = replace(moved[-1], make=_rows_of(moved[-1], model.kept, name))
+    return (*first, *moved)
+
+
+def _preprocessed(scale: Tensor, shift: Tensor, swapped: bool) -> list[Make]:
+    def affine(at: Precision) -> Op:
+        factor, term = (at.of(x)[:, None, None] for x in (scale, shift))
+        return layers.Scale(factor, term, 4 * at.eps)
+
+    swap: list[Make] = [lambda at: layers.Reversed()] if swapped else []
+    return [*swap, affine]
+
+
+def _rows_of(last: Step, kept: Tensor, name: str) -> Make:
+    """The last layer with the logits of some classes only."""
+
+    def make(at: Precision) -> Op:
+        op = last.make(at)
+        if not isinstance(op, Linear):
+            raise InputError(f"{name} answers with some of its classes, and does not end in a linear layer")
+        rows = kept.to(op.weight.device)
+        return Linear(op.weight[rows], None if op.bias is None else op.bias[rows], op.eps)
+
+    return make
