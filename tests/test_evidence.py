@@ -6,9 +6,10 @@ from torch import nn
 
 from certipatch import evidence as ev
 from certipatch import views as vw
-from certipatch.defenses import DerandomizedSmoothing
+from certipatch.defenses import DerandomizedSmoothing, IntervalBounds, PatchCleanser, Undefended
 from certipatch.errors import InputError
 from certipatch.models import CropNet, ResNet18, StripNet
+from certipatch.threats import PatchThreat
 
 SIZE = (8, 8)
 COLUMNS = vw.Columns(3, stride=2)
@@ -254,7 +255,29 @@ def test_bad_pictures(pictures):
     with pytest.raises(InputError):
         ev.check_images(pictures)
     with pytest.raises(InputError):
-        DerandomizedSmoothing(nulls(), COLUMNS).certify(pictures, None)  # type: ignore[arg-type]
+        DerandomizedSmoothing(nulls(), COLUMNS).certify(pictures, PatchThreat(2))
+
+
+def test_pictures_that_the_model_cannot_read():
+    """A type or a size that torch refuses is told in one line, with what to do."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    cleanser = PatchCleanser(network, PatchThreat(2), masks=2)
+    for defense in (cleanser, IntervalBounds(network), Undefended(network)):
+        with pytest.raises(InputError, match=r"in torch.float64: its weights are torch.float32, .*images.to"):
+            defense.certify(torch.rand(1, 1, 8, 8).double(), PatchThreat(2))
+        with pytest.raises(InputError, match="cannot read pictures of 1x9x9"):
+            defense.certify(torch.rand(1, 1, 9, 9), PatchThreat(2))
+        with pytest.raises(InputError, match=r"a threat is PatchThreat\(…\) or SparseThreat\(…\), not 5"):
+            defense.certify(torch.rand(1, 1, 8, 8), 5)  # type: ignore[arg-type]
+
+
+def test_running_out_of_memory_is_not_a_matter_of_the_pictures():
+    class Full(nn.Module):
+        def forward(self, pictures):
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        ev.ask(Full(), torch.rand(1, 1, 8, 8))
 
 
 def test_one_nan_among_good_pixels_is_named():

@@ -35,6 +35,21 @@ class Tolerance:
         return self.atol + self.rtol * scores.abs()
 
 
+def ask(model: nn.Module, pictures: Float[Tensor, "N C H W"]) -> Tensor:
+    """What a network answers. InputError where it cannot read pictures of this type or size."""
+    try:
+        return model(pictures)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), pictures.dtype)
+        reason = " ".join(str(error).split())[:160]
+        if dtype != pictures.dtype:
+            reason = f"its weights are {dtype}, so convert them with images.to({dtype})"
+        size = "x".join(map(str, pictures.shape[1:]))
+        raise InputError(f"the model cannot read pictures of {size} in {pictures.dtype}: {reason}") from error
+
+
 @torch.inference_mode()
 def logits(
     model: nn.Module,
@@ -52,7 +67,7 @@ def logits(
     number = views.number((images.shape[2], images.shape[3]))
     batch_size = batch_size or max(1, PIXELS // (images.shape[2] * images.shape[3]))
     if encoding == "all-views":
-        parts = [model(part.clone()) for part in images.split(batch_size)]  # a copy: theirs to write into
+        parts = [ask(model, part.clone()) for part in images.split(batch_size)]  # a copy: theirs to write into
         every = torch.cat(parts)
         if every.ndim != 3 or every.shape[1] != number:
             raise InputError(f"the model gives {tuple(every.shape)} where (B, V={number}, K) is needed")
@@ -64,7 +79,7 @@ def logits(
         parts = []
         for chosen in index.split(step):
             rendered = render(encoding, images_part, views, chosen, getattr(model, "fill", 0.5))
-            answer = model(rendered.flatten(0, 1))
+            answer = ask(model, rendered.flatten(0, 1))
             if answer.ndim != 2 or len(answer) != rendered.shape[0] * rendered.shape[1]:
                 raise InputError(f"the model gives {tuple(answer.shape)} where (N, K) is needed")
             parts.append(answer.unflatten(0, rendered.shape[:2]))
@@ -86,9 +101,8 @@ def logits_of(
     parts = []
     for of, chosen in zip(picture.split(batch_size), index.split(batch_size), strict=True):
         taken = images[of.to(images.device)]
-        answer = model(
-            render_each(getattr(model, "encoding", "null"), taken, views, chosen, getattr(model, "fill", 0.5))
-        )
+        encoding, fill = getattr(model, "encoding", "null"), getattr(model, "fill", 0.5)
+        answer = ask(model, render_each(encoding, taken, views, chosen, fill))
         if answer.ndim != 2 or len(answer) != len(of):
             raise InputError(f"the model gives {tuple(answer.shape)} where (N, K) is needed")
         parts.append(answer)

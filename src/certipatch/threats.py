@@ -108,6 +108,10 @@ class PatchThreat:
         self.where = where if isinstance(where, str) else tuple(_corner(place) for place in where)
         if isinstance(where, str) and where not in ("anywhere", "corners"):
             raise InputError(f"where is 'anywhere', 'corners' or a list of (top, left) pixels, not {where!r}")
+        if isinstance(size, Tensor) and not isinstance(where, str) and not (size[0].any() and size[:, 0].any()):
+            raise InputError(
+                "the mask's first row or column is empty: cut it off, and let where count from what is left"
+            )
         if not self.where:
             raise InputError("where lists no place; give at least one (top, left) pixel")
 

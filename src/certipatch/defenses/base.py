@@ -83,6 +83,8 @@ class Defense(ABC):
 
     def certify(self, images: Float[Tensor, "B C H W"], threat: Threat) -> Certificate:
         """Labels, and margins for every location of the threat. Another threat never changes the label."""
+        if not isinstance(threat, PatchThreat | SparseThreat):
+            raise InputError(f"a threat is PatchThreat(…) or SparseThreat(…), not {threat!r}"[:160])
         return self.certificate(self.evidence(images), threat)
 
     def to(self, device: str | torch.device) -> "Defense":

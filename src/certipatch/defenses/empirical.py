@@ -40,7 +40,7 @@ class EmpiricalDefense(ABC):
         """The label of every picture. InputError on pictures that are not floats in [0, 1]."""
         ev.check_images(images)
         batch = self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
-        logits = torch.cat([self.model(self.cleaned(part)) for part in images.split(batch)])
+        logits = torch.cat([ev.ask(self.model, self.cleaned(part)) for part in images.split(batch)])
         if logits.ndim != 2 or not bool(torch.isfinite(logits).all()):
             raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
         return logits.argmax(1)

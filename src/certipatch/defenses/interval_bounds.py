@@ -140,7 +140,7 @@ class IntervalBounds(Defense):
     def _served(self, images: Tensor, batch_size: int | None = None) -> Float[Tensor, "B K"]:
         batch = batch_size or self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
         with torch.inference_mode():
-            logits = torch.cat([self.model(part.clone()) for part in images.split(batch)])
+            logits = torch.cat([ev.ask(self.model, part.clone()) for part in images.split(batch)])
         if logits.ndim != 2 or len(logits) != len(images) or not bool(torch.isfinite(logits).all()):
             raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
         return logits.clone()
