@@ -273,9 +273,9 @@ def test_tables_print_what_was_measured_and_what_was_not(tmp_path, monkeypatch):
         for row in json.loads((tmp_path / "runs/reproduce/ibp-table5/table.json").read_text())["rows"]
         if row["source"] != "paper"
     }
-    measured = cells["25 pixels, MLP(255)"]
+    measured = cells["25 pixels, MLP(255), Random(144)"]
     assert [cell["n"] for cell in measured] == [6] * 5
-    assert "not run" in json.dumps(cells["4 pixels, MLP(255)"])
+    assert "not run" in json.dumps(cells["4 pixels, MLP(255), Random(144)"])
     defense, pictures = defenses.load(str(tmp_path / "models" / "mnist-ibp-5")), load(str(data), "test", limit=6)
     found = defense.certify(pictures.images(range(6)), PatchThreat(25, shape="diamond"))
     right = found.label == torch.from_numpy(pictures.labels[:6])

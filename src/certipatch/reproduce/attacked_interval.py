@@ -10,7 +10,7 @@ from typing import Any
 from certipatch.defenses import DigitalWatermarking, LocalGradientsSmoothing
 from certipatch.reproduce.attacked import UNCERTIFIED, Attacked, Strength, lacking, outcome
 from certipatch.reproduce.bench import Bench, Wanted, at_hand
-from certipatch.reproduce.interval_models import trained
+from certipatch.reproduce.interval_models import RECIPES, trained
 from certipatch.reproduce.interval_papers import COMPARISON
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import Study
@@ -29,8 +29,7 @@ SETTINGS: dict[tuple[str, str | None], dict[str, Any]] = {
 
 
 def _study(data: str, title: str, size: int, plain: Wanted, *certified: Wanted) -> Study:
-    network, strategy = ("mlp", "All Patch") if data == "mnist" else ("cnn4", "Random(10)")
-    bounds = [trained(data, network, strategy, side) for side in (2, 5)]
+    bounds = [trained(data, *RECIPES[data], side) for side in (2, 5)]
     own = [replace(model.wanted, role=f"ibp-{model.size}") for model in bounds]
     return Study(data, (2, 5), (plain, *own, *certified), title, (size, size))
 

@@ -18,7 +18,7 @@ from certipatch.defenses import IntervalBounds, RandomizedAblation, open_defense
 from certipatch.defenses.card import write_tensors
 from certipatch.errors import InputError
 from certipatch.reproduce.bench import PART, Bench, Outcomes, Wanted
-from certipatch.reproduce.interval_models import NETWORKS, STRATEGIES, Trained, trained
+from certipatch.reproduce.interval_models import NETWORKS, RECIPES, STRATEGIES, Trained, trained
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
@@ -89,17 +89,19 @@ def comparison(bench: Bench, study: Study, paper: Numbers) -> Table:
     rows, models = [], []
     for side in study.patches:
         assert isinstance(side, int)
-        model = trained(study.data, *_best(study, side), side)
+        model = trained(study.data, *RECIPES[study.data], side)
         models.append(model)
         clean, certified = accuracies(bench, model, PatchThreat(side))
         attack = NotRun("not run (certipatch reproduce ibp-table2-attacked)")
-        rows.append(Row(f"{side}x{side}, IBP, {NETWORKS[model.network][0]}", [clean, attack, certified]))
+        rows.append(Row(f"{side}x{side}, IBP, {_named(study)}", [clean, attack, certified]))
         rows += _of_paper(paper, f"{study.title} {side}x{side}, ")
     return Table(["clean", "attacked", "certified"], rows, notes(bench, models))
 
 
-def _best(study: Study, side: int) -> tuple[str, str]:
-    return ("mlp", "All Patch") if study.data == "mnist" else ("cnn4", "Random(10)")
+def _named(study: Study) -> str:
+    """Network and strategy of the models that ship."""
+    network, strategy = RECIPES[study.data]
+    return f"{NETWORKS[network][0]}, {strategy}"
 
 
 def strategies(bench: Bench, study: Study, paper: Numbers) -> Table:
@@ -126,7 +128,8 @@ def larger(bench: Bench, study: Study, paper: Numbers) -> Table:
 def _by_strategy(bench: Bench, study: Study, paper: Numbers, networks: Iterable[str], names: Sequence[str]) -> Table:
     rows, models = [], []
     for network in networks:
-        for name in names:
+        own, shipped = RECIPES[study.data]
+        for name in dict.fromkeys([*names, shipped]) if network == own else names:
             cells: list[Cell] = []
             for side in (2, 5):
                 model = trained(study.data, network, name, side)
@@ -187,7 +190,7 @@ def transfer(bench: Bench, study: Study, paper: Numbers) -> Table:
     """Table 5: certified accuracy of models trained for squares of 4, 16, 25 pixels against other shapes of as many."""
     rows, models = [], []
     for side in (2, 4, 5):
-        model = trained(study.data, *_best(study, side), side)
+        model = trained(study.data, *RECIPES[study.data], side)
         models.append(model)
         cells: list[Cell] = []
         for shape in SHAPES:
@@ -195,7 +198,7 @@ def transfer(bench: Bench, study: Study, paper: Numbers) -> Table:
                 cells.append("-")  # 4 pixels make no rectangle but the square and the line
                 continue
             cells.append(accuracies(bench, model, PatchThreat(side * side, shape=shape))[1])
-        rows.append(Row(f"{side * side} pixels, {NETWORKS[model.network][0]}", cells))
+        rows.append(Row(f"{side * side} pixels, {_named(study)}", cells))
         rows += _of_paper(paper, f"{study.title}, {side * side} pixels")
     more = [
         "all rectangles of the least area that holds so many pixels, and lines across and down, at once: certified against "

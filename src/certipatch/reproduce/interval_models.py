@@ -31,8 +31,8 @@ HOURS = {
     ("cifar10", "cnn4-13"): {"sparse": 250},
     ("cifar10", "cnn5"): {"all": 6000, "random": 300, "guided": 600},
 }
-RECIPES = {"mnist": "mlp", "cifar10": "cnn4"}
-"""The network of the recipes that ship."""
+RECIPES = {"mnist": ("mlp", "Random(144)"), "cifar10": ("cnn4", "Random(10)")}
+"""Network and strategy of the recipes that ship."""
 
 
 @final
@@ -58,10 +58,10 @@ class Trained:
     @property
     def name(self) -> str:
         """Its folder in ``models/``, or its name in the zoo."""
-        usual = ("all", None) if self.data == "mnist" else ("random", 10)
-        strategy = "" if (self.strategy, self.count) == usual else f"-{self.strategy}"
+        network, strategy = RECIPES[self.data]
+        strategy = "" if (self.strategy, self.count) == STRATEGIES[strategy] else f"-{self.strategy}"
         count = "" if not strategy or self.count is None else f"-{self.count}"
-        network = "" if self.network == RECIPES[self.data] else f"-{self.network}"
+        network = "" if self.network == network else f"-{self.network}"
         if self.strategy == "sparse":
             return f"{self.data}-ibp-sparse-{self.size}{'' if self.network == 'mlp' else '-' + self.network}"
         return f"{self.data}-ibp-{self.size}{strategy}{count}{network}"
@@ -70,7 +70,7 @@ class Trained:
     def wanted(self) -> Wanted:
         hours = HOURS.get((self.data, self.network), {}).get(self.strategy)
         if hours is not None and self.strategy in ("random", "guided") and self.count is not None:
-            hours = round(hours * max(0.3, self.count / 10), 1)
+            hours = round(hours * min(2.0, max(0.3, self.count / 10)), 1)
         return Wanted(self.name, self.name, hours)
 
     @property
@@ -88,7 +88,7 @@ class Trained:
             changes["interval.pool" if pooled else "interval.places"] = (
                 f"[{','.join(str(self.count))}]" if pooled else str(self.count)
             )
-        if self.network != ("mlp" if self.strategy == "sparse" else RECIPES[self.data]):
+        if self.network != ("mlp" if self.strategy == "sparse" else RECIPES[self.data][0]):
             changes |= NETWORKS[self.network][1]
         if self.strategy == "sparse" and self.data == "cifar10":
             changes |= {"data": "cifar10", "learning_rate": "0.001", "epochs": "200"}
@@ -106,6 +106,7 @@ STRATEGIES: dict[str, tuple[str, int | None]] = {
     "Random(5)": ("random", 5),
     "Random(10)": ("random", 10),
     "Random(20)": ("random", 20),
+    "Random(144)": ("random", 144),
     "Guided(10)": ("guided", 10),
     "Guided(20)": ("guided", 20),
     "Pool 2": ("pooled", 2),
