@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from certipatch.bounds import layers
+from certipatch.bounds.known_layers import Make, Precision
 from certipatch.bounds.layers import Linear, Op
-from certipatch.bounds.trace import Make, Precision, Step, trace
+from certipatch.bounds.trace import Step, trace
 from certipatch.errors import InputError
 from certipatch.models.adapters.adapted import Adapted
 

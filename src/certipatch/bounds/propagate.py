@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from certipatch.bounds.adapted import steps_of
 from certipatch.bounds.interval import Interval
+from certipatch.bounds.known_layers import Precision
 from certipatch.bounds.layers import Linear, Op, Pointwise, merged
-from certipatch.bounds.trace import Precision, Step, flatten_into_linear
+from certipatch.bounds.trace import Step, flatten_into_linear
 from certipatch.errors import InputError
 
 
@@ -112,7 +113,7 @@ def passage(
     """The layers of ``model``, for pictures of ``picture`` (C, H, W).
 
     Args:
-        model: maps pictures (B, C, H, W) to logits (B, K) by layers of ``trace.MODULES``, ``FUNCTIONS`` and ``METHODS``.
+        model: maps pictures (B, C, H, W) to logits (B, K) by layers of ``known_layers`` and ``known_functions``.
         dtype: of the bounds; float64 for certificates; None for that of the parameters. Gradients reach them.
         outward: round intervals outward, so that they hold for the real numbers that the weights denote.
 
