@@ -141,7 +141,7 @@ def test_table_2_puts_attacks_beside_certificates(world, out):
     assert clean["share"] >= standing["share"] >= certified["share"]
     assert row(found, "MNIST 5x5, IFGSM, IBP", "paper") == ["92.9", "66.1", "62.0"]
     (missing,) = row(found, "MNIST 2x2, IFGSM, IBP")
-    assert missing["not_run"] == "not run, about 0.6 h of training (mnist-ibp-2)"
+    assert missing["not_run"] == "not run, about 0.4 h of training (mnist-ibp-2)"
     assert "not run: certipatch train mnist-ibp-2" in found["notes"]
     assert not any("mnist-ibp-5" in note for note in found["notes"])
 
