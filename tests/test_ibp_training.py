@@ -156,6 +156,19 @@ def test_the_unet_keeps_sizes_and_learns_margins():
     assert sum(errors[-5:]) < 0.6 * sum(errors[:5])
 
 
+def test_random_places_become_all_of_them():
+    torch.manual_seed(0)
+    network, images, target = MLP(1, 3, (12, 12), (9,)), torch.rand(4, 1, 12, 12), torch.tensor([0, 1, 2, 0])
+    draw = torch.Generator().manual_seed(0)
+    few = IntervalTraining(strategy="random", patch=3, places=2, all_from=0.8)
+    every = interval.IntervalObjective(network, IntervalTraining(patch=3), (1, 12, 12), 3)(images, target, 0.9, draw)
+    objective = interval.IntervalObjective(network, few, (1, 12, 12), 3)
+    assert objective(images, target, 0.79, draw) < every
+    assert torch.equal(objective(images, target, 0.8, draw), every)
+    with pytest.raises(ValueError, match="belongs to strategy: random"):
+        IntervalTraining(strategy="guided", all_from=0.5)
+
+
 def test_intervals_grow_and_the_rate_is_halved_as_in_the_paper(tmp_path, data):
     asked = recipe(tmp_path, data, ramp_from=0.1, ramp_until=0.5)
     strengths = [asked.interval.strength(share) for share in (0.0, 0.1, 0.3, 0.5, 1.0)]

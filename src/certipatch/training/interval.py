@@ -82,8 +82,9 @@ class IntervalObjective(nn.Module):
             self.places = places(PatchThreat(asked.patch), picture[1:], pooled)
             check_pools(self.layout.passage(), pooled)
 
-    def forward(self, images: Tensor, target: Tensor, strength: float, draw: torch.Generator) -> Tensor:
-        """The loss of pictures whose interval has grown to ``strength``: bounds in float32, the U-Net as asked."""
+    def forward(self, images: Tensor, target: Tensor, share: float, draw: torch.Generator) -> Tensor:
+        """The loss of pictures after a share of the training: bounds in float32, the U-Net as asked."""
+        strength = self.asked.strength(share)
         guess = self.guide(images).float() if self.guide is not None else None
         with torch.autocast(images.device.type, enabled=False):
             loss = images.new_zeros(())
@@ -95,13 +96,14 @@ class IntervalObjective(nn.Module):
             if guess is not None:
                 margins, error = self._guided(images, target, strength, guess, draw)
                 return loss + bound_loss(margins) + error
-            return loss + bound_loss(self._margins(images, target, strength, draw))
+            return loss + bound_loss(self._margins(images, target, share, draw))
 
-    def _margins(self, images: Tensor, target: Tensor, strength: float, draw: torch.Generator) -> Float[Tensor, "B R"]:
+    def _margins(self, images: Tensor, target: Tensor, share: float, draw: torch.Generator) -> Float[Tensor, "B R"]:
+        strength = self.asked.strength(share)
         if self.places is None:
             return sparse_passed(self.layout.passage(), images, target, self.asked.pixels, strength)
         where = self.places = self.places.to(images.device)
-        if self.asked.strategy == "random":
+        if self.asked.strategy == "random" and share < self.asked.all_from:
             index = torch.randperm(len(where), generator=draw)[: self.asked.places].to(images.device)
             return worst_margins(self.layout, images, target, where, strength, index)
         return worst_margins(self.layout, images, target, where, strength)

@@ -81,6 +81,8 @@ class IntervalTraining(BaseModel):
     """Of the patch in pixels: the side of a square, or height and width."""
     places: int = Field(default=10, ge=1, le=4096)
     """Of ``random`` (drawn anew for each batch, shared by its pictures) and ``guided`` (drawn for each picture)."""
+    all_from: float = Field(default=1.0, ge=0, le=1)
+    """Of ``random``: share of the training after which a step looks at all places."""
     pool: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(default=(2,), min_length=1, max_length=4)
     """Of ``pooled``: sides of the squares of places that have one bound behind the first, second … layer."""
     pixels: int = Field(default=4, ge=1, le=4096**2)
@@ -98,6 +100,8 @@ class IntervalTraining(BaseModel):
     def _check(self) -> "IntervalTraining":
         if self.ramp_from > self.ramp_until:
             raise ValueError(f"intervals cannot be whole ({self.ramp_until}) before they grow ({self.ramp_from})")
+        if self.all_from < 1 and self.strategy != "random":
+            raise ValueError(f"all_from belongs to strategy: random, not to {self.strategy}")
         return self
 
     def strength(self, share: float) -> float:

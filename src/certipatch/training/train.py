@@ -289,8 +289,8 @@ def _loss(
     recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device
 ) -> Callable[[Tensor, Tensor, float, torch.Generator], Tensor]:
     """The recipe's loss as a function of (images, targets, share of the training done, generator)."""
-    if (grown := recipe.interval) is not None:
-        return lambda images, targets, share, draw: module(images, targets, grown.strength(share), draw)
+    if recipe.interval is not None:
+        return module
     if recipe.masking is not None:
         return _masked(recipe, card, network, module)
     asked, encoding = recipe.objective, getattr(network, "encoding", "null")
