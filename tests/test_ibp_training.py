@@ -165,8 +165,6 @@ def test_random_places_become_all_of_them():
     objective = interval.IntervalObjective(network, few, (1, 12, 12), 3)
     assert objective(images, target, 0.79, draw) < every
     assert torch.equal(objective(images, target, 0.8, draw), every)
-    with pytest.raises(ValueError, match="belongs to strategy: random"):
-        IntervalTraining(strategy="guided", all_from=0.5)
 
 
 def test_intervals_grow_and_the_rate_is_halved_as_in_the_paper(tmp_path, data):
@@ -265,6 +263,8 @@ def test_every_model_of_the_tables_has_a_name_of_its_own_and_a_command_that_desc
         found = read(path, [text for text in rest if text != "--set"])
         assert (found.name, found.data) == (model.name, model.data)
         assert found.interval.strategy == model.strategy
+        if model.strategy == "random":
+            assert (found.interval.places, found.interval.all_from) == (model.count, 0.8 if model.count == 144 else 1)
         assert (found.interval.pixels if model.strategy == "sparse" else found.interval.patch) == model.size
 
 
@@ -286,9 +286,9 @@ def test_tables_print_what_was_measured_and_what_was_not(tmp_path, monkeypatch):
         for row in json.loads((tmp_path / "runs/reproduce/ibp-table5/table.json").read_text())["rows"]
         if row["source"] != "paper"
     }
-    measured = cells["25 pixels, MLP(255), Random(144)"]
+    measured = cells["25 pixels, MLP(255), Random(144), then all"]
     assert [cell["n"] for cell in measured] == [6] * 5
-    assert "not run" in json.dumps(cells["4 pixels, MLP(255), Random(144)"])
+    assert "not run" in json.dumps(cells["4 pixels, MLP(255), Random(144), then all"])
     defense, pictures = defenses.load(str(tmp_path / "models" / "mnist-ibp-5")), load(str(data), "test", limit=6)
     found = defense.certify(pictures.images(range(6)), PatchThreat(25, shape="diamond"))
     right = found.label == torch.from_numpy(pictures.labels[:6])

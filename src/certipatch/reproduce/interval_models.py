@@ -31,7 +31,9 @@ HOURS = {
     ("cifar10", "cnn4-13"): {"sparse": 250},
     ("cifar10", "cnn5"): {"all": 6000, "random": 300, "guided": 600},
 }
-RECIPES = {"mnist": ("mlp", "Random(144)"), "cifar10": ("cnn4", "Random(10)")}
+THEN_ALL = "Random(144), then all"
+"""The strategy that looks at all places in the last fifth of the training."""
+RECIPES = {"mnist": ("mlp", THEN_ALL), "cifar10": ("cnn4", "Random(10)")}
 """Network and strategy of the recipes that ship."""
 COMPARED_EPOCHS = {("mnist", "mlp"): 20}
 """Where strategies are compared in fewer epochs than the recipe's, all of them alike."""
@@ -60,8 +62,8 @@ class Trained:
     @property
     def name(self) -> str:
         """Its folder in ``models/``, or its name in the zoo."""
-        network, strategy = RECIPES[self.data]
-        strategy = "" if (self.strategy, self.count) == STRATEGIES[strategy] else f"-{self.strategy}"
+        network, _ = RECIPES[self.data]
+        strategy = "" if self._shipped else f"-{self.strategy}"
         count = "" if not strategy or self.count is None else f"-{self.count}"
         network = "" if self.network == network else f"-{self.network}"
         if self.strategy == "sparse":
@@ -69,10 +71,14 @@ class Trained:
         return f"{self.data}-ibp-{self.size}{strategy}{count}{network}"
 
     @property
+    def _shipped(self) -> bool:
+        """Whether its strategy is the recipe's."""
+        return (self.strategy, self.count) == STRATEGIES[RECIPES[self.data][1]]
+
+    @property
     def epochs(self) -> int | None:
         """Where they are not the recipe's."""
-        shipped = (self.strategy, self.count) == STRATEGIES[RECIPES[self.data][1]]
-        return None if shipped or self.strategy == "sparse" else COMPARED_EPOCHS.get((self.data, self.network))
+        return None if self._shipped or self.strategy == "sparse" else COMPARED_EPOCHS.get((self.data, self.network))
 
     @property
     def wanted(self) -> Wanted:
@@ -91,6 +97,9 @@ class Trained:
             changes["interval.pixels"] = str(self.size)
         else:
             changes |= {"interval.strategy": self.strategy, "interval.patch": str(self.size)}
+        then_all = self.count == STRATEGIES[THEN_ALL][1]
+        if self.strategy == "random" and then_all != (RECIPES[self.data][1] == THEN_ALL):
+            changes["interval.all_from"] = "0.8" if then_all else "1"
         if self.epochs is not None:
             changes["epochs"] = str(self.epochs)
         if self.count is not None:
@@ -116,7 +125,7 @@ STRATEGIES: dict[str, tuple[str, int | None]] = {
     "Random(5)": ("random", 5),
     "Random(10)": ("random", 10),
     "Random(20)": ("random", 20),
-    "Random(144)": ("random", 144),
+    THEN_ALL: ("random", 144),
     "Guided(10)": ("guided", 10),
     "Guided(20)": ("guided", 20),
     "Pool 2": ("pooled", 2),

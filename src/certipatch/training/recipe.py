@@ -100,8 +100,6 @@ class IntervalTraining(BaseModel):
     def _check(self) -> "IntervalTraining":
         if self.ramp_from > self.ramp_until:
             raise ValueError(f"intervals cannot be whole ({self.ramp_until}) before they grow ({self.ramp_from})")
-        if self.all_from < 1 and self.strategy != "random":
-            raise ValueError(f"all_from belongs to strategy: random, not to {self.strategy}")
         return self
 
     def strength(self, share: float) -> float:
