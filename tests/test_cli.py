@@ -141,6 +141,20 @@ def test_lists(certipatch):
     assert "derandomized-smoothing" in certipatch("list")[1]
 
 
+def test_one_thing_in_full(certipatch):
+    code, out, _ = certipatch("list", "defenses", "patchcleanser")
+    assert code == 0
+    assert "Double masking" in out
+    assert "    --set patch=5\n" in out
+    assert json.loads(certipatch("list", "defenses", "dw", "--json")[1])["settings"]["neighbours"] == 0.4
+    assert "epochs: " in certipatch("list", "recipes", "mnist-columns")[1]
+    assert "Gradient" in certipatch("list", "attacks", "patch-pgd")[1]
+    assert "certified" in certipatch("list", "models", "mnist-ibp-5")[1]
+    code, _, err = certipatch("list", "defenses", "patchclenser")
+    assert code == 2
+    assert "there are patchcleanser" in err
+
+
 @pytest.mark.parametrize("command", [(), ("--help",), *((name, "--help") for name in cli.COMMANDS)])
 def test_help_has_examples(certipatch, command):
     code, out, _ = certipatch(*command)

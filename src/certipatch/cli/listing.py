@@ -1,6 +1,6 @@
 """``certipatch list``: what there is."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +11,7 @@ KINDS = ("defenses", "models", "attacks", "datasets", "recipes")
 
 def list_(
     what: Annotated[str | None, typer.Argument(help=" | ".join(KINDS), metavar="[KIND]")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of them, in full: a defense with its settings.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """List defenses, shipped models, attacks, datasets and recipes.
@@ -20,7 +21,10 @@ def list_(
       certipatch list
 
       certipatch list models --json
+
+      certipatch list defenses patchcleanser
     """
+    import difflib
     import json
 
     from rich.console import Console
@@ -29,6 +33,15 @@ def list_(
     if what is not None and what not in KINDS:
         raise InputError(f"there is no list of {what!r}; use one of {', '.join(KINDS)}")
     found = {kind: _rows(kind) for kind in ([what] if what else KINDS)}
+    if what is not None and name is not None:
+        if name not in found[what]:
+            near = ", ".join(difflib.get_close_matches(name, found[what])) or ", ".join(found[what])
+            raise InputError(f"there is none of the name {name!r} among the {what}; there are {near}")
+        text, settings = _in_full(what, name, found[what][name])
+        print(json.dumps({"name": name, "text": text, "settings": settings}, ensure_ascii=False) if as_json else text)
+        for key, value in {} if as_json else settings.items():
+            print(f"    --set {key}={json.dumps(value)}")
+        return
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
@@ -64,6 +77,27 @@ def _rows(kind: str) -> dict[str, str]:
     if kind == "defenses":
         return {name: (method.__doc__ or "").splitlines()[0] for name, method in defenses.METHODS.items()}
     return {name: _card_line(card) for name, card in defenses.zoo().items()}
+
+
+def _in_full(kind: str, name: str, line: str) -> tuple[str, dict[str, Any]]:
+    """All that is said about one thing, and its settings with their defaults."""
+    import inspect
+
+    if kind == "defenses":
+        from certipatch.defenses import METHODS
+        from certipatch.defenses.card import SETTINGS
+
+        return inspect.getdoc(METHODS[name]) or line, SETTINGS[name]().model_dump(mode="json")
+    if kind == "attacks":
+        from certipatch.attacks import ATTACKS
+
+        return inspect.getdoc(ATTACKS[name]) or line, {}
+    if kind == "recipes":
+        from certipatch import resources
+
+        path = resources.find("recipes", f"{name}.yaml")
+        return line if path is None else path.read_text(encoding="utf-8").rstrip(), {}
+    return line, {}
 
 
 def _first_comment(path) -> str:
