@@ -4,6 +4,7 @@ import importlib
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,6 +272,7 @@ def test_every_model_of_the_tables_has_a_name_of_its_own_and_a_command_that_desc
 def test_tables_print_what_was_measured_and_what_was_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CERTIPATCH_DATA", raising=False)
+    monkeypatch.setattr("certipatch.reproduce.bench.resources", SimpleNamespace(find=lambda *_: None))
     data = write_parquet(tmp_path / "mnist", (28, 28))
     asked = recipe(tmp_path, data, epochs=1)
     train(asked, tmp_path / "models" / "mnist-ibp-5")

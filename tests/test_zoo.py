@@ -20,6 +20,7 @@ NAMED = {
     "mnist-columns-votes",
     "mnist-patchguard",
     "mnist-plain",
+    "mnist-ibp-2",
     "mnist-ibp-5",
     "imagenette-columns",
     "mnist-double-mask",
