@@ -282,6 +282,28 @@ def test_onnx_says_what_the_module_says(home, batch):
     assert ours.margin.shape == (7, 100)
 
 
+def test_onnx_with_weights_in_another_file(home):
+    """They count for its identity, lie beside it, and are found from any working directory."""
+    onnx, folder = pytest.importorskip("onnx"), home / "beside"
+    folder.mkdir()
+    model = onnx.load(onnx_file(home / "net.onnx"))
+    apart = {"save_as_external_data": True, "location": "net.data", "size_threshold": 0}
+    onnx.save_model(model, folder / "net.onnx", **apart)
+    pictures = torch.rand(2, 1, 12, 12)
+    found = open_model(f"onnx:{folder / 'net.onnx'}")
+    assert torch.equal(found(pictures), open_model(f"onnx:{home / 'net.onnx'}")(pictures))
+    data = (folder / "net.data").read_bytes()
+    (folder / "net.data").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert open_model(f"onnx:{folder / 'net.onnx'}").identity != found.identity
+    (folder / "net.data").rename(home / "net.data")
+    with pytest.raises(InputError, match="cannot be read"):
+        open_model(f"onnx:{folder / 'net.onnx'}")
+    text = (folder / "net.onnx").read_bytes()
+    (folder / "net.onnx").write_bytes(text.replace(b"net.data", b"../n.dat"))
+    with pytest.raises(InputError, match="no file beside it"):
+        open_model(f"onnx:{folder / 'net.onnx'}")
+
+
 def test_onnx_from_the_command_line(certipatch, home):
     onnx_file(home / "net.onnx")
     (home / "net.json").write_text(json.dumps({"classes": ["top", "middle", "bottom"]}))

@@ -1,6 +1,7 @@
 """ONNX files: a black box that onnxruntime runs on the CPU."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, final
 
@@ -15,6 +16,7 @@ from certipatch.models.adapters.adapted import Adapted, Preprocessing
 from certipatch.models.adapters.sources import needed, opening
 
 MAX_FILE = 2 * 2**30  # bytes; onnxruntime reads no larger file without external data
+_LOCATION = re.compile(rb"\n\x08location\x12(?=.)", re.DOTALL)  # of weights outside the file, as protobuf writes it
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
@@ -60,7 +62,9 @@ def from_onnx(file: str) -> Adapted:
     with opening(what):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        outside = _outside(content, path.parent, what)
+        source = str(path) if outside else content
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in _TYPES or len(inputs[0].shape) != 4:
         shapes = ", ".join(f"{one.name} {one.type} {one.shape}" for one in inputs)
@@ -70,8 +74,26 @@ def from_onnx(file: str) -> Adapted:
     if isinstance(height, int) and isinstance(width, int):
         described["size"] = (height, width)
     preprocessing = _preprocessing(path.with_suffix(".json"), described)
-    identity = hashlib.sha256(content + preprocessing.model_dump_json().encode()).hexdigest()
-    return Adapted(OnnxNetwork(session).eval(), preprocessing, f"onnx:{path.name}", identity)
+    identity = hashlib.sha256(content + preprocessing.model_dump_json().encode())
+    for digest in outside:
+        identity.update(digest)
+    return Adapted(OnnxNetwork(session).eval(), preprocessing, f"onnx:{path.name}", identity.hexdigest())
+
+
+def _outside(content: bytes, folder: Path, what: str) -> list[bytes]:
+    """SHA-256 of the files beside a model that hold weights of it. InputError where one lies elsewhere."""
+    starts = [found.end() for found in _LOCATION.finditer(content)]
+    names = sorted({content[start + 1 : start + 1 + content[start]].decode(errors="replace") for start in starts})
+    found = []
+    for name in names:
+        if Path(name).name != name or (folder / name).is_symlink():
+            raise InputError(f"{what} has weights in {name!r}, which is no file beside it")
+        try:
+            with (folder / name).open("rb") as file:
+                found.append(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{what} has weights in {name!r}, which cannot be read: {error.strerror}") from None
+    return found
 
 
 def _preprocessing(path: Path, described: dict[str, Any]) -> Preprocessing:
