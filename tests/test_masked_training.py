@@ -10,7 +10,8 @@ import certipatch as cp
 from certipatch import defenses, models
 from certipatch.errors import InputError
 from certipatch.training.masking import MaskLoss, Masks, finer, laid_over, masks_of
-from certipatch.training.recipe import Recipe, read
+from certipatch.training.muon import Muon, orthogonal
+from certipatch.training.recipe import MaskTraining, Recipe, read
 from certipatch.training.train import train
 from certipatch.views import mask_set
 from certipatch.views.render import fill, null
@@ -97,7 +98,7 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
     masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
-    loss = MaskLoss(network, network, masks, 0.5, 0.5)
+    loss = MaskLoss(network, network, masks, MaskTraining(strategy="greedy", greedy_from=0.5), 0.5)
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     hidden = loss.worst(pictures, targets)
     assert network.training
@@ -113,6 +114,56 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     assert loss(pictures, targets, 0.7, draw).item() == pytest.approx(of(hidden), rel=1e-5)
     expected = of(masks.random(16, torch.Generator().manual_seed(0)))
     assert loss(pictures, targets, 0.2, draw).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_of_several_draws_each_picture_gets_the_one_of_largest_loss():
+    torch.manual_seed(0)
+    network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
+    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
+    loss = MaskLoss(network, network, masks, MaskTraining(draws=4, draws_from=0.5), 0.5)
+    found = loss.drawn(pictures, targets, 4, torch.Generator().manual_seed(5))
+    assert network.training
+    tried = masks.random(64, torch.Generator().manual_seed(5)).unflatten(0, (4, 16))
+    network.eval()
+    losses = torch.stack([
+        F.cross_entropy(network(laid_over("picture", pictures, some)), targets, reduction="none") for some in tried
+    ])  # fmt: skip
+    assert torch.equal(found, tried[losses.argmax(0), torch.arange(16)])
+    expected = F.cross_entropy(network(laid_over("picture", pictures, found)), targets).item()
+    assert loss(pictures, targets, 0.5, torch.Generator().manual_seed(5)).item() == pytest.approx(expected, rel=1e-5)
+    one = masks.random(16, torch.Generator().manual_seed(5))
+    expected = F.cross_entropy(network(laid_over("picture", pictures, one)), targets).item()
+    assert loss(pictures, targets, 0.4, torch.Generator().manual_seed(5)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (9, 9)])
+def test_an_orthogonal_step_has_singular_values_of_about_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonal(matrix)
+    kept = values > 0.1 * values[0]
+    assert torch.all((torch.linalg.svdvals(found)[: int(kept.sum())] - 1).abs() < 0.45)
+    assert F.cosine_similarity(found.flatten(), (left @ right).flatten(), dim=0) > 0.95
+
+
+def test_muon_moves_hidden_matrices_along_their_directions_and_all_else_as_adamw():
+    torch.manual_seed(0)
+    network, twin = (
+        nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(45, 3)) for _ in "ab"
+    )
+    twin.load_state_dict(network.state_dict())
+    optimizer, reference = Muon(network, 0.01, 0.1), torch.optim.AdamW(twin.parameters(), 0.01, weight_decay=0.1)
+    before = network[1].weight.clone()
+    for net, steps in ((network, optimizer), (twin, reference)):
+        net(images(1, 1)[:, :, :7, :7].expand(4, -1, -1, -1)).square().mean().backward()
+        steps.step()
+    for name in ("0.weight", "0.bias", "1.bias", "3.weight", "3.bias"):
+        assert torch.allclose(network.state_dict()[name], twin.state_dict()[name], atol=1e-7)
+    gradient = network[1].weight.grad
+    momentum = 0.05 * gradient
+    direction = orthogonal((gradient + 0.95 * (momentum - gradient)).flatten(1)).view_as(before)
+    expected = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * 36**0.5 * direction
+    assert torch.allclose(network[1].weight, expected, atol=1e-6)
 
 
 TINY = {
@@ -162,9 +213,12 @@ class Stop(Exception):
     pass
 
 
-def test_a_stopped_training_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_training_ends_with_the_same_weights(optimizer, tmp_path):
     data = write_parquet(tmp_path / "data")
-    recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | {"epochs": 3}), [f"data={data}"])
+    masking = {"draws": 2, "draws_from": 0.5, "label_smoothing": 0.1} if optimizer == "muon" else TINY["masking"]
+    changes = {"epochs": 3, "optimizer": optimizer, "masking": masking}
+    recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | changes), [f"data={data}"])
     whole = train(recipe, tmp_path / "whole")
 
     def stop(done: int, total: int, text: str) -> None:

@@ -5,7 +5,8 @@ A certificate of double masking asks that the answer stays under every two masks
 over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.errors import InputError
+from certipatch.training.recipe import MaskTraining
 from certipatch.views import MaskPairs, PixelSets
 from certipatch.views.render import Fill, constant
 
@@ -130,37 +132,55 @@ class MaskLoss:
         network: in whose weights the worst masks are looked for, in eval mode and without gradients.
         module: the same network as it is trained.
         masks: from coarse to fine.
-        greedy_from: share of the training after which masks are the worst ones, before it random.
+        asked: what the recipe says.
         fill: what masks are painted with.
     """
 
-    def __init__(self, network: nn.Module, module: nn.Module, masks: Masks, greedy_from: float, fill: Fill):
-        self.network, self.module, self.masks = network, module, masks
-        self.greedy_from, self.fill = greedy_from, fill
+    def __init__(self, network: nn.Module, module: nn.Module, masks: Masks, asked: MaskTraining, fill: Fill):
+        self.network, self.module, self.masks, self.asked, self.fill = network, module, masks, asked, fill
         self.encoding = getattr(network, "encoding", "picture")
 
     def __call__(
         self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], share: float, draw: torch.Generator
     ) -> Float[Tensor, ""]:
-        if share >= self.greedy_from:
+        if self.asked.strategy == "greedy" and share >= self.asked.greedy_from:
             hidden = self.worst(images, targets)
         else:
-            hidden = self.masks.random(len(images), draw)
+            hidden = self.drawn(images, targets, self.asked.draws if share >= self.asked.draws_from else 1, draw)
         shown = laid_over(self.encoding, images, hidden.to(images.device), self.fill)
-        return F.cross_entropy(self.module(shown).float(), targets)
+        return F.cross_entropy(self.module(shown).float(), targets, label_smoothing=self.asked.label_smoothing)
 
-    @torch.no_grad()
     def worst(self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Bool[Tensor, "B H W"]:
         """What the two greedily chosen masks of each picture hide."""
-        training = self.network.training
-        self.network.eval()  # statistics stay those of the pictures that are trained on
+        with self._losses(images, targets) as losses:
+            return self.masks.worst(losses, len(images), 4 * len(images))
 
+    def drawn(
+        self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], draws: int, draw: torch.Generator
+    ) -> Bool[Tensor, "B H W"]:
+        """What two random masks of each picture hide: of so many draws the one of largest loss."""
+        count = len(images)
+        hidden = self.masks.random(draws * count, draw)
+        if draws == 1:
+            return hidden
+        with self._losses(images, targets) as losses:
+            parts = zip(torch.arange(count).repeat(draws).split(count), hidden.split(count), strict=True)
+            worst = torch.stack([losses(picture, some) for picture, some in parts]).argmax(0)
+        return hidden.unflatten(0, (draws, count))[worst, torch.arange(count)]
+
+    @contextmanager
+    def _losses(self, images: Tensor, targets: Tensor) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """Losses of pictures (n,) under masks (n, H, W) in the weights as they are now, in eval mode."""
+
+        @torch.no_grad()
         def losses(picture: Tensor, hidden: Tensor) -> Tensor:
             picture = picture.to(images.device)
             shown = laid_over(self.encoding, images[picture], hidden.to(images.device), self.fill)
             return F.cross_entropy(self.module(shown).float(), targets[picture], reduction="none").cpu()
 
+        training = self.network.training
+        self.network.eval()  # statistics stay those of the pictures that are trained on
         try:
-            return self.masks.worst(losses, len(images), 4 * len(images))
+            yield losses
         finally:
             self.network.train(training)

@@ -120,6 +120,12 @@ class MaskTraining(BaseModel):
     """Of ``greedy``: masks per axis of larger masks that are tried first; then only those within the worst of them."""
     greedy_from: float = Field(default=0.0, ge=0, le=1)
     """Of ``greedy``: share of the training after which masks are the worst ones; before it they are random."""
+    draws: int = Field(default=1, ge=1, le=64)
+    """Of random masks: how many pairs are drawn for a picture, of which it learns from the one of largest loss."""
+    draws_from: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training after which that many are drawn; before it one."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each target that is spread evenly over all classes."""
 
     @model_validator(mode="after")
     def _check(self) -> "MaskTraining":
@@ -167,7 +173,8 @@ class Recipe(Described):
     augment: Augment = Augment()
     epochs: int = Field(ge=1, le=10_000)
     batch_size: int = Field(default=128, ge=1, le=65_536)
-    optimizer: Literal["adamw", "sgd", "adam"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "adam", "muon"] = "adamw"
+    """``muon``: for hidden layers, with AdamW for the first, the last and all vectors; learns in fewer epochs."""
     learning_rate: float = Field(default=3e-3, gt=0)
     weight_decay: float = Field(default=1e-3, ge=0)
     warmup: float = Field(default=0.1, ge=0, lt=1)

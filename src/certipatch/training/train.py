@@ -26,6 +26,7 @@ from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, objectives
 from certipatch.training.interval import IntervalObjective
 from certipatch.training.masking import MaskLoss, Masks, masks_of
+from certipatch.training.muon import Muon
 from certipatch.training.recipe import IntervalTraining, Recipe
 from certipatch.training.watch import bounded_held_out, cut_log, held_out, log, words
 from certipatch.versions import versions
@@ -240,6 +241,8 @@ def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
     if recipe.optimizer == "adam":
         groups = network.parameter_groups() if isinstance(network, IntervalObjective) else network.parameters()
         return torch.optim.Adam(groups, recipe.learning_rate, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "muon":
+        return Muon(network, recipe.learning_rate, recipe.weight_decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(
             network.parameters(), recipe.learning_rate, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
@@ -383,7 +386,7 @@ def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Mod
     levels = [*(mask_set([threat], card.image_size, (k, k)) for k in asked.coarse), finest]
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
-    return MaskLoss(network, module, Masks(levels), asked.greedy_from if asked.strategy == "greedy" else math.inf, fill)
+    return MaskLoss(network, module, Masks(levels), asked, fill)
 
 
 def _undominated(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Tensor:
