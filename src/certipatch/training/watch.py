@@ -31,8 +31,11 @@ def held_out(
     views, size = card.created_views(), card.image_size
     if views is None and getattr(network, "encoding", None) == "all-views":
         views = receptive_fields(network, size)
-    if views is not None:  # watching shall not take longer than learning
-        shown = int(views.visible(size).sum())
+    if views is None and recipe.masking is not None:
+        shown = defense.number_of_views(size) * size[0] * size[1]
+    else:
+        shown = 0 if views is None else int(views.visible(size).sum())
+    if shown:  # watching shall not take longer than learning
         images = images[: max(FEWEST, WATCHED_PIXELS // shown)]
         targets = targets[: len(images)]
     label, certified = [], []
