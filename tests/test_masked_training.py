@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support import write_parquet, write_recipe
 from torch import nn
 from torch.nn import functional as F
@@ -230,6 +231,24 @@ def test_a_stopped_training_ends_with_the_same_weights(optimizer, tmp_path):
     assert train(recipe, tmp_path / "parts").sha256 == whole.sha256
 
 
+def test_frozen_parts_stay_as_they_were(tmp_path):
+    data = write_parquet(tmp_path / "data")
+    recipe = read(write_recipe(tmp_path / "start.yaml", **TINY | {"epochs": 1}), [f"data={data}"])
+    train(recipe, tmp_path / "start")
+    frozen = ["body.0", "body.2", "body.4"]
+    changes = {"start": str(tmp_path / "start"), "frozen": frozen, "epochs": 1, "seed": 1}
+    for masking in (TINY["masking"], {"draws": 2}):
+        out = tmp_path / f"next-{len(masking)}"
+        train(
+            read(write_recipe(tmp_path / "next.yaml", **TINY | changes | {"masking": masking}), [f"data={data}"]), out
+        )
+        before, after = (load_file(folder / "weights.safetensors") for folder in (tmp_path / "start", out))
+        same = {name for name in before if torch.equal(before[name], after[name])}
+        assert same == {name for name in before if name.startswith(tuple(f"{part}." for part in frozen))}
+    with pytest.raises(InputError, match="no part 'neck'; it has body"):
+        train(read(tmp_path / "next.yaml", [f"data={data}", 'frozen=["neck"]']), tmp_path / "other")
+
+
 def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity():
     fields = {"name": "n", "data": "d", "epochs": 1, "model": {"name": "conv"}, "defense": "patchcleanser"}
     assert "masking" not in Recipe(**fields).model_dump(exclude_defaults=True)
@@ -243,7 +262,7 @@ def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity()
 
 
 def test_shipped_recipes_are_read():
-    for name, masks in (("mnist-double-mask", 36), ("cifar10-double-mask", 36), ("imagenette-double-mask", 16)):
+    for name, masks in (("mnist-double-mask", 144), ("cifar10-double-mask", 49), ("imagenette-double-mask", 16)):
         recipe = read(cp_recipe(name))
         size = (28, 28) if name.startswith("mnist") else (32, 32) if name.startswith("cifar") else (224, 224)
         defense = defenses.PatchCleanser(nn.Identity(), recipe.threat, masks=recipe.settings["masks"])

@@ -178,9 +178,10 @@ class MaskLoss:
             shown = laid_over(self.encoding, images[picture], hidden.to(images.device), self.fill)
             return F.cross_entropy(self.module(shown).float(), targets[picture], reduction="none").cpu()
 
-        training = self.network.training
+        modes = [(module, module.training) for module in self.network.modules()]
         self.network.eval()  # statistics stay those of the pictures that are trained on
         try:
             yield losses
         finally:
-            self.network.train(training)
+            for module, training in modes:
+                module.training = training

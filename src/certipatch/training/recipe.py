@@ -164,6 +164,9 @@ class Recipe(Described):
     start: str | tuple[str, str] | None = None
     """A trained model, by zoo name or folder, whose weights the training begins with; it has the same network. For a
     cross, two of them: of its columns and of its rows. ``imagenet-lite``: the ImageNet weights of efficientnet-lite0."""
+    frozen: tuple[str, ...] = ()
+    """Parts of the network, as ``stem`` or ``blocks.0``, that stay as they are at the start: a step passes them once, and
+    takes no gradient of theirs."""
     objective: Objective = Objective()
     interval: IntervalTraining | None = None
     """Training with interval bounds, instead of ``objective``. Where it is given, ``defense``, ``epochs``,

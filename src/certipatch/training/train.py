@@ -90,6 +90,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     trained = network if bounded is None else bounded
     if recipe.start is not None:
         _start_from(recipe.start, network, blank.classes)
+    _freeze(recipe.frozen, network)
     optimizer = _optimizer(recipe, trained)
     first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity)
     _check_same_start(fabric, first, out)
@@ -102,6 +103,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     started = saved = time.monotonic()
     order, epoch_of_order, mean = torch.empty(0, dtype=torch.int64), -1, math.nan
     module.train()
+    _freeze(recipe.frozen, network)
     for step in range(first, total):
         epoch, position = divmod(step, per_epoch)
         if epoch != epoch_of_order:
@@ -135,6 +137,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             log(out, {"epoch": epoch + 1, "step": done, "loss": round(mean, 4), "seconds": round(spent), **held})
             progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}  {words(held)}")
             module.train()
+            _freeze(recipe.frozen, network)
         if fabric.global_rank == 0 and (epoch_ends or time.monotonic() - saved > CHECKPOINT_SECONDS):
             saved = time.monotonic()
             checkpoint.save(out / "checkpoint.safetensors", trained, optimizer, done, identity)
@@ -235,6 +238,16 @@ def _generator(seed: int, number: int, purpose: int) -> torch.Generator:
 
 def _bounded(asked: IntervalTraining, card: cards.Card, network: nn.Module) -> IntervalObjective:
     return IntervalObjective(network, asked, (card.channels, *card.image_size), len(card.classes))
+
+
+def _freeze(parts: tuple[str, ...], network: nn.Module) -> None:
+    """No gradients for parts of a network, and eval mode. InputError that names them where it has no such part."""
+    named = dict(network.named_modules())
+    for name in parts:
+        if name not in named:
+            known = ", ".join(list(named)[1:9])
+            raise InputError(f"frozen: the network has no part {name!r}; it has {known}, …")
+        named[name].requires_grad_(False).eval()
 
 
 def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
