@@ -124,7 +124,8 @@ def test_of_several_draws_each_picture_gets_the_one_of_largest_loss():
     loss = MaskLoss(network, network, masks, MaskTraining(draws=4, draws_from=0.5), 0.5)
     found = loss.drawn(pictures, targets, 4, torch.Generator().manual_seed(5))
     assert network.training
-    tried = masks.random(64, torch.Generator().manual_seed(5)).unflatten(0, (4, 16))
+    draw = torch.Generator().manual_seed(5)
+    tried = torch.stack([masks.random(16, draw) for _ in range(4)])
     network.eval()
     losses = torch.stack([
         F.cross_entropy(network(laid_over("picture", pictures, some)), targets, reduction="none") for some in tried

@@ -26,7 +26,8 @@ from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.empirical import EmpiricalDefense
-from certipatch.defenses.patchcleanser import BehindMasks, PatchCleanser
+from certipatch.defenses.masked import BehindMasks
+from certipatch.defenses.patchcleanser import PatchCleanser
 from certipatch.defenses.patchcure import PatchCURE
 from certipatch.defenses.patchguard import PatchGuard
 from certipatch.defenses.randomized_ablation import RandomizedAblation

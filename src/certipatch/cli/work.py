@@ -64,6 +64,8 @@ def evaluate_into(
         defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device, opened, part
     )
     check_shape(job.pictures.pixels([0])[0].shape, card, pictures.name)
+    if not (out / "summary.json").exists():
+        defense.quicken(pictures.images(range(1)).to(device), -(-len(pictures) // crew.count))
     summary = run.evaluate(job, out, progress, crew)
     if crew.first and not (out / "report.html").exists():
         files.write_text(out / "report.html", report.of_run(job, out, summary))
@@ -93,6 +95,7 @@ def certify_files(
         check_shape((*image.shape[1:], image.shape[0]), card, str(path))
         images.append(image)
     pictures = torch.stack(images)
+    defense.quicken(pictures[:1], len(pictures))
     results, shown, places = certify_shown(defense, card, pictures, paths, threat, MAX_SHOWN if out is not None else 0)
     sampled = {"confidence": defense.confidence} if defense.confidence < 1 else {}
     answer = {"defense": name, "threat": threat.to_dict(), **sampled, "results": results}

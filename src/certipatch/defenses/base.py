@@ -1,6 +1,7 @@
 """What a certified defense is, for every command: evidence once, then any certificate from it."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -86,6 +87,14 @@ class Defense(ABC):
         if not isinstance(threat, PatchThreat | SparseThreat):
             raise InputError(f"a threat is PatchThreat(…) or SparseThreat(…), not {threat!r}"[:160])
         return self.certificate(self.evidence(images), threat)
+
+    def quicken(self, images: Float[Tensor, "B C H W"], pictures: int) -> None:
+        """Choose a faster way to run the network, where there is one, for so many pictures like ``images``."""
+        return None
+
+    def as_given(self) -> AbstractContextManager[None]:
+        """Within it the network runs as it was given, without that way; what is counted of it is counted so."""
+        return nullcontext()
 
     def to(self, device: str | torch.device) -> "Defense":
         """Move the network; defenses without one stay where they are."""

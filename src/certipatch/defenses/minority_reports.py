@@ -9,15 +9,7 @@ from torch import Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.certificate import Notion
-from certipatch.defenses.base import ViewDefense
-from certipatch.defenses.patchcleanser import (
-    BehindMasks,
-    PerAxis,
-    checked_threats,
-    covering_masks,
-    mask_settings,
-    per_axis,
-)
+from certipatch.defenses.masked import MaskDefense, PerAxis
 from certipatch.rules import MinorityReports as Rule
 from certipatch.threats import PatchThreat
 from certipatch.views import PixelSets, Views
@@ -25,7 +17,7 @@ from certipatch.views.render import Fill
 
 
 @final
-class MinorityReports(ViewDefense):
+class MinorityReports(MaskDefense):
     """Detects attacks: a certified picture keeps its answer or raises an alarm. Around any classifier.
 
     Args:
@@ -55,18 +47,16 @@ class MinorityReports(ViewDefense):
         threshold: float = 0.5,
         batch_size: int | None = None,
     ):
-        super().__init__(BehindMasks(model, fill), None, batch_size)
-        self.threats = checked_threats(threat)
-        self.masks: Any = masks if isinstance(masks, Tensor) else per_axis(masks, "masks")
-        self.stride, self._rule = per_axis(stride, "stride"), Rule(threshold)
+        super().__init__(model, threat, masks, stride, fill, batch_size)
+        self._rule = Rule(threshold)
         self.theorem = self._rule.theorem
 
     def settings(self) -> dict[str, Any]:
-        return mask_settings(self) | {"threshold": self._rule.threshold}
+        return super().settings() | {"threshold": self._rule.threshold}
 
     def views_of(self, image_size: tuple[int, int]) -> Views:
         if image_size not in self._views:
-            masks, _ = covering_masks(self.threats, image_size, self.masks, self.stride)
+            masks, _ = self.covering(image_size)
             self._views[image_size] = PixelSets(torch.cat([torch.ones_like(masks[:1]), ~masks]))
         return self._views[image_size]
 

@@ -8,45 +8,19 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor, nn
 
 from certipatch import evidence as ev
-from certipatch.defenses.base import Evidence, ViewDefense
+from certipatch.defenses.base import Evidence
+from certipatch.defenses.masked import MaskDefense, PerAxis
 from certipatch.errors import InputError
-from certipatch.relation import sees
 from certipatch.rules import DoubleMask
 from certipatch.rules.double_mask import predictions
 from certipatch.threats import PatchThreat
-from certipatch.views import MaskPairs, PixelSets, mask_set
+from certipatch.views import MaskPairs
 from certipatch.views.masks import pair_table
 from certipatch.views.render import Fill
 
-PerAxis = int | tuple[int, int] | None
-
 
 @final
-class BehindMasks(nn.Module):
-    """A classifier of whole pictures that is shown masked ones; a network of NULL-encoded ones is shown those.
-
-    Args:
-        model: maps pictures (N, C, H, W) in [0, 1] to logits (N, K).
-        fill: what masks are painted with, one value or one per channel; None for the model's own ``fill``, else 0.5.
-    """
-
-    def __init__(self, model: nn.Module, fill: Fill | None = None):
-        super().__init__()
-        encoding = getattr(model, "encoding", "picture")
-        if encoding not in ("picture", "fill", "null"):
-            raise InputError(
-                f"masks lie over whole pictures, but this network reads {encoding}; give a plain classifier"
-            )
-        self.model, self.encoding = model, "null" if encoding == "null" else "fill"
-        self.fill: Fill = checked_fill(getattr(model, "fill", 0.5) if fill is None else fill)
-        self.training = False  # it is the model's own that matters
-
-    def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        return self.model(pictures)
-
-
-@final
-class PatchCleanser(ViewDefense):
+class PatchCleanser(MaskDefense):
     """Double masking: the answer that stays when any second mask is laid over the picture. Around any classifier.
 
     Args:
@@ -82,20 +56,18 @@ class PatchCleanser(ViewDefense):
         maps: bool = True,
         batch_size: int | None = None,
     ):
-        super().__init__(BehindMasks(model, fill), None, batch_size)
-        self.threats = checked_threats(threat)
-        self.masks: Any = masks if isinstance(masks, Tensor) else per_axis(masks, "masks")
-        self.stride, self.maps = per_axis(stride, "stride"), maps
+        super().__init__(model, threat, masks, stride, fill, batch_size)
+        self.maps = maps
         self.theorem = DoubleMask().theorem
         self._covers: dict[tuple[int, int], Bool[Tensor, "L M"]] = {}
 
     def settings(self) -> dict[str, Any]:
-        return mask_settings(self) | {"maps": self.maps}
+        return super().settings() | {"maps": self.maps}
 
     def views_of(self, image_size: tuple[int, int]) -> MaskPairs:
         if image_size not in self._views:
-            masks, covers = covering_masks(self.threats, image_size, self.masks, self.stride)
-            self._views[image_size], self._covers[image_size] = MaskPairs(masks), covers
+            masks, self._covers[image_size] = self.covering(image_size)
+            self._views[image_size] = MaskPairs(masks)
         found = self._views[image_size]
         assert isinstance(found, MaskPairs)
         return found
@@ -208,63 +180,3 @@ class _Look:
 
 def _error(tolerance: ev.Tolerance, images: Float[Tensor, "B C H W"]) -> Float64[Tensor, " B"]:
     return tolerance.of(torch.ones(len(images), dtype=torch.float64, device=images.device))  # scores are at most 1
-
-
-def covering_masks(
-    threats: tuple[PatchThreat, ...], image_size: tuple[int, int], masks: Any, stride: tuple[int, int] | None
-) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
-    """Masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats.
-
-    Errors: InputError where some place is covered by none, with the number of masks that would do.
-    """
-    if not isinstance(masks, Tensor):
-        masks = mask_set(threats, image_size, masks, stride)
-    rows = []
-    for threat in threats:
-        relation = sees(PixelSets(~masks), threat, image_size)
-        found = relation.rows[relation.undominated]
-        if bool(found.all(1).any()):
-            sides = " or ".join(f"{len(mask)}×{len(mask[0])}" for mask in threat.masks(image_size)[:3])
-            raise InputError(
-                f"mask set does not cover {f'{threat.count} ' if threat.count > 1 else ''}{sides} patches everywhere in "
-                f"pictures of {image_size[0]}×{image_size[1]} pixels; larger masks would, or k ≥ 1 masks per axis"
-            )
-        rows.append(~found)
-    return masks, torch.cat(rows).unique(dim=0)
-
-
-def mask_settings(defense: Any) -> dict[str, Any]:
-    """Settings of a defense that lays masks over pictures."""
-    masks = defense.masks
-    return {
-        "masks": masks.to(torch.uint8).tolist() if isinstance(masks, Tensor) else masks and list(masks),
-        "stride": defense.stride and list(defense.stride),
-        "fill": list(f) if isinstance(f := defense.model.fill, tuple) else f,
-        "threat": [t.to_dict() for t in defense.threats] if len(defense.threats) > 1 else defense.threats[0].to_dict(),
-    }
-
-
-def checked_threats(threat: PatchThreat | Sequence[PatchThreat]) -> tuple[PatchThreat, ...]:
-    """One or several patch threats as a tuple. InputError on anything else."""
-    threats = (threat,) if isinstance(threat, PatchThreat) else tuple(threat) if isinstance(threat, Sequence) else ()
-    if not threats or not all(isinstance(one, PatchThreat) for one in threats):
-        raise InputError(f"masks are made for a patch threat, or several, not for {threat}")
-    return threats
-
-
-def per_axis(value: Any, what: str) -> tuple[int, int] | None:
-    """A whole number for both axes, or one for each, from 1 to 256. InputError on anything else."""
-    pair = (value, value) if isinstance(value, int) else value if value is None else tuple(value)
-    if pair is None:
-        return None
-    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 4096 for n in pair):
-        raise InputError(f"{what} are a whole number of at least 1, or two for rows and columns, not {value!r}")
-    return pair[0], pair[1]
-
-
-def checked_fill(fill: Any) -> Fill:
-    """One value in [0, 1], or a tuple of one per channel. InputError on anything else."""
-    values = tuple(fill) if isinstance(fill, tuple | list) else (fill,)
-    if not values or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values):
-        raise InputError(f"fill is a value in [0, 1], or one per channel, not {fill!r}")
-    return tuple(map(float, values)) if isinstance(fill, tuple | list) else float(fill)

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence, ViewDefense
-from certipatch.defenses.patchcleanser import _Look, checked_threats, covering_masks, per_axis
+from certipatch.defenses.masked import checked_threats, covering_masks, per_axis
+from certipatch.defenses.patchcleanser import _Look
 from certipatch.errors import InputError
 from certipatch.models import SharedFront
 from certipatch.relation import sees

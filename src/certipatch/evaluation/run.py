@@ -345,7 +345,7 @@ def _timing(job: Job, images: int, seconds: float) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
     probe = job.pictures.images(range(1)).to(job.device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, job.defense.as_given():
         evidence = job.defense.evidence(probe)
     passes = job.defense.forward_passes(job.image_size) if evidence.passes is None else int(evidence.passes.sum())
     return {

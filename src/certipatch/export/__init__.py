@@ -2,9 +2,7 @@
 
 import copy
 import json
-import logging
 import math
-import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from certipatch.errors import InputError
 from certipatch.export.network import logits
 from certipatch.export.rules import graph
 from certipatch.models import SharedViT
+from certipatch.models.quickest import as_program
 from certipatch.rules import DoubleMask
 from certipatch.versions import versions
 
@@ -114,25 +113,10 @@ def to_onnx(defense: Defense, card: Card, path: Path) -> dict[str, Any]:
 
 
 def _program(module: nn.Module, images: Tensor, names: tuple[str, ...]) -> Any:
-    quiet = logging.getLogger("torch.onnx")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of packages about their own parts; what matters is checked afterwards
-            return torch.onnx.export(
-                module,
-                (images,),
-                dynamo=True,
-                input_names=["images"],
-                output_names=list(names),
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                verbose=False,
-            )
+        return as_program(module, images, names)
     except torch.onnx.OnnxExporterError as error:
         raise InputError(f"the network has operations that ONNX cannot hold: {str(error).splitlines()[0]}") from None
-    finally:
-        quiet.setLevel(level)
 
 
 def _metadata(defense: Defense, card: Card) -> dict[str, str]:

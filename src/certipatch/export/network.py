@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from certipatch.defenses.patchcleanser import BehindMasks
+from certipatch.defenses.masked import BehindMasks
 from certipatch.models import CrossConvNet, ViT
 from certipatch.models.vit import cut, groups, visible_tokens
 from certipatch.views import Bands, Blocks, Cross, Views

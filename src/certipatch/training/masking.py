@@ -5,8 +5,7 @@ A certificate of double masking asks that the answer stays under every two masks
 over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -152,36 +151,34 @@ class MaskLoss:
 
     def worst(self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Bool[Tensor, "B H W"]:
         """What the two greedily chosen masks of each picture hide."""
-        with self._losses(images, targets) as losses:
-            return self.masks.worst(losses, len(images), 4 * len(images))
+
+        def losses(picture: Tensor, hidden: Tensor) -> Tensor:
+            picture = picture.to(images.device)
+            return self.losses(images[picture], targets[picture], hidden)
+
+        return self.masks.worst(losses, len(images), 4 * len(images))
 
     def drawn(
         self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], draws: int, draw: torch.Generator
     ) -> Bool[Tensor, "B H W"]:
         """What two random masks of each picture hide: of so many draws the one of largest loss."""
-        count = len(images)
-        hidden = self.masks.random(draws * count, draw)
+        hidden = [self.masks.random(len(images), draw) for _ in range(draws)]
         if draws == 1:
-            return hidden
-        with self._losses(images, targets) as losses:
-            parts = zip(torch.arange(count).repeat(draws).split(count), hidden.split(count), strict=True)
-            worst = torch.stack([losses(picture, some) for picture, some in parts]).argmax(0)
-        return hidden.unflatten(0, (draws, count))[worst, torch.arange(count)]
+            return hidden[0]
+        worst = torch.stack([self.losses(images, targets, some) for some in hidden]).argmax(0)
+        return torch.stack(hidden)[worst, torch.arange(len(images))]
 
-    @contextmanager
-    def _losses(self, images: Tensor, targets: Tensor) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-        """Losses of pictures (n,) under masks (n, H, W) in the weights as they are now, in eval mode."""
-
-        @torch.no_grad()
-        def losses(picture: Tensor, hidden: Tensor) -> Tensor:
-            picture = picture.to(images.device)
-            shown = laid_over(self.encoding, images[picture], hidden.to(images.device), self.fill)
-            return F.cross_entropy(self.module(shown).float(), targets[picture], reduction="none").cpu()
-
+    @torch.no_grad()
+    def answers(self, images: Float[Tensor, "N C H W"], hidden: Bool[Tensor, "N H W"]) -> Float[Tensor, "N K"]:
+        """Logits of pictures under masks, in the weights as they are now, in eval mode."""
         modes = [(module, module.training) for module in self.network.modules()]
         self.network.eval()  # statistics stay those of the pictures that are trained on
         try:
-            yield losses
+            return self.module(laid_over(self.encoding, images, hidden.to(images.device), self.fill)).float()
         finally:
             for module, training in modes:
                 module.training = training
+
+    def losses(self, images: Tensor, targets: Tensor, hidden: Bool[Tensor, "N H W"]) -> Float[Tensor, " N"]:
+        """Their cross entropy."""
+        return F.cross_entropy(self.answers(images, hidden), targets, reduction="none").cpu()

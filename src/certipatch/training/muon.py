@@ -45,11 +45,12 @@ class Muon(torch.optim.Optimizer):
 
     def _matrices(self, moved: list[Tensor], group: dict[str, Any]) -> None:
         for p in moved:
-            state = self.state[p]
+            gradient, state = p.grad, self.state[p]
+            assert gradient is not None
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            along = p.grad.lerp(state["momentum"], group["momentum"])
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            along = gradient.lerp(state["momentum"], group["momentum"])
             direction = orthogonal(along.flatten(1)).view_as(p)
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(direction, alpha=-group["lr"] * RMS * max(len(p), p[0].numel()) ** 0.5)
@@ -62,7 +63,7 @@ class Muon(torch.optim.Optimizer):
         kept = [[self.state[p][name] for p in moved] for name in ("exp_avg", "exp_avg_sq", "step")]
         means, squares, steps = kept
         adamw(
-            moved, [p.grad for p in moved], means, squares, [], steps,
+            moved, [g for p in moved if (g := p.grad) is not None], means, squares, [], steps,
             amsgrad=False, beta1=0.9, beta2=0.999, lr=group["lr"], weight_decay=group["weight_decay"], eps=1e-8,
             maximize=False,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from certipatch.training.interval import IntervalObjective
 from certipatch.training.masking import MaskLoss, Masks, masks_of
 from certipatch.training.muon import Muon
 from certipatch.training.recipe import IntervalTraining, Recipe
-from certipatch.training.watch import bounded_held_out, cut_log, held_out, log, words
+from certipatch.training.watch import bounded_held_out, cut_log, held_out, log, masked_held_out, words
 from certipatch.versions import versions
 from certipatch.views import Cross, PixelSets, Views, mask_set
 from certipatch.views.render import render
@@ -128,11 +128,12 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}")
         if fabric.global_rank == 0 and epoch_ends:
             kept = every[train_count:], targets[train_count:]
-            held = (
-                held_out(recipe, blank, network, *kept, fabric.device)
-                if bounded is None
-                else bounded_held_out(bounded, *kept)
-            )
+            if bounded is not None:
+                held = bounded_held_out(bounded, *kept)
+            elif isinstance(loss_of, MaskLoss):
+                held = masked_held_out(loss_of, *kept, fabric.device)
+            else:
+                held = held_out(recipe, blank, network, *kept, fabric.device)
             spent = seconds + time.monotonic() - started
             log(out, {"epoch": epoch + 1, "step": done, "loss": round(mean, 4), "seconds": round(spent), **held})
             progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}  {words(held)}")

@@ -11,8 +11,10 @@ from certipatch.defenses import card as cards
 from certipatch.models import receptive_fields
 from certipatch.threats import PatchThreat
 from certipatch.training.interval import IntervalObjective
+from certipatch.training.masking import MaskLoss
 from certipatch.training.recipe import Recipe
 
+SHOWN = ("clean", "masked", "certified")
 WATCHED_PIXELS, FEWEST = 2**25, 16  # that views of held-out pictures show together; pictures at least
 
 
@@ -23,19 +25,15 @@ def held_out(
     if len(images) == 0:
         return {}
     network.eval()
-    side = recipe.objective.patch if recipe.masking is None else recipe.settings["patch"]
-    threat = PatchThreat(min(side, *card.image_size))
+    threat = PatchThreat(min(recipe.objective.patch, *card.image_size))
     if card.defense == "randomized-ablation":  # enough to watch by; understates what more samples certify
         card = card.model_copy(update={"settings": card.settings | {"samples": 50, "samples_to_pick": 10}})
     defense = cards.build(card, network, threat)
     views, size = card.created_views(), card.image_size
     if views is None and getattr(network, "encoding", None) == "all-views":
         views = receptive_fields(network, size)
-    if views is None and recipe.masking is not None:
-        shown = defense.number_of_views(size) * size[0] * size[1]
-    else:
-        shown = 0 if views is None else int(views.visible(size).sum())
-    if shown:  # watching shall not take longer than learning
+    if views is not None:  # watching shall not take longer than learning
+        shown = int(views.visible(size).sum())
         images = images[: max(FEWEST, WATCHED_PIXELS // shown)]
         targets = targets[: len(images)]
     label, certified = [], []
@@ -56,12 +54,28 @@ def bounded_held_out(bounded: IntervalObjective, images: Tensor, targets: Tensor
     return bounded.watch(images.to(device).float().div(255), targets.to(device))
 
 
+def masked_held_out(under: MaskLoss, images: Tensor, targets: Tensor, device: torch.device) -> dict[str, float]:
+    """Accuracy on held-out pictures as they are, and under two random masks: always the same ones. A certificate takes
+    every two masks, and longer than learning does."""
+    if len(images) == 0:
+        return {}
+    hidden = under.masks.random(len(images), torch.Generator().manual_seed(0))
+    right = torch.zeros(2, dtype=torch.int64)
+    for part, own, two in zip(images.split(250), targets.split(250), hidden.split(250), strict=True):
+        part = part.to(device).float().div(255)
+        for row, masks in enumerate((torch.zeros_like(two), two)):
+            right[row] += int((under.answers(part, masks).argmax(1).cpu() == own).sum())
+    clean, masked = (right / len(images)).tolist()
+    return {"clean_accuracy": clean, "masked_accuracy": masked}
+
+
 def words(held: dict[str, float]) -> str:
     """Held-out numbers, as they stand beside the bar."""
     if not held:
         return ""
     losses = f" (loss {held['clean_loss']:.2f}, of bounds {held['bound_loss']:.2f})" if "bound_loss" in held else ""
-    return f"held out: clean {held['clean_accuracy']:.1%}, certified {held['certified_accuracy']:.1%}{losses}"
+    parts = [f"{name} {held[key]:.1%}" for name in SHOWN if (key := f"{name}_accuracy") in held]
+    return f"held out: {', '.join(parts)}{losses}"
 
 
 def log(out: Path, line: dict[str, Any]) -> None:

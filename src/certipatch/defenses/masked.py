@@ -1,0 +1,154 @@
+"""What the defenses that lay masks over pictures share: the masks, and the classifier behind them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from certipatch import evidence as ev
+from certipatch.defenses.base import ViewDefense
+from certipatch.errors import InputError
+from certipatch.models.quickest import quickest
+from certipatch.relation import sees
+from certipatch.threats import PatchThreat
+from certipatch.views import PixelSets, mask_set
+from certipatch.views.render import Fill, render
+
+PerAxis = int | tuple[int, int] | None
+
+
+@final
+class BehindMasks(nn.Module):
+    """A classifier of whole pictures that is shown masked ones; a network of NULL-encoded ones is shown those.
+
+    Args:
+        model: maps pictures (N, C, H, W) in [0, 1] to logits (N, K).
+        fill: what masks are painted with, one value or one per channel; None for the model's own ``fill``, else 0.5.
+    """
+
+    def __init__(self, model: nn.Module, fill: Fill | None = None):
+        super().__init__()
+        encoding = getattr(model, "encoding", "picture")
+        if encoding not in ("picture", "fill", "null"):
+            raise InputError(
+                f"masks lie over whole pictures, but this network reads {encoding}; give a plain classifier"
+            )
+        self.model, self.encoding = model, "null" if encoding == "null" else "fill"
+        self.fill: Fill = checked_fill(getattr(model, "fill", 0.5) if fill is None else fill)
+        self.training = False  # it is the model's own that matters
+        self.quick: Callable[[Tensor], Tensor] | None = None
+        """The same network by a faster way, where no gradients are asked for."""
+
+    def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+        if self.quick is not None and not torch.is_grad_enabled():
+            return self.quick(pictures)
+        return self.model(pictures)
+
+
+class MaskDefense(ViewDefense):
+    """A defense that lays masks over pictures; arguments as for ``PatchCleanser``."""
+
+    model: BehindMasks
+
+    def __init__(
+        self,
+        model: nn.Module,
+        threat: PatchThreat | Sequence[PatchThreat],
+        masks: PerAxis | Bool[Tensor, "M H W"] = None,
+        stride: PerAxis = None,
+        fill: Fill | None = None,
+        batch_size: int | None = None,
+    ):
+        super().__init__(BehindMasks(model, fill), None, batch_size)
+        self.threats = checked_threats(threat)
+        self.masks: Any = masks if isinstance(masks, Tensor) else per_axis(masks, "masks")
+        self.stride = per_axis(stride, "stride")
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "masks": self.masks.to(torch.uint8).tolist()
+            if isinstance(self.masks, Tensor)
+            else self.masks and list(self.masks),
+            "stride": self.stride and list(self.stride),
+            "fill": list(f) if isinstance(f := self.model.fill, tuple) else f,
+            "threat": [t.to_dict() for t in self.threats] if len(self.threats) > 1 else self.threats[0].to_dict(),
+        }
+
+    def covering(self, image_size: tuple[int, int]) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
+        """The masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats."""
+        return covering_masks(self.threats, image_size, self.masks, self.stride)
+
+    def quicken(self, images: Float[Tensor, "B C H W"], pictures: int) -> None:
+        """Run the network in the way that is fastest here, where that is worth the trouble of finding it.
+
+        On the CPU, by measurement; the model is checked, and its rounding measured, as it is then served.
+
+        Args:
+            images: what it is measured on.
+            pictures: how many are to be looked at, for an estimate of the work.
+        """
+        size = images.shape[2], images.shape[3]
+        full = self.batch_size or max(1, ev.PIXELS // (size[0] * size[1]))
+        shown = render(self.model.encoding, images[:1], self.views_of(size), torch.zeros(full, dtype=torch.int64))
+        self.model.quick = quickest(self.model.model, shown.flatten(0, 1), pictures * self.number_of_views(size))
+        self._tolerance.clear()
+
+    @contextmanager
+    def as_given(self) -> Iterator[None]:
+        quick, self.model.quick = self.model.quick, None
+        try:
+            yield
+        finally:
+            self.model.quick = quick
+
+
+def covering_masks(
+    threats: tuple[PatchThreat, ...], image_size: tuple[int, int], masks: Any, stride: tuple[int, int] | None
+) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
+    """Masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats.
+
+    Errors: InputError where some place is covered by none, with the number of masks that would do.
+    """
+    if not isinstance(masks, Tensor):
+        masks = mask_set(threats, image_size, masks, stride)
+    rows = []
+    for threat in threats:
+        relation = sees(PixelSets(~masks), threat, image_size)
+        found = relation.rows[relation.undominated]
+        if bool(found.all(1).any()):
+            sides = " or ".join(f"{len(mask)}×{len(mask[0])}" for mask in threat.masks(image_size)[:3])
+            raise InputError(
+                f"mask set does not cover {f'{threat.count} ' if threat.count > 1 else ''}{sides} patches everywhere in "
+                f"pictures of {image_size[0]}×{image_size[1]} pixels; larger masks would, or k ≥ 1 masks per axis"
+            )
+        rows.append(~found)
+    return masks, torch.cat(rows).unique(dim=0)
+
+
+def checked_threats(threat: PatchThreat | Sequence[PatchThreat]) -> tuple[PatchThreat, ...]:
+    """One or several patch threats as a tuple. InputError on anything else."""
+    threats = (threat,) if isinstance(threat, PatchThreat) else tuple(threat) if isinstance(threat, Sequence) else ()
+    if not threats or not all(isinstance(one, PatchThreat) for one in threats):
+        raise InputError(f"masks are made for a patch threat, or several, not for {threat}")
+    return threats
+
+
+def per_axis(value: Any, what: str) -> tuple[int, int] | None:
+    """A whole number for both axes, or one for each, from 1 to 256. InputError on anything else."""
+    pair = (value, value) if isinstance(value, int) else value if value is None else tuple(value)
+    if pair is None:
+        return None
+    if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 4096 for n in pair):
+        raise InputError(f"{what} are a whole number of at least 1, or two for rows and columns, not {value!r}")
+    return pair[0], pair[1]
+
+
+def checked_fill(fill: Any) -> Fill:
+    """One value in [0, 1], or a tuple of one per channel. InputError on anything else."""
+    values = tuple(fill) if isinstance(fill, tuple | list) else (fill,)
+    if not values or not all(isinstance(v, int | float) and 0 <= v <= 1 for v in values):
+        raise InputError(f"fill is a value in [0, 1], or one per channel, not {fill!r}")
+    return tuple(map(float, values)) if isinstance(fill, tuple | list) else float(fill)
