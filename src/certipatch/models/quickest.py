@@ -45,7 +45,7 @@ def quickest(network: nn.Module, pictures: Float[Tensor, "N C H W"], number: int
             taken = _seconds(run, pictures)
             if taken < 0.95 * seconds:
                 found, seconds = run, taken
-    return found
+    return None if found is None else found.__call__  # no module, which its owner would take for a part
 
 
 def _seconds(run: Run, pictures: Tensor) -> float:
