@@ -1,0 +1,81 @@
+"""The fastest way to run a network: measured, the same answers, gradients as before, counted as given."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import certipatch as cp
+from certipatch.models import ConvNet, quickest
+
+THREAT = cp.PatchThreat(3)
+IMAGES = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def defense(kind: type = cp.PatchCleanser):
+    torch.manual_seed(0)
+    return kind(ConvNet(None, 3, 4, (12, 12), (8, 16)).eval(), THREAT, masks=3)
+
+
+@pytest.fixture
+def later_is_faster(monkeypatch):
+    """Every way that is tried seems faster than those before it."""
+    falling = itertools.count(100.0, -1.0)
+    monkeypatch.setattr(quickest, "_seconds", lambda run, pictures: 2.0 ** next(falling))
+    monkeypatch.setattr(quickest, "WORTH", 0.0)
+
+
+@pytest.mark.parametrize("kind", [cp.PatchCleanser, cp.MinorityReports])
+def test_a_quick_defense_answers_as_before(kind, later_is_faster):
+    pytest.importorskip("onnxruntime")
+    slow, quick = defense(kind), defense(kind)
+    quick.quicken(IMAGES[:1], 6)
+    assert quick.model.quick is not None
+    assert "OnnxNetwork" in str(quick.model.quick)
+    assert len(list(quick.model.parameters())) == len(list(slow.model.parameters()))
+    one, other = slow.certify(IMAGES, THREAT), quick.certify(IMAGES, THREAT)
+    assert torch.equal(one.label, other.label)
+    finite = torch.isfinite(one.margin) & torch.isfinite(other.margin)
+    assert torch.allclose(one.margin[finite], other.margin[finite], atol=1e-4)
+    picture = IMAGES[:2].clone().requires_grad_()
+    quick.model(picture).sum().backward()
+    assert picture.grad is not None
+    assert picture.grad.abs().sum() > 0
+    counts = []
+    for one in (slow, quick):
+        with FlopCounterMode(display=False) as counter, one.as_given():
+            one.evidence(IMAGES[:1])
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    assert quick.model.quick is not None
+
+
+def test_without_onnx_channels_last_is_taken_where_it_is_faster(later_is_faster, monkeypatch):
+    monkeypatch.setattr(quickest, "find_spec", lambda name: None)
+    quick = defense()
+    quick.quicken(IMAGES[:1], 6)
+    assert torch.allclose(quick.model.quick(IMAGES), quick.model.model(IMAGES), atol=1e-4)
+    assert "ConvNet" in str(quick.model.quick)
+
+
+def test_what_onnx_cannot_hold_or_is_another_network_is_not_taken(later_is_faster, monkeypatch):
+    class Odd(nn.Module):
+        """Looks at its data to decide, as user code may."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(432, 3)
+
+        def forward(self, x):
+            return self.net(x.flatten(1)) if x.mean() > 0.2 else self.net(x.flatten(1)).relu()
+
+    monkeypatch.setattr(quickest, "_channels_last", lambda network, pictures: lambda x: network(x) + 1)
+    assert quickest.quickest(Odd().eval(), IMAGES, 10**6) is None
+
+
+def test_little_work_is_not_worth_it():
+    quick = defense()
+    quick.quicken(IMAGES[:1], 1)
+    assert quick.model.quick is None
