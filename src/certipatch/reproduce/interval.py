@@ -18,7 +18,7 @@ from certipatch.defenses import IntervalBounds, RandomizedAblation, open_defense
 from certipatch.defenses.card import write_tensors
 from certipatch.errors import InputError
 from certipatch.reproduce.bench import PART, Bench, Outcomes, Wanted
-from certipatch.reproduce.interval_models import COMPARED_EPOCHS, NETWORKS, RECIPES, STRATEGIES, Trained, trained
+from certipatch.reproduce.interval_models import COMPARED_EPOCHS, NETWORKS, OURS, RECIPES, STRATEGIES, Trained, trained
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
@@ -106,7 +106,7 @@ def _named(study: Study) -> str:
 
 def strategies(bench: Bench, study: Study, paper: Numbers) -> Table:
     """Tables 3, 9 and 10: strategies against cost, by network; the paper's averages over its networks at the end."""
-    return _by_strategy(bench, study, paper, ("mlp", "cnn2", "cnn4"), [*list(STRATEGIES)[:4], "Guided(10)"])
+    return _by_strategy(bench, study, paper, ("mlp", "cnn2", "cnn4", *OURS), [*list(STRATEGIES)[:4], "Guided(10)"])
 
 
 def pooling(bench: Bench, study: Study, paper: Numbers) -> Table:
@@ -127,9 +127,10 @@ def larger(bench: Bench, study: Study, paper: Numbers) -> Table:
 
 def _by_strategy(bench: Bench, study: Study, paper: Numbers, networks: Iterable[str], names: Sequence[str]) -> Table:
     rows, models = [], []
+    own, shipped = RECIPES[study.data]
     for network in networks:
-        own, shipped = RECIPES[study.data]
-        for name in dict.fromkeys([*names, shipped]) if network == own else names:
+        tried = [] if network in OURS else names
+        for name in dict.fromkeys([*tried, shipped]) if network == own else tried:
             cells: list[Cell] = []
             for side in (2, 5):
                 model = trained(study.data, network, name, side)
