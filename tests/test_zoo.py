@@ -22,6 +22,7 @@ NAMED = {
     "mnist-plain",
     "mnist-ibp-2",
     "mnist-ibp-5",
+    "mnist-ibp-sparse-4",
     "imagenette-columns",
     "mnist-double-mask",
     "cifar10-bagnet",
