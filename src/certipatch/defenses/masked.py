@@ -94,7 +94,8 @@ class MaskDefense(ViewDefense):
         full = self.batch_size or max(1, ev.PIXELS // (size[0] * size[1]))
         shown = render(self.model.encoding, images[:1], self.views_of(size), torch.zeros(full, dtype=torch.int64))
         self.model.quick = quickest(self.model.model, shown.flatten(0, 1), pictures * self.number_of_views(size))
-        self._tolerance.clear()
+        if self.model.quick is not None:
+            self._tolerance.clear()
 
     @contextmanager
     def as_given(self) -> Iterator[None]:
