@@ -28,12 +28,13 @@ NAMED = {
     "cifar10-bagnet",
     "cifar10-columns",
     "cifar10-ibp-5",
+    "cifar10-double-mask",
     "cifar10-patchguard",
     "cifar10-plain",
 }
 
 
-FEWER = {"mnist-double-mask": 1_000, "imagenette-columns": 500}  # test pictures, where each takes long
+FEWER = {"mnist-double-mask": 1_000, "cifar10-double-mask": 1_000, "imagenette-columns": 500}  # test pictures, where each takes long
 
 
 @pytest.fixture(scope="module")
