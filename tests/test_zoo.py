@@ -28,6 +28,7 @@ NAMED = {
     "cifar10-bagnet",
     "cifar10-columns",
     "cifar10-ibp-5",
+    "cifar10-ibp-2",
     "cifar10-double-mask",
     "cifar10-patchguard",
     "cifar10-plain",
