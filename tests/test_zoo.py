@@ -35,7 +35,8 @@ NAMED = {
 }
 
 
-FEWER = {"mnist-double-mask": 1_000, "cifar10-double-mask": 1_000, "imagenette-columns": 500}  # test pictures, where each takes long
+# test pictures, where each takes long
+FEWER = {"mnist-double-mask": 1_000, "cifar10-double-mask": 1_000, "imagenette-columns": 500}
 
 
 @pytest.fixture(scope="module")
