@@ -35,10 +35,6 @@ NAMED = {
 }
 
 
-# test pictures, where each takes long
-FEWER = {"mnist-double-mask": 1_000, "cifar10-double-mask": 1_000, "imagenette-columns": 500}
-
-
 @pytest.fixture(scope="module")
 def sample():
     return load("fashion-sample")

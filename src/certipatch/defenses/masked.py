@@ -68,13 +68,12 @@ class MaskDefense(ViewDefense):
         self.stride = per_axis(stride, "stride")
 
     def settings(self) -> dict[str, Any]:
+        masks, threats = self.masks, [threat.to_dict() for threat in self.threats]
         return {
-            "masks": self.masks.to(torch.uint8).tolist()
-            if isinstance(self.masks, Tensor)
-            else self.masks and list(self.masks),
+            "masks": masks.to(torch.uint8).tolist() if isinstance(masks, Tensor) else masks and list(masks),
             "stride": self.stride and list(self.stride),
             "fill": list(f) if isinstance(f := self.model.fill, tuple) else f,
-            "threat": [t.to_dict() for t in self.threats] if len(self.threats) > 1 else self.threats[0].to_dict(),
+            "threat": threats if len(threats) > 1 else threats[0],
         }
 
     def covering(self, image_size: tuple[int, int]) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
