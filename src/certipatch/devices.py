@@ -5,6 +5,8 @@ import ctypes
 import logging
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +22,17 @@ def default() -> torch.device:
     """The accelerator that torch sees, if it knows float64, which margins need; else the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if found is None or found.type == "mps" else found
+
+
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """float32 convolutions in float32. On an accelerator torch would let them round to 10 bits (TF32), which changes
+    answers with the number of pictures in a pass by more than a certificate may be off."""
+    rounded, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = rounded
 
 
 def keep_freed_memory() -> None:

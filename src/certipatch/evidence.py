@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from certipatch.devices import whole_float32
 from certipatch.errors import InputError
 from certipatch.views import Views
 from certipatch.views.render import render, render_each
@@ -51,6 +52,7 @@ def ask(model: nn.Module, pictures: Float[Tensor, "N C H W"]) -> Tensor:
 
 
 @torch.inference_mode()
+@whole_float32()
 def logits(
     model: nn.Module,
     views: Views,
@@ -88,6 +90,7 @@ def logits(
 
 
 @torch.inference_mode()
+@whole_float32()
 def logits_of(
     model: nn.Module,
     views: Views,

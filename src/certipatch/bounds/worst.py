@@ -195,9 +195,10 @@ def worst(
     rivals = rivals_of(label, passed.classes)
     low = torch.full(rivals.shape, torch.inf, dtype=passed.dtype, device=images.device)
     at = torch.zeros_like(rivals)
-    clean = passed.values(Interval(images, images)) if not where.pools else []
+    whole = bool(where.pools) or images.device.type != "cpu"  # an accelerator is fast where its work is in few pieces
+    clean = [] if whole else passed.values(Interval(images, images))
     for some in index.split(TOGETHER):
-        if where.pools:
+        if whole:
             picture = torch.arange(len(images), device=images.device).repeat_interleave(len(some))
             pairs = picture, some.repeat(len(images))
             margins = block_margins(passed, images, label, where, *pairs, strength).unflatten(0, (-1, len(some)))

@@ -80,7 +80,8 @@ class ModelSettings(BaseModel):
     ]
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(default=None, min_length=1, max_length=8)
     depth: int | None = Field(default=None, ge=1, le=32)
-    """Residual blocks per stage; of a CNN: its convolutions, 2, 4 or 5; of a ViT: its blocks."""
+    """Residual blocks per stage; of a CNN: its convolutions, 2, 4 or 5; of a conv network: those of each stage, at least
+    2; of a ViT: its blocks."""
     depths: tuple[Annotated[int, Field(ge=1, le=32)], ...] | None = Field(default=None, min_length=4, max_length=4)
     """Of a BagNet: blocks of each stage."""
     field: int | None = Field(default=None, ge=1, le=64)

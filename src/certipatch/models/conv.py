@@ -1,6 +1,6 @@
 """A plain convolutional network that learns fast on small pictures: pairs of convolutions with pooling in between.
 
-The layout follows what works at small budgets on CIFAR-10 (wide late stages, max pooling, GELU, no residuals).
+The layout follows what works at small budgets on CIFAR-10 (wide late stages, max pooling, GELU).
 """
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certipatch.errors import InputError
+from certipatch.models.layers import Shortcut
 from certipatch.views import Bands, Blocks, Columns, Cross, RandomViews, Rows, Views
 
 
@@ -23,6 +24,7 @@ class ConvNet(nn.Module):
         widths: channels of each stage. A stage halves an axis while it has more than 4 pixels, or 2 once both are so
             short.
         stride: of the first convolution; 2 makes large pictures four times as cheap.
+        depth: convolutions of a stage; from the third on, each adds to what comes in.
         mirror: once trained, the answer is the mean of those to what is read and to its mirror image, left to right,
             which shows the same pixels; for networks that learned from pictures of both kinds.
         temperature: once trained, logits are divided by it; below 1 confidences are sharper, which robust masking and
@@ -39,6 +41,7 @@ class ConvNet(nn.Module):
         image_size: tuple[int, int],
         widths: tuple[int, ...] = (64, 128, 256),
         stride: int = 1,
+        depth: int = 2,
         mirror: bool = False,
         temperature: float = 1.0,
     ):
@@ -68,6 +71,9 @@ class ConvNet(nn.Module):
                 nn.BatchNorm2d(outputs),
                 nn.GELU(),
             ]
+            for _ in range(depth - 2):
+                more = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+                layers += [Shortcut(nn.Sequential(*more)), nn.GELU()]
             size = tuple(-(-side // step) for side, step in zip(size, pool, strict=True))
             inputs = outputs
         self.body = nn.Sequential(*layers)
@@ -111,12 +117,13 @@ class CrossConvNet(nn.Module):
         image_size: tuple[int, int],
         widths: tuple[int, ...] = (64, 128, 256),
         stride: int = 1,
+        depth: int = 2,
         mirror: bool = False,
         temperature: float = 1.0,
     ):
         super().__init__()
         self.parts = nn.ModuleList(
-            ConvNet(part, in_channels, num_classes, image_size, widths, stride, mirror, temperature)
+            ConvNet(part, in_channels, num_classes, image_size, widths, stride, depth, mirror, temperature)
             for part in views.parts
         )
         self.num_classes = num_classes

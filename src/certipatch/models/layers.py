@@ -44,3 +44,14 @@ class Position(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.value
+
+
+class Shortcut(nn.Module):
+    """What comes in, and what ``body`` makes of it, added (He et al. 2016)."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)

@@ -75,11 +75,13 @@ class Masks:
 
     Args:
         levels: bool (M, H, W) each; the last one is the defense's own.
+        device: where masks are looked for, and what is found lies.
     """
 
-    def __init__(self, levels: Sequence[Bool[Tensor, "M H W"]]):
-        self.levels = list(levels)
-        self.children = [finer(one, other) for one, other in zip(self.levels, self.levels[1:], strict=False)]
+    def __init__(self, levels: Sequence[Bool[Tensor, "M H W"]], device: torch.device | None = None):
+        children = [finer(one, other) for one, other in zip(levels, levels[1:], strict=False)]
+        self.levels = [level.to(device) for level in levels]
+        self.children = [table.to(device) for table in children]
 
     @property
     def evaluations(self) -> int:
@@ -89,7 +91,7 @@ class Masks:
     def random(self, batch: int, draw: torch.Generator) -> Bool[Tensor, "B H W"]:
         """Two masks each, drawn on their own (now and then the same one): what they hide together."""
         fine = self.levels[-1]
-        one, other = torch.randint(len(fine), (2, batch), generator=draw)
+        one, other = torch.randint(len(fine), (2, batch), generator=draw).to(fine.device)
         return fine[one] | fine[other]
 
     def worst(
@@ -104,12 +106,13 @@ class Masks:
             batch: B, the pictures.
             step: pairs of a picture and a mask that are looked at together.
         """
-        hidden = torch.zeros(batch, *self.levels[0].shape[1:], dtype=torch.bool)
+        hidden = torch.zeros_like(self.levels[0][:1]).repeat(batch, 1, 1)
+        device = hidden.device
         for _ in range(2):
-            candidates = torch.arange(len(self.levels[0])).expand(batch, -1)
+            candidates = torch.arange(len(self.levels[0]), device=device).expand(batch, -1)
             worst = candidates[:, 0]
             for level, masks in enumerate(self.levels):
-                picture = torch.arange(batch).repeat_interleave(candidates.shape[1])
+                picture = torch.arange(batch, device=device).repeat_interleave(candidates.shape[1])
                 chosen = candidates.flatten()
                 found = [
                     losses(p, masks[c] | hidden[p])
@@ -146,14 +149,13 @@ class MaskLoss:
             hidden = self.worst(images, targets)
         else:
             hidden = self.drawn(images, targets, self.asked.draws if share >= self.asked.draws_from else 1, draw)
-        shown = laid_over(self.encoding, images, hidden.to(images.device), self.fill)
+        shown = laid_over(self.encoding, images, hidden, self.fill)
         return F.cross_entropy(self.module(shown).float(), targets, label_smoothing=self.asked.label_smoothing)
 
     def worst(self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Bool[Tensor, "B H W"]:
         """What the two greedily chosen masks of each picture hide."""
 
         def losses(picture: Tensor, hidden: Tensor) -> Tensor:
-            picture = picture.to(images.device)
             return self.losses(images[picture], targets[picture], hidden)
 
         return self.masks.worst(losses, len(images), 4 * len(images))
@@ -166,7 +168,7 @@ class MaskLoss:
         if draws == 1:
             return hidden[0]
         worst = torch.stack([self.losses(images, targets, some) for some in hidden]).argmax(0)
-        return torch.stack(hidden)[worst, torch.arange(len(images))]
+        return torch.stack(hidden)[worst, torch.arange(len(images), device=worst.device)]
 
     @torch.no_grad()
     def answers(self, images: Float[Tensor, "N C H W"], hidden: Bool[Tensor, "N H W"]) -> Float[Tensor, "N K"]:
@@ -174,11 +176,11 @@ class MaskLoss:
         modes = [(module, module.training) for module in self.network.modules()]
         self.network.eval()  # statistics stay those of the pictures that are trained on
         try:
-            return self.module(laid_over(self.encoding, images, hidden.to(images.device), self.fill)).float()
+            return self.module(laid_over(self.encoding, images, hidden, self.fill)).float()
         finally:
             for module, training in modes:
                 module.training = training
 
     def losses(self, images: Tensor, targets: Tensor, hidden: Bool[Tensor, "N H W"]) -> Float[Tensor, " N"]:
         """Their cross entropy."""
-        return F.cross_entropy(self.answers(images, hidden), targets, reduction="none").cpu()
+        return F.cross_entropy(self.answers(images, hidden), targets, reduction="none")

@@ -34,6 +34,7 @@ from certipatch.views import Cross, PixelSets, Views, mask_set
 from certipatch.views.render import render
 
 CHECKPOINT_SECONDS = 60.0
+ON_THE_DEVICE = 4 * 2**30  # bytes of pictures that lie on the accelerator as a whole
 PRETRAINED = "imagenet-lite"  # of somebody else's models the only one that a recipe may name: it runs no code of theirs
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what to show beside the bar)."""
@@ -94,8 +95,11 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     optimizer = _optimizer(recipe, trained)
     first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity)
     _check_same_start(fabric, first, out)
-    module, optimizer = fabric.setup(trained, optimizer)
+    module, stepped = fabric.setup(trained, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())  # what a checkpoint brought goes to where the parameters now are
     loss_of = _loss(recipe, blank, network, module, fabric.device)
+    if fabric.device.type != "cpu" and every.numel() <= ON_THE_DEVICE:
+        every, targets = every.to(fabric.device), targets.to(fabric.device)
     train_count = len(every) - recipe.holdout
     per_epoch = math.ceil(train_count / recipe.batch_size)
     total = per_epoch * recipe.epochs
@@ -107,19 +111,19 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     for step in range(first, total):
         epoch, position = divmod(step, per_epoch)
         if epoch != epoch_of_order:
-            order = torch.randperm(train_count, generator=_generator(recipe.seed, epoch, 1))
+            order = torch.randperm(train_count, generator=_generator(recipe.seed, epoch, 1)).to(every.device)
             epoch_of_order = epoch
         chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
         draw = _generator(recipe.seed, step, 2)
         images = _augment(every[chosen], recipe, draw).float().div_(255)
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
-        for group in optimizer.param_groups:
+        for group in stepped.param_groups:
             group["lr"] = recipe.learning_rate * group.get("scale", 1.0) * _rate(recipe, step / total)
-        optimizer.zero_grad(set_to_none=True)
+        stepped.zero_grad(set_to_none=True)
         loss = weight * loss_of(images, targets[chosen][chunk].to(fabric.device), step / total, draw)
         fabric.backward(loss)
-        optimizer.step()
+        stepped.step()
         done, epoch_ends = step + 1, (step + 1) % per_epoch == 0
         if done % 10 == 0 or epoch_ends:
             mean = fabric.all_reduce(loss.detach(), reduce_op="mean").item()  # type: ignore[union-attr]
@@ -283,22 +287,23 @@ def _augment(images: Tensor, recipe: Recipe, draw: torch.Generator) -> Tensor:
     """Shifted, cropped and mirrored copies of uint8 pictures (B, C, H, W)."""
     asked, height, width = recipe.augment, *images.shape[2:]
     if asked.shift:
-        moves = torch.randint(0, 2 * asked.shift + 1, (len(images), 2), generator=draw)
+        moves = torch.randint(0, 2 * asked.shift + 1, (len(images), 2), generator=draw).to(images.device)
         images = _cut(torch.nn.functional.pad(images, (asked.shift,) * 4), moves, (height, width))
     if asked.crop is not None:
         corners = [torch.randint(0, side - asked.crop + 1, (len(images),), generator=draw) for side in (height, width)]
-        images = _cut(images, torch.stack(corners, dim=1), (asked.crop, asked.crop))
+        images = _cut(images, torch.stack(corners, dim=1).to(images.device), (asked.crop, asked.crop))
     if asked.flip:
-        mirrored = torch.rand(len(images), generator=draw) < 0.5
+        mirrored = (torch.rand(len(images), generator=draw) < 0.5).to(images.device)
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return images
 
 
 def _cut(images: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
     """A part of (H, W) pixels of each picture, with its upper left pixel at ``corners`` (B, 2)."""
-    rows = corners[:, :1] + torch.arange(size[0])
-    columns = corners[:, 1:] + torch.arange(size[1])
-    picture = torch.arange(len(images))[:, None, None]
+    rows, columns = (
+        corners[:, axis, None] + torch.arange(length, device=images.device) for axis, length in enumerate(size)
+    )
+    picture = torch.arange(len(images), device=images.device)[:, None, None]
     return images.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -309,7 +314,7 @@ def _loss(
     if recipe.interval is not None:
         return module
     if recipe.masking is not None:
-        return _masked(recipe, card, network, module)
+        return _masked(recipe, card, network, module, device)
     asked, encoding = recipe.objective, getattr(network, "encoding", "null")
     threat = PatchThreat(asked.patch)
     views, drawn = card.created_views(), card.random_views()
@@ -391,7 +396,9 @@ def _loss(
     return loss
 
 
-def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module) -> MaskLoss:
+def _masked(
+    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device
+) -> MaskLoss:
     """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
     asked, settings = recipe.masking, recipe.settings
     assert asked is not None
@@ -400,7 +407,7 @@ def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Mod
     levels = [*(mask_set([threat], card.image_size, (k, k)) for k in asked.coarse), finest]
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
-    return MaskLoss(network, module, Masks(levels), asked, fill)
+    return MaskLoss(network, module, Masks(levels, device), asked, fill)
 
 
 def _undominated(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Tensor:

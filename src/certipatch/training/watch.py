@@ -41,7 +41,7 @@ def held_out(
         found = defense.certify(part.to(device).float().div(255), threat)
         label.append(found.label.cpu())
         certified.append(found.certified.cpu())
-    right = torch.cat(label) == targets
+    right = torch.cat(label) == targets.cpu()
     robust = right & torch.cat(certified)
     return {"clean_accuracy": right.double().mean().item(), "certified_accuracy": robust.double().mean().item()}
 
@@ -64,7 +64,7 @@ def masked_held_out(under: MaskLoss, images: Tensor, targets: Tensor, device: to
     for part, own, two in zip(images.split(250), targets.split(250), hidden.split(250), strict=True):
         part = part.to(device).float().div(255)
         for row, masks in enumerate((torch.zeros_like(two), two)):
-            right[row] += int((under.answers(part, masks).argmax(1).cpu() == own).sum())
+            right[row] += int((under.answers(part, masks).argmax(1) == own.to(device)).sum())
     clean, masked = (right / len(images)).tolist()
     return {"clean_accuracy": clean, "masked_accuracy": masked}
 
