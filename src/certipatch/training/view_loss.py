@@ -1,0 +1,113 @@
+"""The loss of a recipe's objective: what a step shows of each picture, and what it asks of the answers."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from certipatch.defenses import card as cards
+from certipatch.defenses.patchguard import malicious_windows
+from certipatch.errors import InputError
+from certipatch.models import receptive_fields
+from certipatch.relation import sees
+from certipatch.threats import PatchThreat
+from certipatch.training import objectives
+from certipatch.training.recipe import Recipe
+from certipatch.views import Cross, PixelSets, Views
+from certipatch.views.render import render
+
+
+def view_loss(
+    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device
+) -> Callable[[Tensor, Tensor, float, torch.Generator], Tensor]:
+    """The loss as a function of (images, targets, share of the training done, generator).
+
+    Args:
+        network: as it is, from which receptive fields are read.
+        module: the same network as it is trained.
+    """
+    asked, encoding = recipe.objective, getattr(network, "encoding", "null")
+    threat = PatchThreat(asked.patch)
+    views, drawn = card.created_views(), card.random_views()
+    image_size = card.image_size if recipe.augment.crop is None else (recipe.augment.crop, recipe.augment.crop)
+    if views is None and encoding == "all-views":
+        views = receptive_fields(network.eval(), image_size)
+        network.train()
+    relation = windows = None
+    families: list[tuple[Tensor, Tensor]] = []
+    if asked.vote_margin:
+        assert views is not None
+        relation = _undominated(views, threat, image_size).to(device)
+    if asked.masked_cross_entropy:
+        assert views is not None
+        windows = malicious_windows(views, threat, image_size).members.to(device)
+    if asked.mask_margin:
+        assert views is not None
+        for part in views.parts if isinstance(views, Cross) else [views]:
+            reached = _undominated(part, threat, image_size).to(device)
+            families.append((reached, malicious_windows(part, threat, image_size).members.to(device)))
+    total, spacing = 0 if views is None else views.number(image_size), 1
+    if families and asked.views_per_step != "all":
+        if any(reached.shape[1] * asked.views_per_step % total for reached, _ in families):
+            raise InputError(f"views_per_step: {asked.views_per_step} cannot be evenly spaced among {total} views")
+        spacing = total // asked.views_per_step
+
+    def indices(draw: torch.Generator) -> Tensor:
+        if asked.views_per_step == "all":
+            return torch.arange(total)
+        if families:
+            return torch.arange(int(torch.randint(spacing, (), generator=draw)), total, spacing)
+        return torch.randperm(total, generator=draw)[: asked.views_per_step]
+
+    def shown_of(index: Tensor) -> list[tuple[Tensor, Tensor]]:
+        first, found = 0, []
+        for reached, hidden in families:
+            own = index[(index >= first) & (index < first + reached.shape[1])] - first
+            found.append((reached[:, own], hidden[:, own]))
+            first += reached.shape[1]
+        return found
+
+    def logits_of(images: Tensor, index: Tensor, draw: torch.Generator) -> Tensor:
+        if drawn is not None:
+            assert asked.views_per_step != "all"
+            shown = PixelSets(drawn.draw(image_size, asked.views_per_step, draw))
+            rendered = render(encoding, images, shown, torch.arange(asked.views_per_step))
+            return module(rendered.flatten(0, 1)).float().unflatten(0, rendered.shape[:2])
+        if views is None:
+            return module(images)[:, None].float()
+        if encoding == "all-views":
+            return module(images)[:, index.to(device)].float()
+        rendered = render(encoding, images, views, index)
+        return module(rendered.flatten(0, 1)).float().unflatten(0, rendered.shape[:2])
+
+    def loss(images: Tensor, targets: Tensor, share: float, draw: torch.Generator) -> Tensor:
+        index = indices(draw) if drawn is None and views is not None else torch.empty(0)
+        logits = logits_of(images, index, draw)
+        terms = [asked.cross_entropy * objectives.cross_entropy(logits, targets)] if asked.cross_entropy else []
+        if asked.pooled_cross_entropy:
+            terms.append(asked.pooled_cross_entropy * cross_entropy(logits.mean(1), targets))
+        if asked.masked_cross_entropy:
+            assert windows is not None
+            rest = objectives.without_heaviest_window(logits, targets, windows)
+            terms.append(asked.masked_cross_entropy * cross_entropy(rest, targets))
+        if share >= asked.margin_from or not terms:
+            if relation is not None:
+                threshold = recipe.settings.get("threshold")
+                found = objectives.vote_margin_loss(
+                    logits, targets, relation, threshold, asked.vote_width, asked.temperature
+                )
+                terms.append(asked.vote_margin * found)
+            if families:
+                scores = logits.sigmoid() if recipe.settings.get("evidence") == "sigmoid" else logits.softmax(-1)
+                parts = shown_of(index)
+                found = objectives.mask_margin_loss(scores, targets, parts, asked.mask_temperature, asked.mask_scale)
+                terms.append(asked.mask_margin * found)
+        return torch.stack(terms).sum()
+
+    return loss
+
+
+def _undominated(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Tensor:
+    found = sees(views, threat, image_size)
+    return found.rows[found.undominated]
