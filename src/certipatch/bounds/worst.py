@@ -230,8 +230,8 @@ def _worst_of_vectors(
     clean = F.linear(images.flatten(1), layer.weight, layer.bias).T
     pixels = images.flatten(1).T * -strength
     columns, pixels = (F.pad(x, (0, 0, 0, 1)) for x in (columns, pixels))  # the last is for places with fewer pixels
-    cells = where.masks.flatten(1).to(weight.dtype) * strength
-    falls, rises = ((cells @ part.sum(1).T)[..., None] for part in (weight.clamp(max=0), weight.clamp(min=0)))
+    ends = (F.pad(part.sum(1).T * strength, (0, 0, 0, 1)) for part in (weight.clamp(max=0), weight.clamp(min=0)))
+    falls, rises = (F.embedding_bag(where.listed, end, mode="sum")[..., None] for end in ends)
     rows, rivals = _rows(where, channels), rivals_of(label, passed.classes)
     margins = _margins_of_pairs(passed, label, rivals) if passed.classes <= PAIRED else None
     low = torch.full_like(rivals.T, torch.inf, dtype=weight.dtype)
