@@ -43,8 +43,8 @@ PAPER_EPOCHS = {"cifar10": 200}
 """Of the paper's networks, where the recipe that ships has another network and other epochs."""
 COMPARED_EPOCHS = {("mnist", "mlp"): 20}
 """Where strategies are compared in fewer epochs than the recipe's, all of them alike."""
-COMPARED_SCHEDULE = {"interval.ramp_until": "0.61", "halving": "0.1"}
-"""Of those: the paper's shares of the training, where a recipe that ships has others."""
+COMPARED_AS = {"interval.ramp_until": "0.61", "halving": "0.1", "augment.shift": "0", "holdout": "1000"}
+"""What else is alike there: the paper's shares of the training, and pictures as they are; recipes that ship have others."""
 
 
 @final
@@ -114,7 +114,7 @@ class Trained:
             changes["interval.all_from"] = "0.8" if then_all else "1"
         if self.epochs is not None:
             changes["epochs"] = str(self.epochs)
-            changes |= COMPARED_SCHEDULE if self.network == "mlp" else {}
+            changes |= COMPARED_AS if self.network == "mlp" else {}
         if self.count is not None:
             pooled = self.strategy == "pooled"
             changes["interval.pool" if pooled else "interval.places"] = (
