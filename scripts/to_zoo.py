@@ -28,7 +28,8 @@ def main(model: Path, name: str, runs: list[Path]) -> None:
     target = Path(__file__).parents[1] / "zoo" / name
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(model / "weights.safetensors", target / "weights.safetensors")
-    recipe = card.recipe | {"name": name, "data": Path(card.recipe["data"]).name}  # no path of the machine that trained it
+    data = Path(card.recipe["data"]).name  # no path of the machine that trained it
+    recipe = card.recipe | {"name": name, "data": data}
     cards.write(target, card.model_copy(update={"name": name, "metrics": metrics, "recipe": recipe}))
 
 

@@ -18,7 +18,7 @@ from certipatch.defenses import IntervalBounds, RandomizedAblation, open_defense
 from certipatch.defenses.card import write_tensors
 from certipatch.errors import InputError
 from certipatch.reproduce.bench import PART, Bench, Outcomes, Wanted
-from certipatch.reproduce.interval_models import COMPARED_EPOCHS, NETWORKS, OURS, RECIPES, STRATEGIES, Trained, trained
+from certipatch.reproduce.interval_models import COMPARED, NETWORKS, OURS, RECIPES, STRATEGIES, Trained, trained
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
@@ -224,9 +224,9 @@ def notes(bench: Bench, models: Sequence[Trained]) -> list[str]:
         *bench.describe(),
         "certified: interval bounds in float64 at every place, rounded outward",
         *(
-            f"{NETWORKS[network][0]}: strategies other than {strategy} are trained for {COMPARED_EPOCHS[data, network]} epochs"
+            f"{NETWORKS[network][0]}: strategies other than {strategy} are trained for {COMPARED[data, network]['epochs']} epochs"
             for data, (network, strategy) in RECIPES.items()
-            if (data, network) in COMPARED_EPOCHS and any((m.data, m.network) == (data, network) for m in models)
+            if (data, network) in COMPARED and any((m.data, m.network) == (data, network) for m in models)
         ),
         *(f"not run: {command}" for command in commands),
     ]
