@@ -24,6 +24,7 @@ NAMED = {
     "mnist-ibp-5",
     "mnist-ibp-sparse-4",
     "imagenette-columns",
+    "imagenette-double-mask",
     "mnist-double-mask",
     "cifar10-bagnet",
     "cifar10-columns",
