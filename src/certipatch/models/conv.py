@@ -46,6 +46,8 @@ class ConvNet(nn.Module):
         temperature: float = 1.0,
     ):
         super().__init__()
+        if depth < 2:
+            raise InputError(f"a stage of the conv network has at least 2 convolutions, not {depth}")
         self.views, self.width, self.mirror, self.temperature = views, image_size[1], mirror, temperature
         self.encoding = "picture" if views is None else "crop"
         size, channels = image_size, in_channels
