@@ -341,6 +341,20 @@ def test_slow_defenses_get_fewer_starts_and_steps_in_a_round(starts, steps, unit
     assert affordable(starts, steps, units) == expected
 
 
+def test_a_round_of_another_attack_asks_for_no_second_certificate(home, tmp_path, monkeypatch):
+    from certipatch.data import load as pictures
+
+    data, defense, asked = pictures(str(home / "stripes"), "test"), load(str(home / "model")), []
+    true = type(defense).certify
+    monkeypatch.setattr(type(defense), "certify", lambda self, *given: asked.append(given) or true(self, *given))
+    cells = [
+        Cell("model", find(name), PatchThreat(6), lambda: (defense, data)) for name in ("patch-pgd", "lavan", "square")
+    ]
+    rows = campaign(cells, tmp_path / "run", 0.0, 0, lambda done, total, text: None)
+    assert len(asked) == 1
+    assert all(row["pictures"] > 0 for row in rows)
+
+
 def test_campaign_cells_count_certified_pairs_and_find_a_liar(home, tmp_path, monkeypatch):
     from certipatch.data import load as pictures
 

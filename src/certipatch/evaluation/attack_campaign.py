@@ -3,8 +3,8 @@
 A *cell* is a defense and an attack. Each round attacks some further pictures in two ways: as ``attack`` does, and at
 certified places only, there with few steps at many places or with many steps at few; the universal patch, learned in a few
 steps, is put on up to EVERYWHERE places of a picture. Certificates are claims about any picture and about each place, so a
-picture needs no true label, and one that is open somewhere is attacked where it is not. A round of a cell is written before
-the next begins: a campaign stops and resumes.
+picture needs no true label, and one that is open somewhere is attacked where it is not; where time is short, only there. A
+round of a cell is written before the next begins: a campaign stops and resumes.
 """
 
 import time
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from certipatch.attacks import Attack, Task, Victim, certifies
 from certipatch.attacks.universal import Universal
@@ -42,6 +43,21 @@ class Cell:
     open: Callable[[], tuple[Any, Pictures]]
 
 
+@final
+@dataclass(frozen=True)
+class Claim:
+    """What a defense says of pictures: labels (B,), margins (B, L) where it certifies, which pictures raise no alarm, and the
+    seconds that labels alone took."""
+
+    label: Tensor
+    margins: Tensor | None
+    usable: Tensor
+    seconds: float
+
+
+Claims = dict[tuple[str, Threat, range], Claim]
+
+
 def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: Progress) -> list[dict[str, Any]]:
     """Attack until the time is used up, all cells in turn, those with least time first; one row per cell.
 
@@ -49,7 +65,8 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
     """
     (out / "cells").mkdir(parents=True, exist_ok=True)
     rows = [_stored(out, cell) for cell in cells]
-    total, longest = sum(row["seconds"] for row in rows), 0.0
+    total = sum(row["seconds"] for row in rows)
+    claims: Claims = {}
     progress(int(min(total, seconds)), int(seconds), "")
     while True:
         ready = [i for i, row in enumerate(rows) if "skipped" not in row]
@@ -62,7 +79,7 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
             share = seconds / max(1, len(ready))
             pace = rows[i]["seconds"] / max(1, rows[i]["pictures"])
             size = LARGE if rows[i]["rounds"] and (share >= 20 or 2 * LARGE * pace <= share) else SMALL
-            found = attack_round(cells[i], out, seed, rows[i]["rounds"], share, size)
+            found = attack_round(cells[i], out, seed, rows[i]["rounds"], share, claims, size)
         except InputError as error:
             rows[i]["skipped"] = str(error)
             found = dict.fromkeys(COUNTS, 0)
@@ -72,31 +89,44 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
         rows[i]["rounds"] += 1
         rows[i]["seconds"] = round(rows[i]["seconds"] + spent, 3)
         write_json(_path(out, cells[i]), rows[i])
-        total, longest = sum(row["seconds"] for row in rows), max(longest, spent)
+        total = sum(row["seconds"] for row in rows)
         pairs, broken = (sum(row[key] for row in rows) for key in ("certified_pairs", "broken_certificates"))
         progress(int(min(total, seconds)), int(seconds), f"{pairs:,} certified pairs attacked, {broken} broken")
     return rows
 
 
-def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float, size: int = SMALL) -> dict[str, int]:
-    """One round of a cell on its next ``size`` pictures; gives its counts. Slow defenses get fewer starts and steps."""
+def claimed(defense: Any, images: Tensor, threat: Threat) -> Claim:
+    """What a defense says of pictures."""
+    started = time.monotonic()
+    label, margins = Victim(defense).answer(images).label, None
+    seconds = time.monotonic() - started
+    usable = torch.ones_like(label, dtype=torch.bool)
+    if certifies(defense):
+        found = defense.certify(images, threat)
+        label, margins = found.label, found.margin.cpu()
+        usable = usable if found.alarm is None else ~found.alarm
+    return Claim(label, margins, usable.cpu(), seconds)
+
+
+def attack_round(
+    cell: Cell, out: Path, seed: int, number: int, share: float, claims: Claims, size: int = SMALL
+) -> dict[str, int]:
+    """One round of a cell on its next ``size`` pictures; gives its counts. Slow defenses get fewer starts and steps.
+
+    ``claims`` keeps the last pictures' for the other attacks on the same defense.
+    """
     defense, pictures = cell.open()
     cell.attack.check(cell.threat)
     first = (max(0, number - 1) * LARGE + (SMALL if number else 0)) % max(1, len(pictures) - size)
     indices = range(first, first + size)
     images = pictures.images(indices)
-    victim = Victim(defense)
-    started = time.monotonic()
-    answer = victim.answer(images)
-    units = share / (2 * 3 * max(1e-6, time.monotonic() - started))  # a step is about three passes; there are two tasks
+    victim, key = Victim(defense), (cell.name, cell.threat, indices)
+    if key not in claims:
+        claims.clear()
+        claims[key] = claimed(defense, images, cell.threat)
+    label, margins, usable = claims[key].label, claims[key].margins, claims[key].usable
+    units = share / (2 * 3 * max(1e-6, claims[key].seconds))  # a step is about three passes; there are two tasks
     counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
-    if certifies(defense):
-        found = defense.certify(images, cell.threat)
-        label, margins = found.label, found.margin.cpu()
-        usable = torch.ones_like(label, dtype=torch.bool) if found.alarm is None else ~found.alarm
-    else:
-        label, margins = answer.label, None
-        usable = torch.ones_like(label, dtype=torch.bool)
     many = number % 2 == 1 and size > SMALL
     starts, steps = affordable(2, min(cell.attack.steps, 20), units)
     base = Task(
@@ -120,11 +150,12 @@ def attack_round(cell: Cell, out: Path, seed: int, number: int, share: float, si
             starts, steps = affordable(
                 4 if size == SMALL else 64 if many else 8, min(cell.attack.steps, 2 if many else 40), units
             )
-        tasks.append(replace(base, starts=starts, steps=steps, step=0.5 if many else 0.05, search="certified"))
+        certified = replace(base, starts=starts, steps=steps, step=0.5 if many else 0.05, search="certified")
+        tasks = [base, certified] if units >= 1 else [certified]
     for task in tasks:
-        chosen = usable.cpu()
-        if task.search == "certified":
-            chosen &= (margins > 0).any(1)  # type: ignore[operator]
+        chosen = usable
+        if task.search == "certified" and margins is not None:
+            chosen = usable & (margins > 0).any(1)
         rows = chosen.nonzero().flatten()
         if not len(rows):
             continue
