@@ -14,7 +14,8 @@ from certipatch import reproduce as tables
 from certipatch.cli import app
 from certipatch.cli.rebuild import rebuild
 from certipatch.defenses import Card
-from certipatch.defenses.card import save_weights, write
+from certipatch.defenses.card import write
+from certipatch.defenses.weights import save_weights
 from certipatch.errors import InputError
 from certipatch.evaluation.records import read_records
 from certipatch.models import ModelSettings

@@ -17,7 +17,9 @@ from certipatch.cli import app
 from certipatch.data import load
 from certipatch.data.known import known_classes
 from certipatch.defenses import Card, read_card
-from certipatch.defenses.card import ViewSettings, save_weights, write
+from certipatch.defenses.card import write
+from certipatch.defenses.settings import ViewSettings
+from certipatch.defenses.weights import save_weights
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings
 from certipatch.reproduce import papers, smoothing, smoothing_figures

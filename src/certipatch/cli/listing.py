@@ -85,7 +85,7 @@ def _in_full(kind: str, name: str, line: str) -> tuple[str, dict[str, Any]]:
 
     if kind == "defenses":
         from certipatch.defenses import METHODS
-        from certipatch.defenses.card import SETTINGS
+        from certipatch.defenses.methods import SETTINGS
 
         return inspect.getdoc(METHODS[name]) or line, SETTINGS[name]().model_dump(mode="json")
     if kind == "attacks":

@@ -14,6 +14,7 @@ from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.interval_bounds import IntervalBounds
 from certipatch.defenses.local_gradients_smoothing import LocalGradientsSmoothing
+from certipatch.defenses.methods import METHODS
 from certipatch.defenses.minority_reports import MinorityReports
 from certipatch.defenses.patchcleanser import PatchCleanser
 from certipatch.defenses.patchcure import PatchCURE
@@ -48,25 +49,6 @@ __all__ = [
     "read_card",
     "zoo",
 ]
-
-METHODS: dict[str, type[Any]] = {
-    method.name: method
-    for method in (
-        DerandomizedSmoothing,
-        RandomizedAblation,
-        PatchGuard,
-        ClippedBagNet,
-        BagCert,
-        PatchGuardPlusPlus,
-        IntervalBounds,
-        PatchCleanser,
-        PatchCURE,
-        MinorityReports,
-        Undefended,
-        LocalGradientsSmoothing,
-        DigitalWatermarking,
-    )
-}
 
 
 def zoo() -> dict[str, Card]:

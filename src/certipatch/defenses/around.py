@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from pydantic import ValidationError
 
-from certipatch.defenses.card import BUILT_FOR_A_PATCH, PLAIN, SETTINGS
+from certipatch.defenses.methods import BUILT_FOR_A_PATCH, METHODS, SETTINGS, WHOLE
 from certipatch.errors import InputError, problem
 from certipatch.models.adapters import Adapted
 from certipatch.models.adapters.sources import opening
@@ -71,9 +71,9 @@ def around(
 
     Errors: InputError for another method, settings that it has not, and where the model check refuses the classifier.
     """
-    if method not in PLAIN:
+    if method not in WHOLE:
         raise InputError(
-            f"{method} needs a network of views or local evidence; around {network.name} use {', '.join(PLAIN)}"
+            f"{method} needs a network of views or local evidence; around {network.name} use {', '.join(WHOLE)}"
         )
     try:
         settings = SETTINGS[method].model_validate(changes or {}).model_dump(mode="json")
@@ -93,6 +93,6 @@ def around(
     if len(names) < 2:
         raise InputError(f"{network.name} knows {len(names)} class; a certificate needs at least two")
     sheet = Sheet(network.name, image_size, channels, names, network.identity, network.image_size is not None)
-    defense = PLAIN[method](network, **settings)
+    defense = METHODS[method](network, **settings)
     defense.check(torch.rand((1, channels, *image_size), generator=torch.Generator().manual_seed(0)))
     return defense, sheet

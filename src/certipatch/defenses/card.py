@@ -4,224 +4,24 @@ Neither can run code. The network is laid out without memory first, and the file
 that a card cannot ask for more than the weights beside it.
 """
 
-import hashlib
 import json
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from certipatch import views as view_sets
-from certipatch.defenses.bagcert import BagCert
 from certipatch.defenses.base import Defense
-from certipatch.defenses.clipped_bagnet import ClippedBagNet
-from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
-from certipatch.defenses.digital_watermarking import DigitalWatermarking
-from certipatch.defenses.interval_bounds import IntervalBounds
-from certipatch.defenses.local_gradients_smoothing import LocalGradientsSmoothing
-from certipatch.defenses.minority_reports import MinorityReports
-from certipatch.defenses.patchcleanser import PatchCleanser
-from certipatch.defenses.patchcure import PatchCURE
-from certipatch.defenses.patchguard import PatchGuard
-from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
-from certipatch.defenses.randomized_ablation import RandomizedAblation
-from certipatch.defenses.undefended import Undefended
+from certipatch.defenses.methods import BUILT_FOR_A_PATCH, METHODS, SETTINGS, WHOLE
+from certipatch.defenses.settings import Side, ViewSettings
+from certipatch.defenses.weights import sha256
 from certipatch.errors import InputError, problem
 from certipatch.models import LOCAL, ModelSettings, create
-from certipatch.rules.clopper_pearson import MAX_SAMPLES
 from certipatch.threats import PatchThreat, Threat
-
-Side = Annotated[int, Field(ge=1, le=4096)]
-
-
-class ViewSettings(BaseModel):
-    """Views in a recipe or card."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Literal["columns", "rows", "cross", "blocks", "random-pixels", "random-columns"]
-    width: Side | None = None
-    stride: Side = 1
-    wrap: bool = True
-    count: int = Field(default=1, ge=1, le=8)
-    keep: int | None = Field(default=None, ge=1, le=4096**2)
-    """Of random views: how many pixels or columns are shown."""
-
-    @property
-    def random(self) -> bool:
-        """Whether views are drawn, not numbered."""
-        return self.name.startswith("random-")
-
-    @model_validator(mode="after")
-    def _sizes(self) -> Self:
-        needed, foreign = ("keep", self.width) if self.random else ("width", self.keep)
-        if getattr(self, needed) is None:
-            raise ValueError(f"{self.name} need a {needed}")
-        if foreign is not None or (self.random and (self.stride, self.wrap, self.count) != (1, True, 1)):
-            raise ValueError(
-                f"{self.name} are described by their {needed}, not by {'width' if self.random else 'keep'}"
-            )
-        return self
-
-    @model_serializer
-    def values(self) -> dict[str, Any]:
-        """The settings that ``views.create`` takes."""
-        if self.random:
-            return {"name": self.name, "keep": self.keep}
-        return {name: getattr(self, name) for name in ("name", "width", "stride", "wrap", "count")}
-
-
-class Settings(BaseModel):
-    """Settings of a defense in a recipe or card."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SmoothingSettings(Settings):
-    """Derandomized smoothing."""
-
-    threshold: float | None = Field(default=0.3, ge=0, lt=1)
-    margin: Literal["location", "paper"] = "location"
-
-
-class RandomizedSettings(Settings):
-    """Randomized ablation; the paper's."""
-
-    samples: int = Field(default=10_000, ge=1, le=MAX_SAMPLES)
-    samples_to_pick: int = Field(default=1_000, ge=1, le=MAX_SAMPLES)
-    alpha: float = Field(default=0.05, gt=0, lt=1)
-    seed: int = Field(default=0, ge=0, lt=2**31)
-
-
-class PatchGuardSettings(Settings):
-    """PatchGuard. ``patch`` is what it is built for where no threat is given, or where it is ``fixed``, always."""
-
-    evidence: Literal["logits", "confidence", "sigmoid", "prediction"] | None = None
-    threshold: float = Field(default=0.0, ge=0, le=1)
-    clip: float | None = Field(default=None, gt=0)
-    patch: Side = 5
-    fixed: bool = False
-
-
-class ClippedBagNetSettings(Settings):
-    """Clipped BagNet."""
-
-    scale: float = Field(default=0.05, gt=0)
-    shift: float = 1.0
-
-
-class BagCertSettings(Settings):
-    """BagCert."""
-
-    threshold: float = Field(default=0.3, ge=0, lt=1)
-
-
-class DetectionSettings(Settings):
-    """PatchGuard++."""
-
-    threshold: float = Field(default=0.5, ge=0, lt=1)
-    patch: Side = 5
-
-
-class GradientSettings(Settings):
-    """Local gradients smoothing; the paper's."""
-
-    window: int = Field(default=15, ge=1, le=4096)
-    overlap: int = Field(default=5, ge=0, le=4096)
-    threshold: float = Field(default=0.1, ge=0, le=1)
-    smoothing: float = Field(default=2.3, ge=0)
-
-
-class WatermarkSettings(Settings):
-    """Digital watermarking."""
-
-    share: float = Field(default=0.1, gt=0, lt=1)
-    neighbours: float = Field(default=0.4, ge=0, le=1)
-    size: int | None = Field(default=None, ge=1, le=4095)
-
-
-PerAxis = Annotated[int, Field(ge=1, le=256)]
-Fill = Annotated[float, Field(ge=0, le=1)]
-
-
-class MaskSettings(Settings):
-    """Masks over the picture. ``patch`` is what they are made for where no threat is given."""
-
-    masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
-    stride: Side | tuple[Side, Side] | None = None
-    fill: Fill | tuple[Fill, ...] | None = None
-    patch: Side = 5
-
-
-class PatchCleanserSettings(MaskSettings):
-    """PatchCleanser. Without ``maps`` it stops as soon as the verdict is known."""
-
-    maps: bool = False
-
-
-class PatchCURESettings(Settings):
-    """PatchCURE. ``patch`` is what its masks are made for where no threat is given."""
-
-    masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
-    stride: PerAxis | tuple[PerAxis, PerAxis] | None = None
-    patch: Side = 5
-    maps: bool = False
-
-
-class MinorityReportsSettings(MaskSettings):
-    """Minority Reports."""
-
-    threshold: float = Field(default=0.5, ge=0, lt=1)
-
-
-SETTINGS: dict[str, type[Settings]] = {
-    "lgs": GradientSettings,
-    "dw": WatermarkSettings,
-    "derandomized-smoothing": SmoothingSettings,
-    "randomized-ablation": RandomizedSettings,
-    "patchguard": PatchGuardSettings,
-    "clipped-bagnet": ClippedBagNetSettings,
-    "bagcert": BagCertSettings,
-    "patchguard-plus-plus": DetectionSettings,
-    "interval-bounds": Settings,
-    "patchcleanser": PatchCleanserSettings,
-    "patchcure": PatchCURESettings,
-    "minority-reports": MinorityReportsSettings,
-    "undefended": Settings,
-}
-Method = Literal[
-    "lgs",
-    "dw",
-    "derandomized-smoothing",
-    "randomized-ablation",
-    "patchguard",
-    "clipped-bagnet",
-    "bagcert",
-    "patchguard-plus-plus",
-    "interval-bounds",
-    "patchcleanser",
-    "patchcure",
-    "minority-reports",
-    "undefended",
-]
-# Defenses of networks that read whole pictures, without views.
-PLAIN: dict[str, Callable[..., Any]] = {
-    "undefended": Undefended,
-    "interval-bounds": IntervalBounds,
-    "lgs": LocalGradientsSmoothing,
-    "dw": DigitalWatermarking,
-    "patchcleanser": PatchCleanser,
-    "patchcure": PatchCURE,
-    "minority-reports": MinorityReports,
-}
-BUILT_FOR_A_PATCH = ("patchguard", "patchguard-plus-plus", "patchcleanser", "patchcure", "minority-reports")
 
 
 class Described(BaseModel):
@@ -229,21 +29,28 @@ class Described(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    defense: Method = "derandomized-smoothing"
+    defense: str = "derandomized-smoothing"
     settings: dict[str, Any] = {}
     views: ViewSettings | None = None
-    """Bands or blocks; none for networks of local logits, whose views are their receptive fields, and for plain ones."""
+    """None for networks of whole pictures, and for those of local logits: their views are their receptive fields."""
     model: ModelSettings
+
+    @field_validator("defense")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"{name!r} is not known; use one of {', '.join(METHODS)}")
+        return name
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         settings = SETTINGS[self.defense].model_validate(self.settings)
         object.__setattr__(self, "settings", settings.model_dump(mode="json"))
         local = self.model.name in LOCAL
-        if local == (self.views is not None) and self.defense not in PLAIN:
+        if local == (self.views is not None) and self.defense not in WHOLE:
             needs = "has receptive fields of its own; leave views out" if local else "needs views"
             raise ValueError(f"{self.defense} with the network {self.model.name} {needs}")
-        if self.defense in PLAIN and (self.views is not None or local):
+        if self.defense in WHOLE and (self.views is not None or local):
             raise ValueError(f"{self.defense} reads whole pictures, without views; {self.model.name} cannot")
         if self.defense == "patchcure" and not self.model.name.startswith("shared-"):
             raise ValueError(
@@ -298,32 +105,15 @@ def build(card: Described, network: nn.Module, threat: Threat | None = None) -> 
             Where it is a sparse threat they are built for a patch of so many pixels a side, which never certifies more.
     """
     settings = dict(card.settings)
-    found = card.created_views()
     if card.defense in BUILT_FOR_A_PATCH:
         patch = settings.pop("patch")
         given = isinstance(threat, PatchThreat) and not settings.get("fixed")
         settings["threat"] = threat if given else PatchThreat(patch)
-    if card.defense in PLAIN:
-        return PLAIN[card.defense](network, **settings)
+    if card.defense not in WHOLE:
+        settings["views"] = card.random_views() or card.created_views()
     if card.defense == "patchguard":
         settings["clip"] = math.inf if settings["clip"] is None else settings["clip"]
-    return BUILDERS[card.defense](network, views=card.random_views() or found, **settings)
-
-
-BUILDERS: dict[str, Callable[..., Defense]] = {
-    "derandomized-smoothing": DerandomizedSmoothing,
-    "randomized-ablation": RandomizedAblation,
-    "patchguard": PatchGuard,
-    "clipped-bagnet": ClippedBagNet,
-    "bagcert": BagCert,
-    "patchguard-plus-plus": PatchGuardPlusPlus,
-}
-
-
-def sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return METHODS[card.defense](network, **settings)
 
 
 def read(folder: Path) -> Card:
@@ -402,20 +192,3 @@ def write(folder: Path, card: Card) -> None:
     temporary = folder / "card.json.part"
     temporary.write_text(json.dumps(card.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
     temporary.replace(folder / "card.json")
-
-
-def save_weights(folder: Path, network: nn.Module, dtype: torch.dtype) -> str:
-    """Write ``weights.safetensors`` with floating-point weights as ``dtype``; gives its sha256."""
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in network.state_dict().items()}
-    write_tensors(folder / "weights.safetensors", state)
-    return sha256(folder / "weights.safetensors")
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all. OSError where there is no room or permission."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -21,7 +21,7 @@ from certipatch.data.loading import DATA_VARIABLE
 from certipatch.defenses import Card, Defense, Evidence, RandomizedAblation, locate, open_defense, read_card
 from certipatch.defenses.around import Sheet
 from certipatch.defenses.base import ViewDefense
-from certipatch.defenses.card import write_tensors
+from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
 from certipatch.reproduce.table import NotRun, Share
 from certipatch.threats import PatchThreat

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from certipatch import devices
 from certipatch.defenses import IntervalBounds, RandomizedAblation, open_defense, read_card
-from certipatch.defenses.card import write_tensors
+from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
 from certipatch.reproduce.bench import PART, Bench, Outcomes, Wanted
 from certipatch.reproduce.interval_models import COMPARED, NETWORKS, OURS, RECIPES, STRATEGIES, Trained, trained

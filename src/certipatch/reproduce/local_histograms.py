@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from certipatch import attacks, devices
 from certipatch.attacks import Task, Victim
 from certipatch.defenses import Undefended
-from certipatch.defenses.card import write_tensors
+from certipatch.defenses.weights import write_tensors
 from certipatch.evidence import PIXELS
 from certipatch.reproduce import local_logits, plots
 from certipatch.reproduce.attacked import Strength, Target, pictures_of, target

@@ -15,7 +15,7 @@ from torch import Tensor
 from certipatch import evidence as ev
 from certipatch.defenses import Defense, open_defense, read_card
 from certipatch.defenses.base import ViewDefense
-from certipatch.defenses.card import PatchGuardSettings
+from certipatch.defenses.settings import PatchGuardSettings
 from certipatch.models import receptive_fields
 from certipatch.reproduce import masking
 from certipatch.reproduce.bench import Bench, Wanted, evidence_of

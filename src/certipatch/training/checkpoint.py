@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from certipatch.defenses.card import write_tensors
+from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
 
 

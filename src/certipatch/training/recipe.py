@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from certipatch.defenses.card import PLAIN, Described, Side
+from certipatch.defenses.card import Described
+from certipatch.defenses.methods import WHOLE
+from certipatch.defenses.settings import Side
 from certipatch.errors import InputError, problem
 from certipatch.models import LOCAL
 from certipatch.threats import PatchThreat, SparseThreat, Threat
@@ -220,7 +222,7 @@ class Recipe(Described):
             raise ValueError("halving begins when intervals are whole; it needs interval")
         if self.model.name in LOCAL and asked.views_per_step != "all":
             raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
-        if self.defense in PLAIN and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):
+        if self.defense in WHOLE and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):
             raise ValueError("a network without views has no margin to raise; use cross_entropy alone")
         if self.augment.crop is not None and (self.model.name != "bagnet" or self.model.resize):
             raise ValueError("augment.crop is for networks of any picture size: a bagnet without resize")

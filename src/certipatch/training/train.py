@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from certipatch import devices
 from certipatch.data import Pictures, load
 from certipatch.defenses import card as cards
+from certipatch.defenses.weights import save_weights
 from certipatch.errors import InputError
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, start
@@ -143,7 +144,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     card = blank
     if fabric.global_rank == 0:
         spent = seconds + time.monotonic() - started
-        digest = cards.save_weights(out, network, getattr(torch, recipe.weights))
+        digest = save_weights(out, network, getattr(torch, recipe.weights))
         training = {
             "identity": identity,
             "seconds": round(spent, 1),
