@@ -11,7 +11,8 @@ import pytest
 import certipatch as cp
 from certipatch.defenses import open_defense
 from certipatch.evaluation.claim import claim
-from certipatch.evaluation.run import PART, Job, store
+from certipatch.evaluation.evaluate import Job, store
+from certipatch.evaluation.run import PART
 
 GROUP = "certify 250 pictures, and store what was found"
 

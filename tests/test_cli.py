@@ -354,12 +354,12 @@ def test_no_permission_to_write(certipatch, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_exits_with_130(certipatch, tmp_path, monkeypatch):
-    from certipatch.evaluation import run
+    from certipatch.evaluation import evaluate
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "write_part", interrupted)
+    monkeypatch.setattr(evaluate, "write_part", interrupted)
     command = ("evaluate", "--defense", "model", "--data", "stripes", "--patch", "2", "--out", tmp_path / "run")
     code, _, err = certipatch(*command)
     assert code == 130

@@ -16,7 +16,7 @@ from certipatch.cli.work import evaluate_into
 from certipatch.errors import InputError
 from certipatch.evaluation import run
 from certipatch.evaluation.metrics import wilson
-from certipatch.evaluation.records import stored_evidence
+from certipatch.evaluation.records import read_evidence, read_records, stored_evidence
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.training import read, train
 
@@ -42,7 +42,7 @@ def evaluate(home: Path, out: Path, threat=None, **options):
 def test_the_summary_counts_all_pictures(home, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PART", 7)
     summary = evaluate(home, tmp_path / "run")
-    records = run.read_records(tmp_path / "run").to_pylist()
+    records = read_records(tmp_path / "run").to_pylist()
     assert len(records) == summary["images"] == 40
     assert [record["index"] for record in records] == list(range(40))
     right = [record["label"] == record["target"] for record in records]
@@ -77,11 +77,11 @@ def test_the_summary_counts_all_pictures(home, tmp_path, monkeypatch):
 
 def test_stored_evidence_gives_the_same_certificates(home, tmp_path):
     evaluate(home, tmp_path / "run")
-    records = run.read_records(tmp_path / "run")
+    records = read_records(tmp_path / "run")
     from certipatch import defenses
 
     defense = defenses.load(str(home / "model"))
-    stored = stored_evidence(run.read_evidence(tmp_path / "run"), 12, 3, (12, 12))
+    stored = stored_evidence(read_evidence(tmp_path / "run"), 12, 3, (12, 12))
     found = defense.certificate(stored, PatchThreat(2))
     assert found.label.tolist() == records["label"].to_pylist()
     assert found.margin.amin(1).tolist() == records["margin"].to_pylist()
@@ -91,9 +91,9 @@ def test_killed_while_it_runs_it_resumes_to_the_same_bytes(home, tmp_path, monke
     monkeypatch.setattr(run, "PART", 3)
     whole = evaluate(home, tmp_path / "whole")
     script = (
-        "import sys, time; from certipatch.evaluation import run; run.PART = 3; write = run.write_part\n"
+        "import sys, time; from certipatch.evaluation import evaluate, run; run.PART = 3; write = evaluate.write_part\n"
         "def slow(*part): time.sleep(0.1); write(*part)\n"
-        "run.write_part = slow\n"
+        "evaluate.write_part = slow\n"
         "from certipatch.cli import main; main()"
     )
     command = [sys.executable, "-c", script, "evaluate", "--defense", str(home / "model")]
@@ -151,7 +151,7 @@ def test_a_corrupt_part_is_made_again(home, tmp_path, monkeypatch):
 
 def test_a_sparse_threat_has_no_place(home, tmp_path):
     evaluate(home, tmp_path / "run", SparseThreat(1), limit=5)
-    assert run.read_records(tmp_path / "run")["weakest_top"].to_pylist() == [None] * 5
+    assert read_records(tmp_path / "run")["weakest_top"].to_pylist() == [None] * 5
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (523, 1000), (1, 3)])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support import RECIPE, write_parquet, write_recipe
 
 from certipatch.cli.work import evaluate_into
+from certipatch.data import Pictures
 from certipatch.errors import InputError
 from certipatch.evaluation import records, run
 from certipatch.threats import PatchThreat
@@ -67,7 +68,7 @@ def test_several_processes_give_the_summary_of_one(home, whole, forks, tmp_path,
 
 
 SLOW = {  # so that every worker gets some parts
-    "certipatch.evaluation.run.write_part": "lambda *part: (__import__('time').sleep(0.1), "
+    "certipatch.evaluation.evaluate.write_part": "lambda *part: (__import__('time').sleep(0.1), "
     "__import__('certipatch.evaluation.records').evaluation.records.write_part(*part))"
 }
 
@@ -129,11 +130,11 @@ def test_an_error_is_told_once_and_ends_all(home, whole, forks, tmp_path):
 
 def test_other_pictures_on_another_host_are_refused(home, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PART", 4)
-    sha256 = run.Pictures.sha256
-    monkeypatch.setattr(run.Pictures, "sha256", lambda self, i: sha256(self, i) if i != 6 else "0" * 64)
+    sha256 = Pictures.sha256
+    monkeypatch.setattr(Pictures, "sha256", lambda self, i: sha256(self, i) if i != 6 else "0" * 64)
     arguments = (str(home / "model"), str(home / "stripes"), PatchThreat(2), None, None, lambda *_: None)
     evaluate_into(tmp_path / "run", *arguments)  # the other host's records
-    monkeypatch.setattr(run.Pictures, "sha256", sha256)
+    monkeypatch.setattr(Pictures, "sha256", sha256)
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(InputError, match="picture 6 of stripes"):
         evaluate_into(tmp_path / "run", *arguments)

@@ -16,8 +16,9 @@ from certipatch.defenses import METHODS, Card, locate, read_card
 from certipatch.defenses.around import Sheet
 from certipatch.errors import InputError
 from certipatch.evaluation import attack as attacking
-from certipatch.evaluation import files, run
+from certipatch.evaluation import files
 from certipatch.evaluation.claim import FREE, difference, plain
+from certipatch.evaluation.evaluate import Job, summarize
 from certipatch.models.adapters import NAMES, is_adapter
 from certipatch.report.attack_page import of_attack
 from certipatch.threats import PatchThreat, Threat, threat_from_dict
@@ -56,7 +57,7 @@ def rebuild(out: Path, data: str | None = None, model: str | None = None) -> Pat
     return out / "report.html"
 
 
-def open_run(out: Path, data: str | None = None, model: str | None = None) -> tuple[run.Job, dict[str, Any]]:
+def open_run(out: Path, data: str | None = None, model: str | None = None) -> tuple[Job, dict[str, Any]]:
     """The job of a finished evaluation, ready to be looked at, and its summary, counted again from the records.
 
     Errors: as ``rebuild``.
@@ -70,10 +71,10 @@ def open_run(out: Path, data: str | None = None, model: str | None = None) -> tu
     defense, card, pictures, fingerprint = _opened(out, config, threat, data, model)
     name, device = _text(out, config, "defense"), devices.default()
     defense.to(device)
-    job = run.Job(defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
+    job = Job(defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
     _same(out, config, job.config(fingerprint))
     with _settings_of(out):
-        summary = run.summarize(config, out, defense)
+        summary = summarize(config, out, defense)
     return job, summary
 
 

@@ -28,6 +28,7 @@ from certipatch.defenses.around import Sheet, around, frame
 from certipatch.errors import InputError
 from certipatch.evaluation import files, run
 from certipatch.evaluation.claim import sweep
+from certipatch.evaluation.evaluate import Job, evaluate
 from certipatch.models.adapters import is_adapter, open_model
 from certipatch.threats import PatchThreat, Threat
 from certipatch.versions import versions
@@ -60,13 +61,13 @@ def evaluate_into(
     check_classes(pictures, card.classes, name)
     defense.to(device)
     opened, part = model_name or defense_name, part or run.PART
-    job = run.Job(
+    job = Job(
         defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device, opened, part
     )
     check_shape(job.pictures.pixels([0])[0].shape, card, pictures.name)
     if not (out / "summary.json").exists():
         defense.quicken(pictures.images(range(1)).to(device), -(-len(pictures) // crew.count))
-    summary = run.evaluate(job, out, progress, crew)
+    summary = evaluate(job, out, progress, crew)
     if crew.first and not (out / "report.html").exists():
         files.write_text(out / "report.html", report.of_run(job, out, summary))
     if crew.first:

@@ -304,7 +304,7 @@ def _counts(records: pa.Table) -> dict[str, int]:
     return {name: int(which.sum()) for name, which in counts.items()}
 
 
-def _timing(job: AttackJob, images: int, seconds: float) -> dict[str, Any]:
+def _timing(job: AttackJob, out: Path, images: int, seconds: float) -> dict[str, Any]:
     return {
         "images_per_second": round(images / max(seconds, 1e-9), 3),
         "seconds": round(seconds, 1),

@@ -13,65 +13,23 @@ when there are none left; the first waits for the others' parts, makes those tha
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import pyarrow as pa
 import torch
 
-from certipatch.certificate import Certificate
-from certipatch.data import Pictures
-from certipatch.defenses.base import Defense, Evidence
 from certipatch.errors import InputError
 from certipatch.evaluation.claim import FREE, claim, difference, parts, plain, sweep
 from certipatch.evaluation.files import write_json
-from certipatch.evaluation.metrics import wilson
-from certipatch.evaluation.records import (
-    RECORD,
-    evidence_rows,
-    part_path,
-    read_evidence,
-    read_part,
-    read_records,
-    write_part,
-)
-from certipatch.threats import Threat
+from certipatch.evaluation.records import part_path, read_part
 from certipatch.versions import versions
 from certipatch.workers import Workers
 
-CPU = torch.device("cpu")
 PART = 250  # pictures per record file; the batch that a killed run loses
 PATIENCE = 120.0  # seconds without a new part, or four times the longest, after which the first worker makes it itself
 Progress = Callable[[int, int, str], None]
-
-
-@final
-@dataclass(frozen=True)
-class Job:
-    """What is evaluated: a defense with its identity, pictures, and a threat."""
-
-    defense: Defense
-    defense_name: str
-    model_sha256: str
-    image_size: tuple[int, int]
-    class_names: tuple[str, ...]
-    pictures: Pictures
-    threat: Threat
-    seed: int = 0
-    device: torch.device = CPU
-    opened: str | None = None
-    """What the user called the model: a zoo name or a folder."""
-    part: int = field(default_factory=lambda: PART)
-    """Pictures per record file."""
-
-    def config(self, dataset_sha256: str | None = None) -> dict[str, Any]:
-        """All settings, as plain values; ``source``, ``model`` and ``versions`` tell where from and with what.
-
-        ``dataset_sha256`` is computed from all pictures, unless it is given.
-        """
-        return configuration("evaluate", self, dataset_sha256, threat=self.threat.to_dict())
 
 
 def configuration(command: str, job: Any, dataset_sha256: str | None, **own: Any) -> dict[str, Any]:
@@ -105,20 +63,13 @@ class Kind:
 
     make: job, run folder, configuration, first picture, and what to tell when further pictures of the part are done →
     the part's records, written. counts: how many pictures of some records have which outcomes, by name. summarize:
-    configuration, run folder, defense → summary. timing: job, pictures, seconds → speed.
+    configuration, run folder, defense → summary. timing: job, run folder, pictures, seconds → speed.
     """
 
     make: Callable[[Any, Path, dict[str, Any], int, Callable[[int], None]], pa.Table]
     counts: Callable[[pa.Table], dict[str, int]]
     summarize: Callable[[dict[str, Any], Path, Any], dict[str, Any]]
-    timing: Callable[[Any, int, float], dict[str, Any]]
-
-
-def evaluate(
-    job: Job, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
-) -> dict[str, Any]:
-    """Certify every picture of ``job`` into the run folder ``out``; gives the summary. As ``work``."""
-    return work(job, EVALUATE, out, progress, workers)
+    timing: Callable[[Any, Path, int, float], dict[str, Any]]
 
 
 def work(
@@ -172,40 +123,10 @@ def work(
         seconds, missing, count = time.monotonic() - started, [0], 1
     if missing:
         evaluated = sum(len(_indices(config, first)) for first in missing)
-        timing = kind.timing(job, evaluated, seconds)
-        timing = _over_all(timing, out) if kind is EVALUATE else timing
+        timing = kind.timing(job, out, evaluated, seconds)
         write_json(out / "timing.json", timing | {"workers": count})
     write_json(out / "summary.json", summary)
     sweep(out)
-    return summary
-
-
-def summarize(config: dict[str, Any], out: Path, defense: Defense) -> dict[str, Any]:
-    """The summary of a run whose records are complete. The same records give the same bytes."""
-    records = read_records(out)
-    right = np.asarray(records["label"]) == np.asarray(records["target"])
-    right &= ~np.asarray(records["alarm"])
-    robust = right & np.asarray(records["certified"])
-    n = len(right)
-    summary = {key: config[key] for key in ("defense", "model_sha256", "dataset", "split", "images", "threat")}
-    summary |= {
-        "notion": defense.notion,
-        "theorem": defense.theorem,
-        "confidence": defense.confidence,
-        "clean_accuracy": int(right.sum()) / n,
-        "clean_ci95": wilson(int(right.sum()), n),
-        "certified_accuracy": int(robust.sum()) / n,
-        "certified_ci95": wilson(int(robust.sum()), n),
-        "seed": config["seed"],
-        "versions": config["versions"],
-    }
-    if config["dataset_note"]:
-        summary["dataset_note"] = config["dataset_note"]
-    sides = read_evidence(out, ["largest_patch"])["largest_patch"].to_pylist()
-    largest = np.array([-1 if side is None else side for side in sides])
-    if (largest >= 0).all():
-        sides = range(1, min(config["image_size"]) + 1)
-        summary["certified_by_patch"] = {str(side): int((right & (largest >= side)).sum()) / n for side in sides}
     return summary
 
 
@@ -275,85 +196,3 @@ def part_of(job: Any, config: dict[str, Any], first: int) -> tuple[range, torch.
             f"reads {job.image_size[0]}x{job.image_size[1]}"
         )
     return indices, images.to(job.device)
-
-
-def _make(job: Job, out: Path, config: dict[str, Any], first: int, notify: Callable[[int], None]) -> pa.Table:
-    """Evaluate a part, and write it."""
-    indices, images = part_of(job, config, first)
-    evidence = job.defense.evidence(images)
-    found, largest = job.defense.certificate(evidence, job.threat), job.defense.largest_patch(evidence)
-    return store(
-        job, out, config, indices, evidence, found, [None] * len(indices) if largest is None else largest.tolist()
-    )
-
-
-def store(
-    job: Job,
-    out: Path,
-    config: dict[str, Any],
-    indices: range,
-    evidence: Evidence,
-    found: Certificate,
-    largest: list[int | None],
-) -> pa.Table:
-    """Write a part; gives its records."""
-    records = _records(job, indices, found, evidence)
-    write_part(out, config, records, evidence_rows(list(indices), evidence, largest))
-    return records
-
-
-def _records(job: Job, indices: range, found: Certificate, evidence: Evidence) -> pa.Table:
-    weakest = found.weakest.tolist()
-    boxes = [found.box(location) or (None,) * 4 for location in weakest]
-    n = len(indices)
-    return pa.table(
-        {
-            "index": list(indices),
-            "sha256": [job.pictures.sha256(i) for i in indices],
-            "target": job.pictures.labels[indices.start : indices.stop].tolist(),
-            "label": found.label.tolist(),
-            "alarm": [False] * n if found.alarm is None else found.alarm.tolist(),
-            "certified": found.certified.tolist(),
-            "margin": found.margin.amin(1).tolist(),
-            **{
-                f"weakest_{side}": [box[i] for box in boxes]
-                for i, side in enumerate(("top", "left", "height", "width"))
-            },
-            "passes": [job.defense.forward_passes(job.image_size)] * n
-            if evidence.passes is None
-            else evidence.passes.tolist(),
-        },
-        RECORD,
-    )
-
-
-def _counts(records: pa.Table) -> dict[str, int]:
-    right = (np.asarray(records["label"]) == np.asarray(records["target"])) & ~np.asarray(records["alarm"])
-    return {"clean": int(right.sum()), "certified": int((right & np.asarray(records["certified"])).sum())}
-
-
-def _over_all(timing: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Speed with the mean number of passes over all pictures, where pictures differ in that."""
-    mean = float(np.mean(np.asarray(read_records(out)["passes"])))
-    if (one := timing["forward_passes_per_image"]) == mean:
-        return timing
-    adds = round(timing["multiply_adds_per_image"] * mean / one)
-    return timing | {"forward_passes_per_image": round(mean, 2), "multiply_adds_per_image": adds}
-
-
-def _timing(job: Job, images: int, seconds: float) -> dict[str, Any]:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    probe = job.pictures.images(range(1)).to(job.device)
-    with FlopCounterMode(display=False) as counter, job.defense.as_given():
-        evidence = job.defense.evidence(probe)
-    passes = job.defense.forward_passes(job.image_size) if evidence.passes is None else int(evidence.passes.sum())
-    return {
-        "images_per_second": round(images / max(seconds, 1e-9), 2),
-        "forward_passes_per_image": passes,
-        "multiply_adds_per_image": counter.get_total_flops() // 2,
-        "device": f"{probe.device.type}, {torch.get_num_threads()} threads",
-    }
-
-
-EVALUATE = Kind(_make, _counts, summarize, _timing)
