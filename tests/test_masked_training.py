@@ -117,7 +117,39 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     assert loss(pictures, targets, 0.2, draw).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("asked", [{"strategy": "greedy"}, {"draws": 3}, {}])
+def test_tries_follow_the_gradient_and_all_of_them_are_the_greedy_choice():
+    torch.manual_seed(0)
+    network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
+    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
+    fine, nothing = masks.levels[-1], torch.zeros(16, *SIZE, dtype=torch.bool)
+    every, few = (
+        MaskLoss(network, network, masks, MaskTraining(strategy="greedy", tries=tries), 0.5) for tries in (len(fine), 2)
+    )
+    plain = MaskLoss(network, network, masks, MaskTraining(strategy="greedy"), 0.5)
+    assert torch.equal(every.worst(pictures, targets), plain.worst(pictures, targets))
+    hidden = fine[torch.arange(16) % len(fine)]
+    gains = few.gains(pictures, targets, hidden)
+    assert torch.all(gains[torch.arange(16), torch.arange(16) % len(fine)] == 0)  # that mask lies there already
+    assert not any(parameter.grad is not None for parameter in network.parameters())
+    assert network.training
+    with torch.no_grad():  # towards the mask by a small share of the way, the loss grows by that share of the gain
+        before, share = plain.losses(pictures, targets, nothing), 1e-3
+        gains = few.gains(pictures, targets, nothing)
+        network.eval()
+        for mask, gain in zip(fine, gains.T, strict=True):
+            moved = pictures + share * mask * (0.5 - pictures)
+            grown = F.cross_entropy(network(moved), targets, reduction="none") - before
+            assert torch.allclose(grown / share, gain, atol=2e-2)
+    network.train()
+    hidden = few.worst(pictures, targets)
+    reached, best = (plain.losses(pictures, targets, some).mean() for some in (hidden, plain.worst(pictures, targets)))
+    drawn = [
+        plain.losses(pictures, targets, masks.random(16, torch.Generator().manual_seed(i))).mean() for i in range(5)
+    ]
+    assert max(drawn) < reached <= best + 1e-6
+
+
+@pytest.mark.parametrize("asked", [{"strategy": "greedy"}, {"strategy": "greedy", "tries": 2}, {"draws": 3}, {}])
 def test_masks_lie_where_the_pictures_are(asked):
     """On a device without data: whatever lay elsewhere could not meet it."""
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8), depth=3).to("meta")
@@ -201,9 +233,10 @@ VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
         {},
         {"model": VIT, "epochs": 1},
         {"defense": "patchcure", "model": SHARED, "epochs": 1},
+        {"masking": {"strategy": "greedy", "tries": 2}, "precision": "bf16-mixed", "epochs": 1},
         {"defense": "minority-reports", "masking": {"strategy": "random"}, "epochs": 1},
     ],
-    ids=["conv", "vit", "shared front", "minority reports"],
+    ids=["conv", "vit", "shared front", "tries", "minority reports"],
 )
 def test_recipes_train_any_network(changes, tmp_path):
     data = write_parquet(tmp_path / "data")
@@ -267,6 +300,8 @@ def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity()
                              ({"masking": {}, "objective": {"patch": 3}}, "masking stands instead of objective"),
                              ({"masking": {"coarse": [3]}}, "belong to strategy: greedy"),
                              ({"masking": {"strategy": "greedy", "coarse": [4, 2]}}, "from few masks per axis to many"),
+                             ({"masking": {"tries": 3}}, "belong to strategy: greedy"),
+                             ({"masking": {"strategy": "greedy", "coarse": [2], "tries": 3}}, "coarse to fine or by tries"),
                              ({"masking": {"strategy": "best"}}, "'random' or 'greedy'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Recipe(**fields | changes)

@@ -2,11 +2,14 @@
 
 A certificate of double masking asks that the answer stays under every two masks. PatchCleanser (Xiang et al., USENIX Security
 2022) trains on pictures with two random ones; Saha et al. (TMLR 2023, Greedy Cutout) with the one of largest loss and, that laid
-over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2.
+over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2. ``tries`` looks at a few masks only, those
+whose loss would grow most if it were linear: along its gradient g with respect to the picture x, a mask that paints the value f
+adds about the sum of g·(f − x) over its pixels.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
 
 import torch
@@ -86,7 +89,7 @@ class Masks:
 
     @property
     def evaluations(self) -> int:
-        """Forward passes that the greedy choice costs a picture."""
+        """Forward passes that the greedy choice from coarse to fine costs a picture."""
         return 2 * (len(self.levels[0]) + sum(table.shape[1] for table in self.children))
 
     def random(self, batch: int, draw: torch.Generator) -> Bool[Tensor, "B H W"]:
@@ -96,7 +99,11 @@ class Masks:
         return fine[one] | fine[other]
 
     def worst(
-        self, losses: Callable[[Int64[Tensor, " n"], Bool[Tensor, "n H W"]], Float[Tensor, " n"]], batch: int, step: int
+        self,
+        losses: Callable[[Int64[Tensor, " n"], Bool[Tensor, "n H W"]], Float[Tensor, " n"]],
+        batch: int,
+        step: int,
+        tried: Callable[[Bool[Tensor, "B H W"]], Int64[Tensor, "B c"]] | None = None,
     ) -> Bool[Tensor, "B H W"]:
         """The mask of largest loss, and with it laid, the second mask of largest loss: what they hide together.
 
@@ -106,13 +113,16 @@ class Masks:
             losses: of pictures (n,) under masks (n, H, W).
             batch: B, the pictures.
             step: pairs of a picture and a mask that are looked at together.
+            tried: the masks of the finest level that are looked at where some pixels are hidden already; None for all.
         """
+        levels = self.levels if tried is None else self.levels[-1:]
         hidden = torch.zeros_like(self.levels[0][:1]).repeat(batch, 1, 1)
         device = hidden.device
         for _ in range(2):
-            candidates = torch.arange(len(self.levels[0]), device=device).expand(batch, -1)
+            every = torch.arange(len(levels[0]), device=device).expand(batch, -1)
+            candidates = every if tried is None else tried(hidden)
             worst = candidates[:, 0]
-            for level, masks in enumerate(self.levels):
+            for level, masks in enumerate(levels):
                 picture = torch.arange(batch, device=device).repeat_interleave(candidates.shape[1])
                 chosen = candidates.flatten()
                 found = [
@@ -121,10 +131,22 @@ class Masks:
                 ]
                 best = torch.cat(found).view(candidates.shape).argmax(1, keepdim=True)
                 worst = candidates.gather(1, best)[:, 0]
-                if level < len(self.children):
+                if level + 1 < len(levels):
                     candidates = self.children[level][worst]
             hidden = hidden | self.levels[-1][worst]
         return hidden
+
+
+@contextmanager
+def as_served(network: nn.Module) -> Iterator[None]:
+    """In eval mode, so that statistics stay those of the pictures that are trained on; then as before."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @final
@@ -137,10 +159,20 @@ class MaskLoss:
         masks: from coarse to fine.
         asked: what the recipe says.
         fill: what masks are painted with.
+        precision: in which gradients of pictures are taken: that of ``module``.
     """
 
-    def __init__(self, network: nn.Module, module: nn.Module, masks: Masks, asked: MaskTraining, fill: Fill):
+    def __init__(
+        self,
+        network: nn.Module,
+        module: nn.Module,
+        masks: Masks,
+        asked: MaskTraining,
+        fill: Fill,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ):
         self.network, self.module, self.masks, self.asked, self.fill = network, module, masks, asked, fill
+        self.precision = precision
         self.encoding = getattr(network, "encoding", "picture")
 
     def __call__(
@@ -159,7 +191,23 @@ class MaskLoss:
         def losses(picture: Tensor, hidden: Tensor) -> Tensor:
             return self.losses(images[picture], targets[picture], hidden)
 
-        return self.masks.worst(losses, len(images), 4 * len(images))
+        def tried(hidden: Tensor) -> Tensor:
+            assert self.asked.tries is not None
+            return self.gains(images, targets, hidden).topk(self.asked.tries, 1).indices
+
+        return self.masks.worst(losses, len(images), 4 * len(images), None if self.asked.tries is None else tried)
+
+    def gains(
+        self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], hidden: Bool[Tensor, "B H W"]
+    ) -> Float[Tensor, "B M"]:
+        """What each further mask would add to a picture's loss if the loss were linear in what the network reads."""
+        shown = laid_over(self.encoding, images, hidden, self.fill).requires_grad_()
+        blank = laid_over(self.encoding, images, torch.ones_like(hidden), self.fill)
+        with as_served(self.network), torch.enable_grad(), self.precision():
+            loss = F.cross_entropy(self.network(shown).float(), targets, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, shown)
+        change = (gradient * (blank - shown.detach())).sum(1).flatten(1)
+        return change @ self.masks.levels[-1].flatten(1).to(change.dtype).T
 
     def drawn(
         self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], draws: int, draw: torch.Generator
@@ -174,13 +222,8 @@ class MaskLoss:
     @torch.no_grad()
     def answers(self, images: Float[Tensor, "N C H W"], hidden: Bool[Tensor, "N H W"]) -> Float[Tensor, "N K"]:
         """Logits of pictures under masks, in the weights as they are now, in eval mode."""
-        modes = [(module, module.training) for module in self.network.modules()]
-        self.network.eval()  # statistics stay those of the pictures that are trained on
-        try:
+        with as_served(self.network):
             return self.module(laid_over(self.encoding, images, hidden, self.fill)).float()
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def losses(self, images: Tensor, targets: Tensor, hidden: Bool[Tensor, "N H W"]) -> Float[Tensor, " N"]:
         """Their cross entropy."""

@@ -120,6 +120,8 @@ class MaskTraining(BaseModel):
     """Two random masks (Xiang et al. 2022), or the worst one and the worst beside it (Saha et al. 2023)."""
     coarse: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(default=(), max_length=3)
     """Of ``greedy``: masks per axis of larger masks that are tried first; then only those within the worst of them."""
+    tries: int | None = Field(default=None, ge=1, le=64)
+    """Of ``greedy``: how many masks are tried for each of the two, those of largest gain along the gradient; None for all."""
     greedy_from: float = Field(default=0.0, ge=0, le=1)
     """Of ``greedy``: share of the training after which masks are the worst ones; before it they are random."""
     draws: int = Field(default=1, ge=1, le=64)
@@ -131,8 +133,10 @@ class MaskTraining(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "MaskTraining":
-        if self.strategy == "random" and (self.coarse or self.greedy_from):
-            raise ValueError("coarse and greedy_from belong to strategy: greedy")
+        if self.strategy == "random" and (self.coarse or self.greedy_from or self.tries):
+            raise ValueError("coarse, tries and greedy_from belong to strategy: greedy")
+        if self.coarse and self.tries:
+            raise ValueError("masks are found from coarse to fine or by tries along the gradient, not both")
         if list(self.coarse) != sorted(set(self.coarse)):
             raise ValueError("coarse goes from few masks per axis to many")
         return self

@@ -92,7 +92,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     _check_same_start(fabric, first, out)
     module, stepped = fabric.setup(trained, optimizer)
     optimizer.load_state_dict(optimizer.state_dict())  # what a checkpoint brought goes to where the parameters now are
-    loss_of = _loss(recipe, blank, network, module, fabric.device)
+    loss_of = _loss(recipe, blank, network, module, fabric)
     if fabric.device.type != "cpu" and every.numel() <= ON_THE_DEVICE:
         every, targets = every.to(fabric.device), targets.to(fabric.device)
     train_count = len(every) - recipe.holdout
@@ -228,17 +228,17 @@ def _schedule(share: float, warmup: float) -> float:
 
 
 def _loss(
-    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device
+    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, fabric: Fabric
 ) -> Callable[[Tensor, Tensor, float, torch.Generator], Tensor]:
     """The recipe's loss as a function of (images, targets, share of the training done, generator)."""
     if recipe.interval is not None:
         return module
     if recipe.masking is not None:
-        return _masked(recipe, card, network, module, device)
-    return view_loss(recipe, card, network, module, device)
+        return _masked(recipe, card, network, module, fabric)
+    return view_loss(recipe, card, network, module, fabric.device)
 
 
-def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, device: torch.device) -> MaskLoss:
+def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, fabric: Fabric) -> MaskLoss:
     """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
     asked, settings = recipe.masking, recipe.settings
     assert asked is not None
@@ -246,5 +246,9 @@ def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Mod
     threat = PatchThreat(settings["patch"])
     levels = [*(mask_set([threat], card.image_size, (k, k)) for k in asked.coarse), finest]
     fill = settings.get("fill")
+    if (asked.tries or 0) > len(finest):
+        raise InputError(
+            f"masking.tries: {asked.tries} of {len(finest)} masks cannot be tried; leave it out to try all"
+        )
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
-    return MaskLoss(network, module, Masks(levels, device), asked, fill)
+    return MaskLoss(network, module, Masks(levels, fabric.device), asked, fill, fabric.autocast)
