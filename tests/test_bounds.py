@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support import write_parquet, write_recipe
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from certipatch import cli, models
 from certipatch.bounds import (
@@ -111,6 +112,21 @@ class Viewed(nn.Module):
         return self.head(F.leaky_relu(self.fc(x), 0.1))
 
 
+class Twice(nn.Module):
+    """Constants on either side, signs, and a flattened map that two layers read behind a dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.tensor([0.5, 0.4])[:, None, None])
+        self.conv, self.drop = conv(2, 3, 3), nn.Dropout(0.3)
+        self.one, self.two, self.head = nn.Linear(126, 5), nn.Linear(126, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        x = -self.conv(self.shift + 0.5 * (1.5 - x).mul(2.0).sub(self.shift)).relu()
+        x = self.drop(x.view(-1, 126))
+        return self.head(torch.relu(self.one(x)) + torch.relu(self.two(x)))
+
+
 class Spread(nn.Module):
     """A pooled map that is spread over the map that it is added to."""
 
@@ -130,6 +146,7 @@ def nets():
     for name, pool in {"maximum": nn.MaxPool2d(SIZE), "mean": nn.AvgPool2d(SIZE), "rows": nn.MaxPool2d((1, 8))}.items():
         found[f"{name} spread over the map"] = Spread(pool).double().eval()
     found["view and functions"] = Viewed().double().eval()
+    found["read twice, constants on the left"] = Twice().double().eval()
     for depth in (2, 4):
         found[f"cnn {depth}"] = created(name="cnn", depth=depth).double()
     found["mlp"] = created(name="mlp", widths=(9,)).double()
@@ -432,6 +449,23 @@ class Calls(nn.Module):
         return self.head(torch.flatten(self.function(self.conv(x)), 1))
 
 
+class Scaled(nn.Module):
+    """A constant that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma, self.head = nn.Parameter(torch.ones(1)), nn.Linear(144, 3)
+
+    def forward(self, x):
+        return self.head(torch.flatten(x * (1 + self.gamma), 1))
+
+
+def added_to(x):
+    kept = x
+    x += x.relu()
+    return kept * 1.0
+
+
 def overwritten(x):
     y = F.relu(x, inplace=True)
     return x + y
@@ -453,6 +487,9 @@ def overwritten(x):
         (lambda: Calls(lambda x: x / 0), "divides by 0"),
         (lambda: Calls(lambda x: x.transpose(2, 3)), "transpose"),
         (lambda: Calls(overwritten), "overwrites"),
+        (lambda: Calls(added_to), "iadd.*overwrites"),
+        (Scaled, "add: of constants alone"),
+        (lambda: Calls(lambda x: x.view(-1, 63)), "126 values of a picture are no row of 63"),
         (lambda: Calls(lambda x: x if x.sum() > 0 else -x), "cannot be traced"),
         (lambda: Calls(lambda x: x + torch.ones(7, 6)), "cannot be traced|add"),
         (lambda: headed(nn.BatchNorm2d(2)).train(), "BatchNorm2d.*eval"),
@@ -531,11 +568,29 @@ def test_a_bound_of_exactly_zero_is_not_certified():
         assert IntervalBounds(net).largest_patch(IntervalBounds(net).evidence(pictures().to(dtype))).tolist() == [0, 0]
 
 
-def hooked():
-    """A layer that is not what its weights say, where tracing cannot see it."""
+def hooked(which):
+    """A layer that is not what its weights say, where tracing cannot see it; or the whole network."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval()
-    net[1].register_forward_hook(lambda layer, inputs, answer: answer + 0.1 * torch.sin(inputs[0].sum()))
+    which(net).register_forward_hook(lambda layer, inputs, answer: answer.clamp(max=6))
     return net
+
+
+def replaced():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval()
+    own = net[1].forward
+    net[1].forward = lambda x: own(x).clamp(max=6)
+    return net
+
+
+class Sly(nn.Module):
+    """Another network where it is served."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(144, 3)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) * (1.5 if torch.is_inference_mode_enabled() else 1.0)
 
 
 @pytest.mark.parametrize(
@@ -544,12 +599,64 @@ def hooked():
         (lambda: robust().train(), "training mode"),
         (lambda: headed(conv(2, 2, 3), nn.GELU()), "GELU"),
         (lambda: models.ResNet18(2, 3, (4, 4), 1).eval(), "views"),
-        (lambda: hooked(), "differ from those of its layers"),
+        (lambda: Sly().eval(), "differ from those of its layers"),
+        (lambda: hooked(lambda net: net[1]), r"layer 1 \(Linear\): it has a hook"),
+        (lambda: hooked(lambda net: net), r"layer network \(Sequential\): it has a hook"),
+        (replaced, r"layer 1 \(Linear\): its forward was replaced"),
     ],
 )
 def test_models_that_break_the_theorem_are_refused(net, reason):
     with pytest.raises(InputError, match=reason):
         IntervalBounds(net()).check(pictures().float())
+
+
+def test_what_only_makes_weights_anew_is_read():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(144, 3)).eval()
+    prune.random_unstructured(net[1], "weight", 0.5)
+    x = pictures().float()
+    cert = IntervalBounds(net).certify(x, PatchThreat(2))
+    net[1].weight_orig.data.mul_(2)  # seen by the next pass, and by the bounds
+    assert torch.allclose(IntervalBounds(net).certify(x, PatchThreat(2)).margin, 2 * cert.margin, atol=0.2)
+    prune.remove(net[1], "weight")
+    assert IntervalBounds(torch.fx.symbolic_trace(net)).certify(x, PatchThreat(2)).margin.shape == cert.margin.shape
+
+
+class Detector(nn.Module):
+    """Its unit sees one 3x3 pattern alone, and adds ``big`` to both logits: served, their small difference rounds away."""
+
+    PATTERN = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+
+    def __init__(self, big):
+        super().__init__()
+        self.first, self.head = nn.Linear(16, 1), nn.Linear(1, 2)
+        weight = 2 * self.PATTERN - 1
+        weight[3], weight[:, 3] = 0, 0
+        self.first.weight.data, self.first.bias.data = weight.view(1, -1), torch.tensor([-4.5])
+        self.head.weight.data, self.head.bias.data = torch.full((2, 1), big), torch.tensor([0.0, 0.01])
+
+    def forward(self, x):
+        return self.head(torch.relu(self.first(x.flatten(1))))
+
+
+@pytest.mark.parametrize(("big", "dtype"), [(1e6, torch.float32), (1e2, torch.bfloat16), (6e4, torch.float16)])
+def test_large_numbers_that_cancel_in_the_bounds_round_where_the_network_is_served(big, dtype):
+    net, x = Detector(big).eval().to(dtype), torch.zeros(1, 1, 4, 4, dtype=dtype)
+    cert = IntervalBounds(net).certify(x, PatchThreat(3))
+    assert cert.label.tolist() == [1]
+    assert net(Detector.PATTERN[None, None].to(dtype)).argmax(1).tolist() == [0]  # an attack
+    assert not cert.certified.any()
+    assert IntervalBounds(Detector(1.0).eval().double()).certify(x.double(), PatchThreat(3)).certified.all()
+
+
+def test_changed_weights_are_measured_anew():
+    net, x = robust(), pictures(3).float()
+    defense = IntervalBounds(net)
+    defense.certify(x, PatchThreat(2))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data.mul_(300)
+    assert torch.equal(defense.certify(x, PatchThreat(2)).margin, IntervalBounds(net).certify(x, PatchThreat(2)).margin)
+    assert defense.tolerance(x) == IntervalBounds(net).tolerance(x)
 
 
 class Weighted(nn.Module):

@@ -36,6 +36,13 @@ class Tolerance:
         return self.atol + self.rtol * scores.abs()
 
 
+@torch.no_grad()
+def weights_state(model: nn.Module) -> tuple[float, ...]:
+    """The sums of a network's weights and buffers: other ones once it was trained further, or has loaded others."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple(torch.stack([t.sum(dtype=torch.float64) for t in tensors]).tolist()) if tensors else ()
+
+
 def ask(model: nn.Module, pictures: Float[Tensor, "N C H W"]) -> Tensor:
     """What a network answers. InputError where it cannot read pictures of this type or size."""
     try:

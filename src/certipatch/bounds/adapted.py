@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from certipatch.bounds import layers
 from certipatch.bounds.known_layers import Make, Precision
 from certipatch.bounds.layers import Linear, Op
-from certipatch.bounds.trace import Step, trace
+from certipatch.bounds.trace import Step, check_calls, trace
 from certipatch.errors import InputError
 from certipatch.models.adapters.adapted import Adapted
 
@@ -28,7 +28,11 @@ def steps_of(model: nn.Module, picture: tuple[int, int, int]) -> tuple[Step, ...
         raise InputError(
             f"{name} resizes pictures of {have} to {want}, which has no bounds: give it pictures of {want}"
         )
-    scale, shift = (torch.tensor(x, dtype=torch.float64).expand(asked.channels) for x in (asked.std, asked.mean))
+    check_calls(model)
+    device = next((p.device for p in model.parameters()), None)
+    scale, shift = (
+        torch.tensor(x, dtype=torch.float64, device=device).expand(asked.channels) for x in (asked.std, asked.mean)
+    )
     make = _preprocessed(asked.scale / scale, -shift / scale, asked.order == "BGR")
     first = [Step("preprocessing", (i,), each) for i, each in enumerate(make)]
     moved = [replace(step, inputs=tuple(i + len(first) for i in step.inputs)) for step in trace(model.network)]

@@ -72,16 +72,17 @@ def _flattened(reader: Reader, node: fx.Node, name: str) -> Make:
 
 
 def _viewed(reader: Reader, node: fx.Node, name: str) -> Make:
-    """``x.view(len(x), -1)``, however the length is asked for."""
+    """``x.view(len(x), -1)``, however the length is asked for; -1 may stand in the other place, beside a number."""
     shape = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
-    first = shape[0] if isinstance(shape, tuple | list) and len(shape) == 2 and shape[1] == -1 else None
-    asked = first if isinstance(first, fx.Node) and first in reader.sizes else None
-    if asked is None or not (
-        (asked.op == "call_method" and asked.args[1:] == (0,))
-        or (asked.target is operator.getitem and asked.args[1] == 0)
-    ):
-        refuse(name, "only x.view(x.size(0), -1) is known")
-    return lambda at: layers.Flatten()
+    first, last = shape if isinstance(shape, tuple | list) and len(shape) == 2 else (None, None)
+    length = (isinstance(first, fx.Node) and first in reader.sizes) and (
+        (first.op == "call_method" and first.args[1:] == (0,))
+        or (first.target is operator.getitem and first.args[1] == 0)
+    )
+    number = last if isinstance(last, int) and last > 0 else None
+    if not (length and (last == -1 or number)) and not (first == -1 and number):
+        refuse(name, "only x.view(x.size(0), -1) is known, and x.view(-1, n)")
+    return lambda at: layers.Flatten(number)
 
 
 def _mean(reader: Reader, node: fx.Node, name: str) -> Make:
@@ -104,6 +105,8 @@ def _sum(reader: Reader, node: fx.Node, name: str) -> Make:
     if len(node.args) != 2 or node.kwargs:
         refuse(name, "it is called with arguments that are not known")
     maps = [x for x in node.args if isinstance(x, fx.Node) and x in reader.values]
+    if not maps:
+        refuse(name, "of constants alone; make the sum a buffer")
     if len(maps) == 2:
         if maps[0] is maps[1]:
             return lambda at: layers.Scale(_number(2.0, at), _number(0.0, at), at.eps)
@@ -113,10 +116,19 @@ def _sum(reader: Reader, node: fx.Node, name: str) -> Make:
 
 
 def _difference(reader: Reader, node: fx.Node, name: str) -> Make:
-    if len(node.args) != 2 or node.kwargs or node.args[0] not in reader.values or node.args[1] in reader.values:
-        refuse(name, "only a constant can be taken away")
-    value = reader.constant(node.args[1], name)
-    return lambda at: layers.Scale(_number(1.0, at), -_broad(value(), at, name), at.eps)
+    maps = [x for x in node.args if isinstance(x, fx.Node) and x in reader.values]
+    if len(node.args) != 2 or node.kwargs or len(maps) != 1:
+        refuse(name, "only differences to a constant have bounds")
+    if node.args[0] is maps[0]:
+        value = reader.constant(node.args[1], name)
+        return lambda at: layers.Scale(_number(1.0, at), -_broad(value(), at, name), at.eps)
+    value = reader.constant(node.args[0], name)
+    return lambda at: layers.Scale(_number(-1.0, at), _broad(value(), at, name), at.eps)
+
+
+def _negative(reader: Reader, node: fx.Node, name: str) -> Make:
+    _only({}, {}, node, name)
+    return lambda at: layers.Scale(_number(-1.0, at), _number(0.0, at), at.eps)
 
 
 def _product(reader: Reader, node: fx.Node, name: str) -> Make:
@@ -175,6 +187,7 @@ FUNCTIONS: dict[Any, Read] = {
     **dict.fromkeys((operator.sub, operator.isub, torch.sub), _difference),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul), _product),
     **dict.fromkeys((operator.truediv, operator.itruediv, torch.div), _quotient),
+    **dict.fromkeys((operator.neg, torch.neg), _negative),
 }
 METHODS: dict[Any, Read] = {
     **dict.fromkeys(("relu", "relu_"), _plain(torch.relu, exact=True)),
@@ -183,5 +196,10 @@ METHODS: dict[Any, Read] = {
     "flatten": _flattened,
     **dict.fromkeys(("view", "reshape"), _viewed),
     "mean": _mean,
+    "add": _sum,
+    "sub": _difference,
+    "mul": _product,
+    "div": _quotient,
+    "neg": _negative,
     "contiguous": lambda reader, node, name: lambda at: layers.Same(),
 }

@@ -194,8 +194,14 @@ def added(image: Interval, centre: Tensor, radius: Tensor, eps: float) -> Interv
 class Flatten(Op):
     """(B, C, H, W) → (B, C·H·W). A linear layer behind it reads the map itself (see ``Linear.shape_of_map``)."""
 
+    length: int | None = None
+    """C·H·W, where the network says it."""
+
     def whole(self, *inputs: Interval) -> Interval:
-        return inputs[0].map(lambda x: x.flatten(1))
+        found = inputs[0].map(lambda x: x.flatten(1))
+        if self.length not in (None, found.shape[1]):
+            raise RuntimeError(f"{found.shape[1]} values of a picture are no row of {self.length}")
+        return found
 
 
 @final

@@ -100,6 +100,7 @@ def patch_margins(
     outward: bool = False,
     strength: float = 1.0,
     index: Sequence[int] | None = None,
+    slack: Float[Tensor, " B"] | None = None,
     memory: int = MEMORY,
 ) -> Float[Tensor, "B L R"]:
     """Lower bounds of z_y − z_k wherever the patch is, for all R = K − 1 rivals k ≠ y in their order.
@@ -111,20 +112,23 @@ def patch_margins(
         found: the locations, from ``regions``.
         strength: see ``attacked``.
         index: the locations that are wanted; None for all.
+        slack: see ``Passage.margins``.
         memory: bytes of clean maps held at once; it sets how many pictures go together.
 
     Differentiable in the parameters and the pictures.
     """
     passed = passage(model, _picture(images), dtype, outward)
     places = range(len(found)) if index is None else index
-    parts = []
+    parts, first = [], 0
     for images_part, label_part in _parts(passed, images.to(passed.dtype), label, memory):
+        own = None if slack is None else slack[first : first + len(images_part)]
+        first += len(images_part)
         rivals = rivals_of(label_part, passed.classes)
         clean = passed.values(Interval(images_part, images_part))
         parts.append(
             torch.cat(
                 [
-                    passed.margins(stacked(passed, clean, found, some, strength), label_part, rivals)
+                    passed.margins(stacked(passed, clean, found, some, strength), label_part, rivals, own)
                     for some in groups(places)
                 ],
                 1,
@@ -143,10 +147,11 @@ def patch_verdict(
     *,
     dtype: torch.dtype | None = None,
     outward: bool = False,
+    slack: Float[Tensor, " B"] | None = None,
     memory: int = MEMORY,
 ) -> Bool[Tensor, " B"]:
-    """Whether every margin of each picture exceeds ``above``. A picture is left at the first location where one does
-    not; places far apart are looked at first."""
+    """Whether every margin of each picture exceeds ``above``. A picture is left at the first location where one does not;
+    places far apart are looked at first. Other arguments as in ``patch_margins``."""
     passed = passage(model, _picture(images), dtype, outward)
     result = torch.ones(len(images), dtype=torch.bool, device=images.device)
     order, first = _scattered(found), 0
@@ -156,7 +161,8 @@ def patch_verdict(
         clean = passed.values(Interval(images_part, images_part))
         for some in groups(order):
             rivals = rivals_of(label[left], passed.classes)
-            margin = passed.margins(stacked(passed, clean, found, some, 1.0), label[left], rivals)
+            own = None if slack is None else slack[left]
+            margin = passed.margins(stacked(passed, clean, found, some, 1.0), label[left], rivals, own)
             stays = (margin > above[left, None, None]).flatten(1).all(1)
             if not bool(stays.all()):
                 result[left[~stays]] = False

@@ -7,6 +7,7 @@ from typing import final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from certipatch.bounds.adapted import steps_of
 from certipatch.bounds.interval import Interval
@@ -46,14 +47,35 @@ class Passage:
         """The value that the head reads, or the logits where there is none."""
         return self.inputs[-1][0] if self.head is not None else len(self.ops)
 
-    def margins(self, last: Interval, label: Int[Tensor, " B"], rivals: Int[Tensor, "B R"]) -> Float[Tensor, "B L R"]:
-        """Lower bounds of z_y − z_k from value ``before_head`` (B, L, n); of logits where there is no head."""
+    def margins(
+        self,
+        last: Interval,
+        label: Int[Tensor, " B"],
+        rivals: Int[Tensor, "B R"],
+        slack: Float[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B L R"]:
+        """Lower bounds of z_y − z_k from value ``before_head`` (B, L, n); of logits where there is no head.
+
+        ``slack`` e: each logit may be off by e·(1 + ``size``), which is taken off twice.
+        """
+        if slack is not None:
+            return self.margins(last, label, rivals) - 2 * (slack[:, None] * (1 + self.size(last)))[..., None]
         if self.head is not None:
             return merged(self.head, last, label, rivals)
         places = last.shape[1]
         own = last.lower.gather(2, label[:, None, None].expand(-1, places, 1))
         other = last.upper.gather(2, rivals[:, None].expand(-1, places, -1))
         return own - other - (2 * torch.finfo(self.dtype).eps * (own.abs() + other.abs()) if self._guarded else 0.0)
+
+    def size(self, last: Interval) -> Float[Tensor, "B L"]:
+        """The largest Σ_j |w_kj x_j| + |b_k| of a logit over a box (B, L, n): what its rounding is in proportion to.
+
+        A logit, or a difference of two, may be small where large numbers cancel.
+        """
+        reach = torch.maximum(last.lower.abs(), last.upper.abs())
+        if self.head is None:
+            return reach.amax(2)
+        return F.linear(reach, self.head.magnitude, None if self.head.bias is None else self.head.bias.abs()).amax(2)
 
     @property
     def _guarded(self) -> bool:

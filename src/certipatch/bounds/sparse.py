@@ -32,6 +32,7 @@ def sparse_margins(
     dtype: torch.dtype | None = None,
     outward: bool = False,
     strength: float = 1.0,
+    slack: Float[Tensor, " B"] | None = None,
     memory: int = MEMORY,
 ) -> Float[Tensor, "B R"]:
     """Lower bounds of z_y − z_k under any ``pixels`` pixels, for all R = K − 1 rivals k ≠ y in their order.
@@ -39,7 +40,7 @@ def sparse_margins(
     Arguments as in ``patch.patch_margins``. ``memory``: bytes held at once. Differentiable in the parameters and pictures.
     """
     passed = passage(model, (images.shape[1], images.shape[2], images.shape[3]), dtype, outward)
-    return sparse_passed(passed, images, label, pixels, strength, memory)
+    return sparse_passed(passed, images, label, pixels, strength, slack, memory)
 
 
 def sparse_passed(
@@ -48,6 +49,7 @@ def sparse_passed(
     label: Int[Tensor, " B"],
     pixels: int,
     strength: float = 1.0,
+    slack: Float[Tensor, " B"] | None = None,
     memory: int = MEMORY,
 ) -> Float[Tensor, "B R"]:
     """``sparse_margins`` of a network that has been read already."""
@@ -58,12 +60,15 @@ def sparse_passed(
         numbers *= images.shape[2] * images.shape[3]
     step = max(1, memory // (4 * numbers * images.element_size()))
     parts = []
-    for some, own in zip(images.split(step), label.split(step), strict=True):
-        parts.append(_margins(passed, some, own, pixels, strength))
+    off = [None] * len(images) if slack is None else slack.split(step)
+    for some, own, each in zip(images.split(step), label.split(step), off, strict=slack is not None):
+        parts.append(_margins(passed, some, own, pixels, strength, each))
     return torch.cat(parts)
 
 
-def _margins(passed: Passage, images: Tensor, label: Tensor, pixels: int, strength: float) -> Float[Tensor, "B R"]:
+def _margins(
+    passed: Passage, images: Tensor, label: Tensor, pixels: int, strength: float, slack: Tensor | None
+) -> Float[Tensor, "B R"]:
     """``clean`` holds the values that are still pixel by pixel, beside ``found``, the box of all that each can be."""
     shrunk = (1 - strength) * images
     clean: dict[int, Interval] = {0: Interval(images, images)}
@@ -74,12 +79,15 @@ def _margins(passed: Passage, images: Tensor, label: Tensor, pixels: int, streng
             if isinstance(op, Pointwise | Same | Flatten):
                 clean[number] = op.whole(before)
             elif passed.head is not None and op is passed.head:
-                return _of_linear_network(passed.head, before, box, images.shape[1], pixels, label, rivals)
+                found = _of_linear_network(passed.head, before, box, images.shape[1], pixels, label, rivals)
+                whole = Interval(torch.minimum(before.lower, box.lower), torch.maximum(before.upper, box.upper))
+                size = 0.0 if slack is None else passed.size(whole.map(lambda x: x[:, None]))
+                return found if slack is None else found - 2 * slack[:, None] * (1 + size)
             elif isinstance(op, Conv) or (isinstance(op, Linear) and op.reads_all(before)):
                 found.append(first_layer(op, before, box, images.shape[1], pixels))
                 continue
         found.append(op.whole(*(found[i] for i in inputs)))  # of the box: weaker, and true for any layer
-    return passed.margins(found[passed.before_head].map(lambda x: x[:, None]), label, rivals)[:, 0]
+    return passed.margins(found[passed.before_head].map(lambda x: x[:, None]), label, rivals, slack)[:, 0]
 
 
 def _of_linear_network(

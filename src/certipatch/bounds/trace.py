@@ -1,13 +1,17 @@
 """A network as a list of layers that bounds can pass: traced with torch.fx, each known by name or refused by name."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from certipatch.bounds import layers
 from certipatch.bounds.known_functions import FUNCTIONS, IN_PLACE, METHODS
@@ -31,18 +35,69 @@ def trace(model: nn.Module) -> tuple[Step, ...]:
 
     Errors: InputError that names the layer or function for which no bounds are known.
     """
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:
-        raise InputError(f"the network cannot be traced: {' '.join(str(error).split())[:200]}") from None
-    return _Reader(model, graph).steps()
+    check_calls(model)
+    with _without_new_constants(model) as constants:
+        try:
+            graph = _Tracer().trace(model)
+        except Exception as error:
+            raise InputError(f"the network cannot be traced: {' '.join(str(error).split())[:200]}") from None
+    return _Reader(model, graph, constants).steps()
+
+
+def check_calls(model: nn.Module) -> None:
+    """InputError where calling a layer does more than its class says: torch.fx would not see it.
+
+    Pruning, and weight and spectral norm as hooks, only make a layer's weight anew from others; they do so here.
+    """
+    for name, module in model.named_modules():
+        before, layer = list(module._forward_pre_hooks.values()), f"layer {name or 'network'} ({type(module).__name__})"
+        if all(isinstance(hook, RECOMPUTING) for hook in before) and not module._forward_hooks:
+            for hook in before:
+                hook(module, ())
+        else:
+            refuse(layer, "it has a hook, which bounds do not see; remove it, or make it a layer")
+        called = type(module).__call__ is nn.Module.__call__ or isinstance(module, fx.GraphModule)
+        if "forward" in vars(module) or not called:
+            refuse(layer, "its forward was replaced, which bounds do not see; write a class of its own")
+
+
+@contextmanager
+def _without_new_constants(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Takes from the network the tensors that tracing puts there, and gives them by name."""
+    before, found = set(vars(model)), dict[str, Tensor]()
+    yield found
+    for name in set(vars(model)) - before:
+        if name.startswith("_tensor_constant"):
+            found[name] = vars(model).pop(name)
+
+
+class _Proxy(fx.Proxy):
+    """What passes a network that is traced. torch.fx takes ``x += y`` for ``x + y``, which overwrites nothing."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 class _Reader:
     """Goes through a traced graph."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph):
+    def __init__(self, model: nn.Module, graph: fx.Graph, constants: dict[str, Tensor]):
         self.model, self.graph, self.modules = model, graph, dict(model.named_modules())
+        self.constants = constants
         self.values: dict[fx.Node, int] = {}
         self.sizes: set[fx.Node] = set()
         self.found: list[Step] = []
@@ -95,10 +150,14 @@ class _Reader:
 
     def _check_alone(self, node: fx.Node, name: str) -> None:
         """What a layer overwrites, no other may read, under whatever name."""
-        while True:
-            source = node.all_input_nodes[0]
+        while node.op != "placeholder":
+            source = node.args[0] if node.args else node.kwargs.get("input")
+            if not isinstance(source, fx.Node) or source not in self.values:
+                refuse(name, "it overwrites a constant")
             if any(user is not node and not self._is_size(user) for user in source.users):
                 refuse(name, "it overwrites a value that another layer reads too; set inplace=False")
+            if source.op == "placeholder":
+                return
             if source.op == "call_module":
                 passes = isinstance(self.modules[str(source.target)], ALIASES)
             else:
@@ -112,6 +171,8 @@ class _Reader:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return lambda: torch.tensor(float(value), dtype=torch.float64)
         if isinstance(value, fx.Node) and value.op == "get_attr":
+            if value.target in self.constants:
+                return partial(self.constants.__getitem__, str(value.target))
             parts = str(value.target).split(".")
             return lambda: _attribute(self.model, parts)
         refuse(f"{name} of {value}")
@@ -124,6 +185,7 @@ def _attribute(model: nn.Module, parts: Sequence[str]) -> Tensor:
     return found
 
 
+RECOMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)
 ALIASES = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)  # their answer may be what they read, not a copy
 
 
@@ -138,7 +200,7 @@ def flatten_into_linear(ops: list[Op], inputs: Sequence[tuple[int, ...]], shapes
         if not isinstance(op, layers.Linear):
             continue
         value = inputs[number][0]
-        while value and isinstance(ops[value - 1], layers.Same):
+        while value and isinstance(ops[value - 1], layers.Same) and users[value] == 1:
             value = inputs[value - 1][0]
         if (
             value

@@ -118,7 +118,7 @@ class ViewDefense(Defense):
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.model, self.views, self.batch_size = model, views, batch_size
         self._views: dict[tuple[int, int], Views] = {}
-        self._tolerance: dict[tuple[Any, ...], ev.Tolerance] = {}
+        self._tolerance: dict[tuple[Any, ...], tuple[tuple[float, ...], ev.Tolerance]] = {}
         self._sees: dict[tuple[Threat, tuple[int, int]], Sees] = {}
 
     @abstractmethod
@@ -146,15 +146,17 @@ class ViewDefense(Defense):
         self.tolerance(images)
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
-        """The measured rounding of a score for pictures of this size; runs the model check the first time."""
+        """The measured rounding of a score for pictures of this size; runs the model check the first time, and when
+        weights have changed."""
         first = next(self.model.parameters(), images)
         autocast = torch.is_autocast_enabled(images.device.type)
         training = any(module.training for module in self.model.modules())
         key = (*images.shape[1:], images.dtype, images.device, training, first.dtype, autocast)
-        if key not in self._tolerance:
+        state = ev.weights_state(self.model)
+        if self._tolerance.get(key, (None,))[0] != state:
             views = self.views_of((images.shape[2], images.shape[3]))
-            self._tolerance[key] = ev.check_model(self.model, views, images, self.batch_size, raw=self.raw)
-        return self._tolerance[key]
+            self._tolerance[key] = state, ev.check_model(self.model, views, images, self.batch_size, raw=self.raw)
+        return self._tolerance[key][1]
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
         ev.check_images(images)

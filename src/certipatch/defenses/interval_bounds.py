@@ -26,25 +26,26 @@ class IntervalBounds(Defense):
 
     **Theorem.** Inside the patch every value in [0, 1] is allowed, outside it the pixel itself. Bounds of z_y − z_k over
     that box are computed in float64 and rounded outward, so they hold for the real numbers that the weights denote.
-    The network is served in its own precision, whose logits are off by at most the tolerance t; margin = bound − 2t.
-    Certified when every margin, over locations and rivals, is > 0: exactly 0 is not.
+    The network is served in its own precision, whose logits are off by at most t·(1 + s), s being the largest Σ|w_j x_j| + |b|
+    of a logit over the box (its last layer's terms may be large and cancel); margin = bound − 2t(1 + s). Certified when
+    every margin, over locations and rivals, is > 0: exactly 0 is not.
 
     **What is measured, not proved, is t**: four times the largest distance between a served logit and the same logit in
-    float64, over probes (up to two of the pictures, black, white, random and checkered ones, and patches of those, in
-    batches of 1, 2, 5 and 9) and over the picture itself, and never less than the house's floor for that precision. The
-    first call with pictures of a new size measures the probes.
+    float64, as a share of 1 + s there, over probes (up to two of the pictures, black, white, random and checkered ones,
+    and patches of those, in batches of 1, 2, 5 and 9) and over the picture itself, and never less than the house's floor
+    for that precision. The first call with pictures of a new size, or after weights have changed, measures the probes.
     """
 
     name: ClassVar[str] = "interval-bounds"
-    theorem = (
-        "lower bound of z_y − z_k over the box, less twice the tolerance of a logit, > 0 for every location and rival"
-    )
+    theorem = "lower bound of z_y − z_k over the box, less twice the tolerance of a logit there, > 0 for every location and rival"
 
     def __init__(self, model: nn.Module, batch_size: int | None = None, memory: int = MEMORY):
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if not isinstance(model, nn.Module):
+            raise InputError(f"interval bounds need a network, an nn.Module, not {type(model).__name__}")
+        if not (batch_size is None or (isinstance(batch_size, int) and batch_size >= 1)) or memory < 1:
+            raise InputError(f"batch_size and memory are at least 1, not {batch_size} and {memory}")
         self.model, self.batch_size, self.memory = model, batch_size, memory
-        self._tolerance: dict[tuple[Any, ...], float] = {}
+        self._tolerance: dict[tuple[Any, ...], tuple[tuple[float, ...], float]] = {}
         self._regions: dict[tuple[Threat, tuple[int, int]], Regions] = {}
 
     def settings(self) -> dict[str, Any]:
@@ -54,21 +55,23 @@ class IntervalBounds(Defense):
         self.tolerance(images)
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> float:
-        """By how much a served logit may be off, for pictures of this size. InputError where the model is refused."""
+        """t for pictures of this size: by what share of 1 + s a logit may be off. InputError where the model is refused."""
         first = next(self.model.parameters(), images)
         autocast = torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
-        if key not in self._tolerance:
-            self._tolerance[key] = self._measured(images, first.dtype)
-        return self._tolerance[key]
+        state = ev.weights_state(self.model)
+        if self._tolerance.get(key, (None,))[0] != state:
+            self._tolerance[key] = state, self._measured(images, first.dtype)
+        return self._tolerance[key][1]
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
-        """Served logits (B, 1, K), their tolerance, and the pictures, which certificates need again."""
+        """Served logits (B, 1, K), their tolerance t, and the pictures, which certificates need again."""
         ev.check_images(images)
         tolerance, served = self.tolerance(images), self._served(images)
-        off = (served.double() - self._exact(images)).abs().amax(1)
+        exact, size = self._exact(images)
+        off = (served.double() - exact).abs().amax(1)
         self._check_distance(off.max().item(), served)
-        error = (4 * off).clamp(min=tolerance)
+        error = (4 * off / (1 + size)).clamp(min=tolerance)
         return Evidence(served[:, None], None, (images.shape[2], images.shape[3]), error, images)
 
     def label(self, evidence: Evidence) -> Int64[Tensor, " B"]:
@@ -77,27 +80,42 @@ class IntervalBounds(Defense):
     def certificate(self, evidence: Evidence, threat: Threat) -> Certificate:
         label, images, error = self.label(evidence), *_complete(evidence)
         if isinstance(threat, SparseThreat):
-            bound = self._sparse(images, label, threat)[:, None]
+            margin = self._sparse(images, label, threat, error)[:, None]
             relation = None
         else:
             found = self.regions(threat, evidence.image_size)
             relation = found.sees
             with torch.no_grad():
-                rivals = patch_margins(
-                    self.model, images, label, found, dtype=torch.float64, outward=True, memory=self.memory
+                margins = patch_margins(
+                    self.model,
+                    images,
+                    label,
+                    found,
+                    dtype=torch.float64,
+                    outward=True,
+                    slack=error,
+                    memory=self.memory,
                 )
-            bound = rivals.amin(2)
-        margin = (bound - 2 * error[:, None]).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+            margin = margins.amin(2)
+        margin = margin.nan_to_num(-torch.inf, torch.inf, -torch.inf)
         return Certificate(label, margin, threat, self.theorem, relation)
 
     def certified(self, evidence: Evidence, threat: Threat) -> Bool[Tensor, " B"]:
         """The verdict alone: each picture is left at the first location that fails."""
         label, images, error = self.label(evidence), *_complete(evidence)
         if isinstance(threat, SparseThreat):
-            return self._sparse(images, label, threat) > 2 * error
+            return self._sparse(images, label, threat, error) > 0
         found = self.regions(threat, evidence.image_size)
         return patch_verdict(
-            self.model, images, label, found, 2 * error, dtype=torch.float64, outward=True, memory=self.memory
+            self.model,
+            images,
+            label,
+            found,
+            torch.zeros_like(error),
+            dtype=torch.float64,
+            outward=True,
+            slack=error,
+            memory=self.memory,
         )
 
     def largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"]:
@@ -130,13 +148,21 @@ class IntervalBounds(Defense):
         self.model.to(device)
         return self
 
-    def _sparse(self, images: Tensor, label: Tensor, threat: SparseThreat) -> Float[Tensor, " B"]:
+    def _sparse(self, images: Tensor, label: Tensor, threat: SparseThreat, error: Tensor) -> Float[Tensor, " B"]:
         with torch.no_grad():
             found = sparse_margins(
-                self.model, images, label, threat.pixels, dtype=torch.float64, outward=True, memory=self.memory
+                self.model,
+                images,
+                label,
+                threat.pixels,
+                dtype=torch.float64,
+                outward=True,
+                slack=error,
+                memory=self.memory,
             )
         return found.amin(1)
 
+    @ev.whole_float32()
     def _served(self, images: Tensor, batch_size: int | None = None) -> Float[Tensor, "B K"]:
         batch = batch_size or self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
         with torch.inference_mode():
@@ -145,13 +171,16 @@ class IntervalBounds(Defense):
             raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
         return logits.clone()
 
-    def _exact(self, images: Tensor) -> Float[Tensor, "B K"]:
-        """Logits in float64, by the layers that the bounds go through."""
+    def _exact(self, images: Tensor) -> tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]:
+        """Logits in float64, by the layers that the bounds go through, and the size of their sums."""
         with torch.no_grad():
             passed = passage(self.model, (images.shape[1], images.shape[2], images.shape[3]), torch.float64)
-            step = max(1, ev.PIXELS // (4 * images.shape[2] * images.shape[3]))
-            parts = [part.double() for part in images.split(step)]
-            return torch.cat([passed.values(Interval(part, part))[-1].lower for part in parts])
+            step, logits, sizes = max(1, ev.PIXELS // (4 * images.shape[2] * images.shape[3])), [], []
+            for part in images.split(step):
+                values = passed.values(Interval(part.double(), part.double()))
+                logits.append(values[-1].lower)
+                sizes.append(passed.size(values[passed.before_head].map(lambda x: x[:, None]))[:, 0])
+            return torch.cat(logits), torch.cat(sizes)
 
     def _measured(self, images: Tensor, dtype: torch.dtype) -> float:
         encoding = getattr(self.model, "encoding", "picture")
@@ -162,12 +191,12 @@ class IntervalBounds(Defense):
         if any(module.training for module in self.model.modules()):
             raise InputError("model refused: it is in training mode, call model.eval()")
         probes = _probes(images)
-        served, exact, worst = [], self._exact(probes), 0.0
+        (exact, size), worst, share = self._exact(probes), 0.0, 0.0
         for batch in (1, 2, 5, 9, len(probes)):
-            served.append(self._served(probes, batch).double())
-            worst = max(worst, (served[-1] - exact).abs().max().item())
+            off = (self._served(probes, batch).double() - exact).abs().amax(1)
+            worst, share = max(worst, off.max().item()), max(share, (off / (1 + size)).max().item())
         self._check_distance(worst, exact)
-        return max(4 * worst, ev.FLOORS.get(dtype, 1e-6) * (1 + exact.abs().max().item()))
+        return max(4 * share, ev.FLOORS.get(dtype, 1e-6))
 
     def _check_distance(self, off: float, logits: Tensor) -> None:
         dtype = next((p.dtype for p in self.model.parameters()), logits.dtype)

@@ -40,10 +40,11 @@ class BehindMasks(nn.Module):
         self.fill: Fill = checked_fill(getattr(model, "fill", 0.5) if fill is None else fill)
         self.training = False  # it is the model's own that matters
         self.quick: Callable[[Tensor], Tensor] | None = None
-        """The same network by a faster way, where no gradients are asked for."""
+        """The same network by a faster way, where no gradients are asked for and weights are ``quick_of``."""
+        self.quick_of: tuple[float, ...] = ()
 
     def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        if self.quick is not None and not torch.is_grad_enabled():
+        if self.quick is not None and not torch.is_grad_enabled() and ev.weights_state(self.model) == self.quick_of:
             return self.quick(pictures)
         return self.model(pictures)
 
@@ -92,6 +93,7 @@ class MaskDefense(ViewDefense):
         size = images.shape[2], images.shape[3]
         full = self.batch_size or max(1, ev.PIXELS // (size[0] * size[1]))
         shown = render(self.model.encoding, images[:1], self.views_of(size), torch.zeros(full, dtype=torch.int64))
+        self.model.quick_of = ev.weights_state(self.model.model)
         self.model.quick = quickest(self.model.model, shown.flatten(0, 1), pictures * self.number_of_views(size))
         if self.model.quick is not None:
             self._tolerance.clear()

@@ -102,14 +102,15 @@ class PatchCURE(ViewDefense):
         training = any(module.training for module in self.front.modules())
         autocast = torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, training, autocast)
-        if key not in self._tolerance:
+        state = ev.weights_state(self.front)
+        if self._tolerance.get(key, (None,))[0] != state:
             pairs = self.views_of(size)
             index = torch.linspace(0, pairs.number(size) - 1, min(pairs.number(size), 6)).round().long().unique()
             some = AllPairs(self.front, self._cells[size].visible(self.front.fields.grid, index))
             shown = PixelSets(pairs.visible(size, index))
-            self._tolerance[key] = ev.check_model(some, shown, images, self.batch_size)
+            self._tolerance[key] = state, ev.check_model(some, shown, images, self.batch_size)
             self._equivalents(images[:1], torch.tensor([1]))  # measured here, where nobody else counts multiply-adds
-        return self._tolerance[key]
+        return self._tolerance[key][1]
 
     def predict(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, " B"]:
         return self.label(self._looked_at(images, certify=False))
@@ -138,7 +139,7 @@ class PatchCURE(ViewDefense):
         ev.check_images(images)
         tolerance, size = self.tolerance(images), (images.shape[2], images.shape[3])
         step = self.batch_size or max(1, ev.PIXELS // (size[0] * size[1]))
-        with torch.inference_mode():
+        with torch.inference_mode(), ev.whole_float32():
             features = torch.cat([self.front.features(part) for part in images.split(step)])
         look = _Look(_OnFeatures(self, size, step), features, tolerance)  # type: ignore[arg-type]
         look.at_single_masks()

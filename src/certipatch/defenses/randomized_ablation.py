@@ -99,7 +99,7 @@ class RandomizedAblation(Defense):
         self.rule = ClopperPearson(samples, alpha)
         self.theorem, self.confidence = self.rule.theorem, 1 - alpha
         self._families: dict[tuple[int, int], RandomViews] = {}
-        self._tolerance: dict[tuple[Any, ...], ev.Tolerance] = {}
+        self._tolerance: dict[tuple[Any, ...], tuple[tuple[float, ...], ev.Tolerance]] = {}
         self._worst: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._delta: dict[tuple[Threat, tuple[int, int]], tuple[Tensor, Sees | None]] = {}
 
@@ -127,7 +127,8 @@ class RandomizedAblation(Defense):
         first = next(self.model.parameters(), images)
         autocast = torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
-        if key not in self._tolerance:
+        state = ev.weights_state(self.model)
+        if self._tolerance.get(key, (None,))[0] != state:
             size = (images.shape[2], images.shape[3])
             family = self.family(size)
             if isinstance(family, OneOf):
@@ -136,8 +137,8 @@ class RandomizedAblation(Defense):
                 views = PixelSets(family.draw(size, 8, torch.Generator().manual_seed(0)))
             else:
                 raise InputError(f"{family.name} cannot be shown to this network; it needs the encoding null or fill")
-            self._tolerance[key] = ev.check_model(self.model, views, images, self.batch_size)
-        return self._tolerance[key]
+            self._tolerance[key] = state, ev.check_model(self.model, views, images, self.batch_size)
+        return self._tolerance[key][1]
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
         """Votes (B, 2, K) for each class in the two samples; in the second without those that rounding could turn."""

@@ -33,7 +33,7 @@ class Undefended(Defense):
         ev.check_images(images)
         batch = self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
         with torch.inference_mode():
-            logits = torch.cat([ev.ask(self.model, part) for part in images.split(batch)])
+            logits = torch.cat([ev.ask(self.model, part.clone()) for part in images.split(batch)])
         if logits.ndim != 2 or not bool(torch.isfinite(logits).all()):
             raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
         return Evidence(logits[:, None], None, (images.shape[2], images.shape[3]))

@@ -108,7 +108,9 @@ class IntervalTraining(BaseModel):
         """t of the interval [(1 − t)x, (1 − t)x + t] under the patch, after a share of the training."""
         if share >= self.ramp_until:
             return 1.0
-        return max(0.0, (share - self.ramp_from) / (self.ramp_until - self.ramp_from))
+        if share <= self.ramp_from:
+            return 0.0
+        return (share - self.ramp_from) / (self.ramp_until - self.ramp_from)
 
 
 class MaskTraining(BaseModel):
