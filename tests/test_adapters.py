@@ -18,6 +18,7 @@ from certipatch.bounds import Interval, margin_bounds, passage, patch_margins, r
 from certipatch.defenses.around import around, frame
 from certipatch.errors import InputError
 from certipatch.models.adapters import Adapted, Preprocessing, is_adapter, open_model, runs_code
+from certipatch.models.adapters.onnx_files import outside
 from certipatch.models.adapters.sources import hugging_face_preprocessing
 
 TOY = '''
@@ -210,7 +211,7 @@ def test_certify_pictures(certipatch, home):
         ("toy_classifier:nothing", "has no nothing"),
         ("no_such_module:network", "no module no_such_module"),
         ("onnx:none.onnx", "cannot be read"),
-        ("onnx:picture.png", "fails"),
+        ("onnx:picture.png", "onnx:picture.png: the file is no ONNX model"),
         ("toy_classifier.py", "unknown defense"),
     ],
 )
@@ -302,6 +303,34 @@ def test_onnx_with_weights_in_another_file(home):
     (folder / "net.onnx").write_bytes(text.replace(b"net.data", b"../n.dat"))
     with pytest.raises(InputError, match="no file beside it"):
         open_model(f"onnx:{folder / 'net.onnx'}")
+
+
+def test_weights_in_another_file_are_found_in_any_order_of_fields(home):
+    """Protobuf says nothing about the order of a message's fields, and long names have a length of two bytes."""
+    onnx, name = pytest.importorskip("onnx"), "w" * 140 + ".bin"
+    model = onnx.load(onnx_file(home / "net.onnx"))
+    assert outside((home / "net.onnx").read_bytes()) == []
+    apart = {"save_as_external_data": True, "location": name, "size_threshold": 0}
+    onnx.save_model(model, home / "long.onnx", **apart)
+    content = (home / "long.onnx").read_bytes()
+    assert outside(content) == [name]
+    key, value = b"\n\x08location", b"\x12" + bytes([len(name) & 127 | 128, len(name) >> 7]) + name.encode()
+    assert key + value in content
+    (home / "long.onnx").write_bytes(content.replace(key + value, value + key))
+    before = open_model(f"onnx:{home / 'long.onnx'}").identity
+    (home / name).write_bytes(bytes((home / name).stat().st_size))
+    assert open_model(f"onnx:{home / 'long.onnx'}").identity != before
+    for broken in (content[: len(content) // 2], b"\xff" * 40, b"\x3a\xff\xff\xff\xff\x7f"):
+        with pytest.raises(ValueError, match="is no ONNX model"):
+            outside(broken)
+
+
+def test_a_black_box_is_trusted_as_far_as_it_computes(home):
+    """Its own precision sets the tolerance, whatever the pictures come in."""
+    model, x = open_model(f"onnx:{onnx_file(home / 'net.onnx')}"), torch.rand(2, 1, 12, 12)
+    defense = cp.PatchCleanser(model, cp.PatchThreat(3), masks=2)
+    assert defense.tolerance(x.double()).atol >= 1e-6
+    assert defense.predict(x.bfloat16()).shape == (2,)
 
 
 def test_onnx_from_the_command_line(certipatch, home):

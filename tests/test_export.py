@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,8 @@ def composed(name: str) -> defenses.Defense:
         "detection": lambda: cp.PatchGuardPlusPlus(local, cp.PatchThreat(1), threshold=0.5),
         "double masking": lambda: PatchCleanser(network(None, **CONV), THREAT, masks=3),
         "shared front": lambda: PatchCURE(network(None, name="shared-vit", dim=8, local=1, depth=1, heads=2), THREAT, masks=3),
+        "double masking of a shared ViT": lambda: PatchCleanser(
+            network(None, name="shared-vit", dim=8, local=1, depth=1, heads=2), THREAT, masks=2),
         "double masking of a ViT": lambda: PatchCleanser(network(None, **VIT), THREAT, masks=2),
         "minority reports": lambda: MinorityReports(network(None, **CONV), THREAT, masks=3, threshold=0.35),
         "undefended": lambda: Undefended(network(None, **CONV)),
@@ -136,7 +139,7 @@ CARD = {"name": "mine", "defense": "undefended", "model": CONV, "image_size": SI
         "classes": list("abcde"), "sha256": ""}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["shared front", "votes of a ViT", "detection"])
+@pytest.mark.parametrize("name", ["shared front", "double masking of a shared ViT", "votes of a ViT", "detection"])
 def test_further_defenses_as_files(name, tmp_path):
     defense = composed(name)
     to_onnx(defense, defenses.Card(**CARD), tmp_path / "model.onnx")
@@ -153,6 +156,16 @@ def test_rules_as_graphs(rule):
     evidence = torch.randn(200, 10, 3, generator=torch.Generator().manual_seed(3))
     (label,) = graph(rule, 10, 3)(evidence, None)
     assert torch.equal(label, rule.predict(evidence))
+
+
+def test_a_file_with_another_alarm_is_not_written(monkeypatch, tmp_path):
+    defense = composed("minority reports")
+    true = type(defense).certify
+    turned = lambda self, *given: replace(found := true(self, *given), alarm=~found.alarm)  # noqa: E731
+    monkeypatch.setattr(type(defense), "certify", turned)
+    with pytest.raises(InputError, match=r"where the defense says .* not written"):
+        to_onnx(defense, defenses.Card(**CARD), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_has_no_graph_says_so(monkeypatch, tmp_path):

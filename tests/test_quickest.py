@@ -52,6 +52,17 @@ def test_a_quick_defense_answers_as_before(kind, later_is_faster):
     assert quick.model.quick is not None
 
 
+def test_what_is_quick_is_forgotten_with_its_weights(later_is_faster):
+    quick, other = defense(), defense()
+    quick.quicken(IMAGES[:1], 6)
+    for weight in other.model.parameters():
+        weight.data.add_(torch.randn_like(weight))
+    quick.model.model.load_state_dict(other.model.model.state_dict())
+    one, two = quick.certify(IMAGES, THREAT), other.certify(IMAGES, THREAT)
+    assert torch.equal(one.label, two.label)
+    assert torch.equal(one.margin, two.margin)
+
+
 def test_without_onnx_channels_last_is_taken_where_it_is_faster(later_is_faster, monkeypatch):
     monkeypatch.setattr(quickest, "find_spec", lambda name: None)
     quick = defense()

@@ -36,6 +36,12 @@ def test_shapes_as_drawn(shape, pixels):
     assert list(PatchThreat(pixels, shape=shape).masks((40, 40))) == drawn(SHAPES[shape, pixels])
 
 
+@pytest.mark.parametrize("size", [10**9, (1, 10**9), 2**14 + 1])
+def test_a_side_that_would_fill_the_memory_is_refused(size):
+    with pytest.raises(InputError, match=r"larger than any picture; at most 16384"):
+        PatchThreat(size)
+
+
 def test_four_pixels_make_no_rectangle():
     with pytest.raises(InputError, match="no rectangle of 4 pixels"):  # Chiang et al. 2020, table 5: "-"
         PatchThreat(4, shape="rectangle").masks((40, 40))

@@ -43,19 +43,30 @@ def weights_state(model: nn.Module) -> tuple[float, ...]:
     return tuple(torch.stack([t.sum(dtype=torch.float64) for t in tensors]).tolist()) if tensors else ()
 
 
+def precision_of(model: nn.Module, images: Tensor) -> torch.dtype:
+    """The coarsest of the types in which a network computes: of its weights, of a black box that says so, of the pictures."""
+    own = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    said = [getattr(module, "dtype", None) for module in model.modules()]
+    boxes = [dtype for dtype in said if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
+    return max([*own, *boxes, images.dtype], key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def ask(model: nn.Module, pictures: Float[Tensor, "N C H W"]) -> Tensor:
     """What a network answers. InputError where it cannot read pictures of this type or size."""
     try:
-        return model(pictures)
+        answer = model(pictures)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), pictures.dtype)
         reason = " ".join(str(error).split())[:160]
         if dtype != pictures.dtype:
             reason = f"its weights are {dtype}, so convert them with images.to({dtype})"
         size = "x".join(map(str, pictures.shape[1:]))
         raise InputError(f"the model cannot read pictures of {size} in {pictures.dtype}: {reason}") from error
+    if not isinstance(answer, Tensor):
+        raise InputError(f"the model answers with a {type(answer).__name__}; let it give the logits alone, one tensor")
+    return answer
 
 
 @torch.inference_mode()
@@ -208,7 +219,7 @@ def _checked(
         raise InputError(f"model refused: it knows {alone.shape[-1]} class; a certificate needs at least two")
     if not bool(torch.isfinite(alone).all()):
         raise InputError("model refused: its answers are not finite")
-    dtype = next((p.dtype for p in model.parameters()), images.dtype)
+    dtype = precision_of(model, images)
     limit = LIMITS.get(dtype, 1e-4)
     worst = 0.0
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from certipatch.errors import InputError
 
+LARGEST_SIDE = 2**14  # pixels
 SHAPES = ("square", "rectangle", "line", "diamond", "parallelogram")
 Mask = tuple[tuple[bool, ...], ...]
 
@@ -89,10 +90,10 @@ class PatchThreat:
         elif isinstance(size, tuple | list):
             if len(size) != 2:
                 raise InputError(f"a patch has a height and a width, not {tuple(size)}")
-            height, width = (_positive(n, "a patch side") for n in size)
+            height, width = (_side(n) for n in size)
             self._mask = ((True,) * width,) * height
         else:
-            n = _positive(size, "a number of patch pixels" if shape else "a patch side")
+            n = _positive(size, "a number of patch pixels") if shape else _side(size)
             if shape is None:
                 self._mask = ((True,) * n,) * n
             else:
@@ -258,6 +259,12 @@ def parse_where(text: str) -> str | list[tuple[int, int]]:
 def _positive(value: Any, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{what} must be a whole number of at least 1, not {value!r}")
+    return value
+
+
+def _side(value: Any) -> int:
+    if _positive(value, "a patch side") > LARGEST_SIDE:
+        raise InputError(f"a patch side of {value} pixels is larger than any picture; at most {LARGEST_SIDE}")
     return value
 
 

@@ -81,7 +81,7 @@ def locate(name: str) -> Path:
 def open_defense(
     name: str, model: str | None = None, threat: Threat | None = None, changes: dict[str, Any] | None = None
 ) -> tuple[Defense, Card]:
-    """A trained defense and its card, from the zoo or a folder; its model is checked.
+    """A trained defense and its card, from the zoo or a folder.
 
     Args:
         name: a zoo name or folder; with ``model`` a method, which is put around that model's network.

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from pydantic import ValidationError
 
 from certipatch.defenses.methods import BUILT_FOR_A_PATCH, METHODS, SETTINGS, WHOLE
@@ -58,7 +57,7 @@ def around(
     image_size: tuple[int, int],
     classes: tuple[str, ...] | None = None,
 ) -> tuple[Any, Sheet]:
-    """The defense ``method`` around a classifier, its model checked, and what is known of it.
+    """The defense ``method`` around a classifier, and what is known of it. The first pictures check the model.
 
     Args:
         network: the classifier.
@@ -69,7 +68,7 @@ def around(
         classes: names of the pictures' classes. Where the network knows them and others too, it answers with them alone;
             where it has no names they are its names.
 
-    Errors: InputError for another method, settings that it has not, and where the model check refuses the classifier.
+    Errors: InputError for another method, and for settings that it has not.
     """
     if method not in WHOLE:
         raise InputError(
@@ -93,6 +92,4 @@ def around(
     if len(names) < 2:
         raise InputError(f"{network.name} knows {len(names)} class; a certificate needs at least two")
     sheet = Sheet(network.name, image_size, channels, names, network.identity, network.image_size is not None)
-    defense = METHODS[method](network, **settings)
-    defense.check(torch.rand((1, channels, *image_size), generator=torch.Generator().manual_seed(0)))
-    return defense, sheet
+    return METHODS[method](network, **settings), sheet

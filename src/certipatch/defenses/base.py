@@ -114,8 +114,8 @@ class ViewDefense(Defense):
     """Whether logits themselves are evidence; their rounding is then measured without centring."""
 
     def __init__(self, model: nn.Module, views: Views | None, batch_size: int | None = None):
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise InputError(f"batch_size is a whole number of at least 1, not {batch_size!r}")
         self.model, self.views, self.batch_size = model, views, batch_size
         self._views: dict[tuple[int, int], Views] = {}
         self._tolerance: dict[tuple[Any, ...], tuple[tuple[float, ...], ev.Tolerance]] = {}

@@ -65,6 +65,8 @@ class MaskDefense(ViewDefense):
     ):
         super().__init__(BehindMasks(model, fill), None, batch_size)
         self.threats = checked_threats(threat)
+        if isinstance(masks, Tensor) and (masks.ndim != 3 or masks.dtype != torch.bool):
+            raise InputError(f"masks of your own are bool (M, H, W), not {masks.dtype} {tuple(masks.shape)}")
         self.masks: Any = masks if isinstance(masks, Tensor) else per_axis(masks, "masks")
         self.stride = per_axis(stride, "stride")
 
@@ -139,12 +141,12 @@ def checked_threats(threat: PatchThreat | Sequence[PatchThreat]) -> tuple[PatchT
 
 
 def per_axis(value: Any, what: str) -> tuple[int, int] | None:
-    """A whole number for both axes, or one for each, from 1 to 256. InputError on anything else."""
-    pair = (value, value) if isinstance(value, int) else value if value is None else tuple(value)
-    if pair is None:
+    """A whole number for both axes, or one for each, from 1 to 4096. InputError on anything else."""
+    if value is None:
         return None
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 4096 for n in pair):
-        raise InputError(f"{what} are a whole number of at least 1, or two for rows and columns, not {value!r}")
+        raise InputError(f"{what} are a whole number from 1 to 4096, or two for rows and columns, not {value!r}")
     return pair[0], pair[1]
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from certipatch.export.rules import graph
 from certipatch.models import SharedViT
 from certipatch.models.quickest import as_program
 from certipatch.rules import DoubleMask
+from certipatch.threats import PatchThreat
 from certipatch.versions import versions
 
 __all__ = ["AsGraph", "to_onnx"]
@@ -58,9 +60,9 @@ class AsGraph(nn.Module):
         probe = torch.zeros(1, channels, *image_size)
         defense.check(probe)
         tolerance = defense.tolerance(probe)
-        self.model = defense.model
-        if isinstance(defense, PatchCURE):
-            self.model = copy.deepcopy(defense.every_pair(image_size))
+        self.model = defense.every_pair(image_size) if isinstance(defense, PatchCURE) else defense.model
+        if any(isinstance(module, SharedViT) for module in self.model.modules()):
+            self.model = copy.deepcopy(self.model)
             for module in self.model.modules():
                 if isinstance(module, SharedViT):
                     module.skips = False  # what it skips depends on the mask; masked attention gives the same answers
@@ -116,7 +118,8 @@ def _program(module: nn.Module, images: Tensor, names: tuple[str, ...]) -> Any:
     try:
         return as_program(module, images, names)
     except torch.onnx.OnnxExporterError as error:
-        raise InputError(f"the network has operations that ONNX cannot hold: {str(error).splitlines()[0]}") from None
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error.__cause__ or error)).strip().splitlines()[0][:200]
+        raise InputError(f"the network has operations that ONNX cannot hold: {reason}") from None
 
 
 def _metadata(defense: Defense, card: Card) -> dict[str, str]:
@@ -133,16 +136,16 @@ def _metadata(defense: Defense, card: Card) -> dict[str, str]:
 
 
 def _agrees(path: Path, defense: Defense, images: Tensor) -> int:
-    """How many pictures onnxruntime gave the defense's label, all of them."""
+    """How many pictures onnxruntime gave the defense's label and alarm, all of them."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(["label"], {"images": images.numpy()})[0])
-    expected = defense.predict(images)
-    if not torch.equal(found, expected):
-        raise InputError(
-            f"onnxruntime answers {found.tolist()} where the defense says {expected.tolist()}; not written"
-        )
+    cert = defense.certify(images, PatchThreat(1))
+    expected = [cert.label] if cert.alarm is None else [cert.label, cert.alarm]
+    for answer, own in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
+        found = torch.from_numpy(answer)
+        if not torch.equal(found, own):
+            raise InputError(f"onnxruntime answers {found.tolist()} where the defense says {own.tolist()}; not written")
     return len(images)

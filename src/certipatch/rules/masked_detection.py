@@ -78,9 +78,11 @@ class MaskedDetection(Rule):
             raise ValueError(f"evidence has {evidence.shape[1]} views, the windows {windows.number_of_views}")
         covering = (sees[:, None] <= windows.members.to(sees.device)).all(2)  # (L, W)
         left = (~windows.members).sum(1).double().to(evidence.device)  # views that each window leaves over
-        off = torch.zeros(len(evidence), dtype=torch.float64) if error is None else error
+        device = evidence.device
+        off = torch.zeros(len(evidence), dtype=torch.float64, device=device) if error is None else error
         step = max(1, CHUNK_BYTES // (32 * len(windows) * evidence.shape[2]))
-        alarms, margins = [torch.zeros(0, dtype=torch.bool)], [torch.zeros((0, len(sees)), dtype=torch.float64)]
+        alarms = [torch.zeros(0, dtype=torch.bool, device=device)]
+        margins = [torch.zeros((0, len(sees)), dtype=torch.float64, device=device)]
         for first in range(0, len(evidence), step):
             here = slice(first, first + step)
             scores = clipped(evidence[here], -torch.inf, torch.inf)

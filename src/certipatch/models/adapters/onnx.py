@@ -1,7 +1,6 @@
 """ONNX files: a black box that onnxruntime runs on the CPU."""
 
 import hashlib
-import re
 from pathlib import Path
 from typing import Any, final
 
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 
 from certipatch.errors import InputError, problem
 from certipatch.models.adapters.adapted import Adapted, Preprocessing
+from certipatch.models.adapters.onnx_files import outside
 from certipatch.models.adapters.sources import needed, opening
 
 MAX_FILE = 2 * 2**30  # bytes; onnxruntime reads no larger file without external data
-_LOCATION = re.compile(rb"\n\x08location\x12(?=.)", re.DOTALL)  # of weights outside the file, as protobuf writes it
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
 
 
@@ -29,10 +28,12 @@ class OnnxNetwork(nn.Module):
         self.session = session
         (given,) = session.get_inputs()
         self.input, self.real = given.name, _TYPES[given.type]
+        self.dtype = getattr(torch, self.real.__name__)
+        """In which it computes."""
         self.batch = given.shape[0] if isinstance(given.shape[0], int) else None
 
     def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        array = pictures.detach().cpu().numpy().astype(self.real)
+        array = pictures.detach().cpu().to(self.dtype).numpy()
         if self.batch is None:
             parts = [self._run(array)]
         else:  # a file of fixed batch size: the last batch is filled up, and cut again
@@ -62,8 +63,8 @@ def from_onnx(file: str) -> Adapted:
     with opening(what):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
-        outside = _outside(content, path.parent, what)
-        source = str(path) if outside else content
+        beside = _digests(_outside(content, what), path.parent, what)
+        source = str(path) if beside else content
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     inputs = session.get_inputs()
     if len(inputs) != 1 or inputs[0].type not in _TYPES or len(inputs[0].shape) != 4:
@@ -75,15 +76,20 @@ def from_onnx(file: str) -> Adapted:
         described["size"] = (height, width)
     preprocessing = _preprocessing(path.with_suffix(".json"), described)
     identity = hashlib.sha256(content + preprocessing.model_dump_json().encode())
-    for digest in outside:
+    for digest in beside:
         identity.update(digest)
     return Adapted(OnnxNetwork(session).eval(), preprocessing, f"onnx:{path.name}", identity.hexdigest())
 
 
-def _outside(content: bytes, folder: Path, what: str) -> list[bytes]:
+def _outside(content: bytes, what: str) -> list[str]:
+    try:
+        return outside(content)
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from None
+
+
+def _digests(names: list[str], folder: Path, what: str) -> list[bytes]:
     """SHA-256 of the files beside a model that hold weights of it. InputError where one lies elsewhere."""
-    starts = [found.end() for found in _LOCATION.finditer(content)]
-    names = sorted({content[start + 1 : start + 1 + content[start]].decode(errors="replace") for start in starts})
     found = []
     for name in names:
         if Path(name).name != name or (folder / name).is_symlink():
