@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import certipatch as cp
 from certipatch import cli
 from certipatch.bounds import Interval, margin_bounds, passage, patch_margins, regions, sparse_margins
+from certipatch.cli.work import seen_in
 from certipatch.defenses.around import around, frame
 from certipatch.errors import InputError
 from certipatch.models.adapters import Adapted, Preprocessing, is_adapter, open_model, runs_code
@@ -467,6 +468,16 @@ def test_which_picture_the_attacker_paints():
     assert frame(fixed, [(300, 200)]) == frame(fixed, [(32, 32), (30, 30)]) == frame(fixed, []) == (224, 224)
     with pytest.raises(InputError, match="one size"):
         frame(free, [(20, 30), (30, 20)])
+
+
+def test_a_small_first_picture_says_nothing_of_the_others(tmp_path):
+    for number, side in enumerate((10, 40, 40)):
+        folder = tmp_path / "photos" / "test" / ("a" if number else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (side, side + number)).save(folder / f"{number}.png")
+    sizes, classes = seen_in(str(tmp_path / "photos"), "test")
+    assert set(sizes) == {(10, 10), (41, 40), (42, 40)}
+    assert classes == ("a", "b")
 
 
 def test_a_dataset_of_some_of_the_classes():

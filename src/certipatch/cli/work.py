@@ -33,6 +33,7 @@ from certipatch.models.adapters import is_adapter, open_model
 from certipatch.threats import PatchThreat, Threat
 from certipatch.versions import versions
 
+LOOKED_AT = 16  # pictures of a dataset whose sizes are compared before a classifier reads it
 MAX_SHOWN = 400  # pictures in the report of certify
 Seen = Callable[[], tuple[list[tuple[int, int]], tuple[str, ...] | None]]
 """Looks at the pictures: their sizes (H, W), and the names of their classes, if they have any."""
@@ -151,10 +152,10 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def seen_in(data: str, split: str | None) -> tuple[list[tuple[int, int]], tuple[str, ...] | None]:
-    """The size of a dataset's first picture, and the names of its classes."""
-    pictures = load(data, split, limit=1)
-    height, width, _ = pictures.pixels([0])[0].shape
-    return [(height, width)], pictures.class_names
+    """The sizes of some of a dataset's pictures, the first and the last among them, and the names of its classes."""
+    pictures = load(data, split)
+    looked_at = sorted({round(i * (len(pictures) - 1) / (LOOKED_AT - 1)) for i in range(LOOKED_AT)})
+    return [pictures.pixels([i])[0].shape[:2] for i in looked_at], pictures.class_names
 
 
 def open_named(
