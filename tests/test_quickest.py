@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import certipatch as cp
+from certipatch.cli import work
 from certipatch.models import ConvNet, quickest
+from certipatch.workers import Workers
 
 THREAT = cp.PatchThreat(3)
 IMAGES = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -83,10 +85,43 @@ def test_what_onnx_cannot_hold_or_is_another_network_is_not_taken(later_is_faste
             return self.net(x.flatten(1)) if x.mean() > 0.2 else self.net(x.flatten(1)).relu()
 
     monkeypatch.setattr(quickest, "_channels_last", lambda network, pictures: lambda x: network(x) + 1)
-    assert quickest.quickest(Odd().eval(), IMAGES, 10**6) is None
+    assert quickest.quickest(Odd().eval(), IMAGES, 10**6) == ("torch", None)
+
+
+def test_the_way_that_is_named_is_taken(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    falling = itertools.count(1.0, 1.0)  # every way seems slower than those before it
+    monkeypatch.setattr(quickest, "_seconds", lambda run, pictures: next(falling))
+    quick = defense()
+    for name in ("onnxruntime", "channels last", "torch"):
+        assert quick.quicken(IMAGES[:1], 6, name) == name
+        assert (quick.model.quick is None) == (name == "torch")
+    monkeypatch.setattr(quickest, "find_spec", lambda name: None)
+    assert quick.quicken(IMAGES[:1], 6, "onnxruntime") == "torch"
+    assert cp.IntervalBounds(quick.model.model).quicken(IMAGES[:1], 6) is None
+
+
+class Listed(list):
+    """Pictures, as a run asks for them."""
+
+    def images(self, indices):
+        return IMAGES[list(indices)]
+
+
+def test_a_run_keeps_to_the_way_that_it_began_with(tmp_path, monkeypatch):
+    """A resumed run, and one that several processes share, have one kind of rounding."""
+    pytest.importorskip("onnxruntime")
+    found, asked = defense(), []
+    true = type(found).quicken
+    monkeypatch.setattr(type(found), "quicken", lambda self, *given: asked.append(given[2]) or true(self, *given))
+    crew = Workers()
+    assert work._quicken(found, Listed(IMAGES), tmp_path, torch.device("cpu"), crew) == "torch"
+    (tmp_path / "config.yaml").write_text("engine: channels last\ncommand: evaluate\n")
+    assert work._quicken(found, Listed(IMAGES), tmp_path, torch.device("cpu"), crew) == "channels last"
+    assert asked == [None, "channels last"]
 
 
 def test_little_work_is_not_worth_it():
     quick = defense()
-    quick.quicken(IMAGES[:1], 1)
+    assert quick.quicken(IMAGES[:1], 1) == "torch"
     assert quick.model.quick is None

@@ -43,6 +43,7 @@ class Workers:
         if not 0 <= rank < count or (count > 1 and store is None):
             raise ValueError(f"worker {rank} of {count} {'with' if store else 'without'} a store")
         self.rank, self.count, self._store = rank, count, store
+        self._shared = 0
 
     @property
     def first(self) -> bool:
@@ -50,15 +51,17 @@ class Workers:
         return self.rank == 0
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives in the first worker, for all of them; plain JSON values.
+        """What ``make`` gives in the first worker, for all of them, who share as often as it; plain JSON values.
 
         Errors: InputError and OSError of ``make`` in the first worker, InputError with the same words in the others.
         """
         if self._store is None:
             return make()
+        self._shared += 1
+        key = f"shared/{self._shared}"
         if not self.first:
             try:
-                answer = json.loads(self._store.get("shared"))
+                answer = json.loads(self._store.get(key))
             except RuntimeError as error:  # torch.distributed.DistError
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"the first worker does not answer ({reason}); start again") from None
@@ -68,9 +71,9 @@ class Workers:
         try:
             value = make()
         except (InputError, OSError) as error:
-            self._store.set("shared", json.dumps({"error": str(error)}))
+            self._store.set(key, json.dumps({"error": str(error)}))
             raise
-        self._store.set("shared", json.dumps({"value": value}))
+        self._store.set(key, json.dumps({"value": value}))
         return value
 
     def tickets(self, number: int) -> Iterator[int]:

@@ -32,6 +32,7 @@ from certipatch.evaluation.evaluate import Job, evaluate
 from certipatch.models.adapters import is_adapter, open_model
 from certipatch.threats import PatchThreat, Threat
 from certipatch.versions import versions
+from certipatch.workers import Workers
 
 LOOKED_AT = 16  # pictures of a dataset whose sizes are compared before a classifier reads it
 MAX_SHOWN = 400  # pictures in the report of certify
@@ -62,18 +63,42 @@ def evaluate_into(
     check_classes(pictures, card.classes, name)
     defense.to(device)
     opened, part = model_name or defense_name, part or run.PART
+    check_shape(pictures.pixels([0])[0].shape, card, pictures.name)
+    engine = None if (out / "summary.json").exists() else _quicken(defense, pictures, out, device, crew)
     job = Job(
-        defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device, opened, part
+        defense,
+        name,
+        card.sha256,
+        card.image_size,
+        card.classes,
+        pictures,
+        threat,
+        card.seed,
+        device,
+        opened,
+        part,
+        engine,
     )
-    check_shape(job.pictures.pixels([0])[0].shape, card, pictures.name)
-    if not (out / "summary.json").exists():
-        defense.quicken(pictures.images(range(1)).to(device), -(-len(pictures) // crew.count))
     summary = evaluate(job, out, progress, crew)
     if crew.first and not (out / "report.html").exists():
         files.write_text(out / "report.html", report.of_run(job, out, summary))
     if crew.first:
         sweep(out)
     return summary
+
+
+def _quicken(defense: Defense, pictures: Pictures, out: Path, device: torch.device, crew: Workers) -> str | None:
+    """The way in which all workers run the network: the one that the run began with, else the fastest that the first finds."""
+    images, each = pictures.images(range(1)).to(device), -(-len(pictures) // crew.count)
+
+    def first() -> str | None:
+        begun = files.read_config(out).get("engine") if (out / "config.yaml").exists() else None
+        return defense.quicken(images, each, begun)
+
+    engine = crew.share(first)
+    if not crew.first and engine is not None:
+        defense.quicken(images, each, engine)
+    return engine
 
 
 def certify_files(

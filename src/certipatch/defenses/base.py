@@ -88,8 +88,11 @@ class Defense(ABC):
             raise InputError(f"a threat is PatchThreat(…) or SparseThreat(…), not {threat!r}"[:160])
         return self.certificate(self.evidence(images), threat)
 
-    def quicken(self, images: Float[Tensor, "B C H W"], pictures: int) -> None:
-        """Choose a faster way to run the network, where there is one, for so many pictures like ``images``."""
+    def quicken(self, images: Float[Tensor, "B C H W"], pictures: int, only: str | None = None) -> str | None:
+        """Choose a faster way to run the network for so many pictures like ``images``, or take the one that is named.
+
+        Gives its name; None for defenses that have no choice.
+        """
         return None
 
     def as_given(self) -> AbstractContextManager[None]:

@@ -83,7 +83,7 @@ class MaskDefense(ViewDefense):
         """The masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats."""
         return covering_masks(self.threats, image_size, self.masks, self.stride)
 
-    def quicken(self, images: Float[Tensor, "B C H W"], pictures: int) -> None:
+    def quicken(self, images: Float[Tensor, "B C H W"], pictures: int, only: str | None = None) -> str | None:
         """Run the network in the way that is fastest here, where that is worth the trouble of finding it.
 
         On the CPU, by measurement; the model is checked, and its rounding measured, as it is then served.
@@ -91,14 +91,16 @@ class MaskDefense(ViewDefense):
         Args:
             images: what it is measured on.
             pictures: how many are to be looked at, for an estimate of the work.
+            only: the way that is to be taken, by the name that this gave before.
         """
         size = images.shape[2], images.shape[3]
         full = self.batch_size or max(1, ev.PIXELS // (size[0] * size[1]))
         shown = render(self.model.encoding, images[:1], self.views_of(size), torch.zeros(full, dtype=torch.int64))
         self.model.quick_of = ev.weights_state(self.model.model)
-        self.model.quick = quickest(self.model.model, shown.flatten(0, 1), pictures * self.number_of_views(size))
-        if self.model.quick is not None:
-            self._tolerance.clear()
+        work = pictures * self.number_of_views(size)
+        name, self.model.quick = quickest(self.model.model, shown.flatten(0, 1), work, only)
+        self._tolerance.clear()
+        return name
 
     @contextmanager
     def as_given(self) -> Iterator[None]:

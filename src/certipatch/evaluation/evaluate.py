@@ -40,13 +40,16 @@ class Job:
     """What the user called the model: a zoo name or a folder."""
     part: int = field(default_factory=lambda: run.PART)
     """Pictures per record file."""
+    engine: str | None = None
+    """In what way the network is run, where the defense has a choice."""
 
     def config(self, dataset_sha256: str | None = None) -> dict[str, Any]:
         """All settings, as plain values; ``source``, ``model`` and ``versions`` tell where from and with what.
 
         ``dataset_sha256`` is computed from all pictures, unless it is given.
         """
-        return configuration("evaluate", self, dataset_sha256, threat=self.threat.to_dict())
+        engine = {} if self.engine is None else {"engine": self.engine}
+        return configuration("evaluate", self, dataset_sha256, threat=self.threat.to_dict(), **engine)
 
 
 def evaluate(

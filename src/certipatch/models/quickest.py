@@ -22,33 +22,37 @@ from certipatch.models.adapters.onnx import OnnxNetwork
 
 WORTH = 30.0  # seconds of work that make an export, which takes 2 to 10, worth its time
 CLOSE = 1e-3  # largest change of a logit, relative to 1 + the largest, that counts as the same network
+AS_IT_IS = "torch"
 Run = Callable[[Tensor], Tensor]
 
 
-def quickest(network: nn.Module, pictures: Float[Tensor, "N C H W"], number: int) -> Run | None:
-    """The fastest way to run ``network``, or None for torch as it is, by measurement on ``pictures``.
+def quickest(
+    network: nn.Module, pictures: Float[Tensor, "N C H W"], number: int, only: str | None = None
+) -> tuple[str, Run | None]:
+    """The fastest way to run ``network`` by measurement on ``pictures``: its name, and how, None for torch as it is.
 
     What is found gives the same answers up to rounding, and passes no gradients. ``network`` stays as it is. Nothing is
-    tried where ``number`` pictures take less than half a minute, or elsewhere than on the CPU.
+    tried where ``number`` pictures take less than half a minute, or elsewhere than on the CPU. With ``only`` it is that
+    way, without measurement, or torch as it is where that cannot be had.
     """
-    if pictures.device.type != "cpu" or isinstance(network, OnnxNetwork) or not any(True for _ in network.parameters()):
-        return None
+    no_choice = pictures.device.type != "cpu" or isinstance(network, OnnxNetwork)
+    if only == AS_IT_IS or no_choice or not any(True for _ in network.parameters()):
+        return AS_IT_IS, None
     with torch.inference_mode():
         one = pictures[:1]
         random = torch.rand(one.shape, generator=torch.Generator().manual_seed(0)).to(one)
         probes = torch.cat([one, one.flip(3), random, torch.zeros_like(one), torch.ones_like(one)])
         expected, seconds = network(probes), _seconds(network, pictures)
-        if seconds / len(pictures) * number < WORTH:
-            return None
-        found: Run | None = None
-        for make in (_channels_last, _onnxruntime):
-            run = make(network, pictures)
-            if run is None or not _same(run(probes), expected):
+        if only is None and seconds / len(pictures) * number < WORTH:
+            return AS_IT_IS, None
+        name, found = AS_IT_IS, None
+        for way, make in (("channels last", _channels_last), ("onnxruntime", _onnxruntime)):
+            if only not in (None, way) or (run := make(network, pictures)) is None or not _same(run(probes), expected):
                 continue
             taken = _seconds(run, pictures)
-            if taken < 0.95 * seconds:
-                found, seconds = run, taken
-    return None if found is None else found.__call__  # no module, which its owner would take for a part
+            if only == way or taken < 0.95 * seconds:
+                name, found, seconds = way, run, taken
+    return name, None if found is None else found.__call__  # no module, which its owner would take for a part
 
 
 def _seconds(run: Run, pictures: Tensor) -> float:
