@@ -76,7 +76,7 @@ class MaskedDetection(Rule):
         windows = self._windows
         if evidence.shape[1] != windows.number_of_views:
             raise ValueError(f"evidence has {evidence.shape[1]} views, the windows {windows.number_of_views}")
-        covering = (sees[:, None] <= windows.members.to(sees.device)).all(2)  # (L, W)
+        covering = sees.float() @ (~windows.members).to(sees.device).float().T == 0  # (L, W): no view beyond the window
         left = (~windows.members).sum(1).double().to(evidence.device)  # views that each window leaves over
         device = evidence.device
         off = torch.zeros(len(evidence), dtype=torch.float64, device=device) if error is None else error
