@@ -56,12 +56,11 @@ class IntervalBounds(Defense):
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> float:
         """t for pictures of this size: by what share of 1 + s a logit may be off. InputError where the model is refused."""
-        first = next(self.model.parameters(), images)
-        autocast = torch.is_autocast_enabled(images.device.type)
-        key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
+        precision, autocast = ev.precision_of(self.model, images), torch.is_autocast_enabled(images.device.type)
+        key = (*images.shape[1:], images.dtype, images.device, self.model.training, precision, autocast)
         state = ev.weights_state(self.model)
         if self._tolerance.get(key, (None,))[0] != state:
-            self._tolerance[key] = state, self._measured(images, first.dtype)
+            self._tolerance[key] = state, self._measured(images, precision)
         return self._tolerance[key][1]
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
@@ -70,7 +69,7 @@ class IntervalBounds(Defense):
         tolerance, served = self.tolerance(images), self._served(images)
         exact, size = self._exact(images)
         off = (served.double() - exact).abs().amax(1)
-        self._check_distance(off.max().item(), served)
+        self._check_distance(off.max().item(), served, ev.precision_of(self.model, images))
         error = (4 * off / (1 + size)).clamp(min=tolerance)
         return Evidence(served[:, None], None, (images.shape[2], images.shape[3]), error, images)
 
@@ -195,11 +194,10 @@ class IntervalBounds(Defense):
         for batch in (1, 2, 5, 9, len(probes)):
             off = (self._served(probes, batch).double() - exact).abs().amax(1)
             worst, share = max(worst, off.max().item()), max(share, (off / (1 + size)).max().item())
-        self._check_distance(worst, exact)
+        self._check_distance(worst, exact, dtype)
         return max(4 * share, ev.FLOORS.get(dtype, 1e-6))
 
-    def _check_distance(self, off: float, logits: Tensor) -> None:
-        dtype = next((p.dtype for p in self.model.parameters()), logits.dtype)
+    def _check_distance(self, off: float, logits: Tensor, dtype: torch.dtype) -> None:
         limit = ev.LIMITS.get(dtype, 1e-4) * (1 + logits.abs().max().item())
         if not off <= limit:
             raise InputError(
