@@ -446,3 +446,21 @@ def test_real_data(name, split, count, shape):
     assert count is None or len(data) == count
     assert data.images(range(8)).shape == (8, *shape)
     assert len(data.class_names) == 10
+
+
+def test_classes_of_the_same_names_are_numbered_alike(tmp_path):
+    write_classes(tmp_path / "pets" / "test", ("cat", "Dog", "owl"), per_class=2)
+    pictures = load(str(tmp_path / "pets"), "test")
+    assert pictures.class_names == ("Dog", "cat", "owl")
+    turned = pictures.in_order_of(("owl", "dog", "cat"))
+    assert [turned.class_names[label] for label in turned.labels] == [
+        pictures.class_names[label].casefold() for label in pictures.labels
+    ]
+    for other in (("dog", "cat", "owl"), ("a", "b", "c"), ("cat", "cat", "dog"), ("cat", "dog")):
+        assert pictures.in_order_of(other) is pictures
+
+
+def test_val_is_a_validation_split(tmp_path):
+    for split in ("train", "val"):
+        write_classes(tmp_path / "pets" / split)
+    assert load(str(tmp_path / "pets")).split == "val"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import certipatch as cp
+from certipatch import cli
 from certipatch.cli import work
 from certipatch.models import ConvNet, quickest
 from certipatch.workers import Workers
@@ -125,3 +126,27 @@ def test_little_work_is_not_worth_it():
     quick = defense()
     assert quick.quicken(IMAGES[:1], 1) == "torch"
     assert quick.model.quick is None
+
+
+def test_a_run_with_an_engine_is_reported_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "certipatch",
+        "evaluate",
+        "--defense",
+        "patchcleanser",
+        "--model",
+        "mnist-plain",
+        "--data",
+        "fashion-sample",
+        "--patch",
+    ]
+    for command in (
+        [*arguments, "5", "--set", "masks=2", "--limit", "3", "--out", "run"],
+        ["certipatch", "report", "run"],
+    ):
+        monkeypatch.setattr("sys.argv", command)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+    assert "engine: torch" in (tmp_path / "run" / "config.yaml").read_text()

@@ -12,6 +12,7 @@ from certipatch.cli.options import (
     SetOption,
     ShapeOption,
     SparseOption,
+    SplitOption,
     WhereOption,
     changes_from,
     threat_from,
@@ -39,7 +40,7 @@ def attack(
     epsilon: Annotated[
         str | None, typer.Option("--epsilon", help="For linf, instead of a patch: the largest change, as 8/255.")
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation.")] = None,
+    split: SplitOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N pictures.", metavar="N")] = None,
     starts: Annotated[
         int | None, typer.Option("--starts", help="Restarts per picture. Default: the attack's.", min=1, metavar="N")

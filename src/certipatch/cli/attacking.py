@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from certipatch import attacks, devices
-from certipatch.cli.work import check_classes, check_shape, open_named, seen_in
+from certipatch.cli.work import check_shape, open_named, seen_in, with_classes
 from certipatch.data import Pictures, load
 from certipatch.data.known import SAMPLE, names
 from certipatch.data.loading import DATA_VARIABLE
@@ -52,7 +52,7 @@ def attack_into(
         defense_name, model_name, threat or PatchThreat(1), changes, lambda: seen_in(data, split)
     )
     pictures = load(data, split, size=card.image_size if card.resize else None, channels=card.channels, limit=limit)
-    check_classes(pictures, card.classes, name)
+    pictures = with_classes(pictures, card.classes, name)
     check_shape(pictures.pixels([0])[0].shape, card, pictures.name)
     defense.to(device)
     usual: dict[str, Any] = {"starts": attack.starts, "steps": attack.steps, "batch": rows_of(card.image_size)}

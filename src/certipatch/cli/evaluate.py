@@ -14,6 +14,7 @@ from certipatch.cli.options import (
     SetOption,
     ShapeOption,
     SparseOption,
+    SplitOption,
     WhereOption,
     changes_from,
     threat_from,
@@ -31,7 +32,7 @@ def evaluate(
     count: CountOption = 1,
     where: WhereOption = "anywhere",
     sparse: SparseOption = None,
-    split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation.")] = None,
+    split: SplitOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N pictures.", metavar="N")] = None,
     part: Annotated[
         int | None,

@@ -28,6 +28,7 @@ def list_(
     import json
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if what is not None and what not in KINDS:
@@ -53,7 +54,7 @@ def list_(
             continue
         table = Table(title=kind, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
         for name, text in rows.items():
-            table.add_row(name, text)
+            table.add_row(escape(name), escape(text))
         console.print(table, "")
 
 

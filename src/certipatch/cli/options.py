@@ -22,9 +22,9 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="The network that a method goes around: a zoo model, a trained folder, or with patchcleanser and "
-        "minority-reports any classifier: imagenet-lite, timm:NAME, torchvision:NAME, hf:NAME, onnx:FILE, "
-        "package.module:function.",
+        help="The network that a method goes around: a zoo model, a trained folder, or with patchcleanser, "
+        "minority-reports, interval-bounds, undefended, lgs or dw any classifier: imagenet-lite, timm:NAME, "
+        "torchvision:NAME, hf:NAME, onnx:FILE, package.module:function.",
     ),
 ]
 SetOption = Annotated[
@@ -34,6 +34,9 @@ SetOption = Annotated[
 DataOption = Annotated[
     str,
     typer.Option("--data", help="A dataset name, a Hub dataset, a folder of class folders, or of parquet files."),
+]
+SplitOption = Annotated[
+    str | None, typer.Option("--split", help="Default: test, else validation or val, else the only one.")
 ]
 PatchOption = Annotated[
     str | None, typer.Option("--patch", help="Patch size: 5, 3x8 (rows x columns), or 2% of the picture's area.")

@@ -71,7 +71,18 @@ def open_run(out: Path, data: str | None = None, model: str | None = None) -> tu
     defense, card, pictures, fingerprint = _opened(out, config, threat, data, model)
     name, device = _text(out, config, "defense"), devices.default()
     defense.to(device)
-    job = Job(defense, name, card.sha256, card.image_size, card.classes, pictures, threat, card.seed, device)
+    job = Job(
+        defense,
+        name,
+        card.sha256,
+        card.image_size,
+        card.classes,
+        pictures,
+        threat,
+        card.seed,
+        device,
+        engine=config.get("engine"),
+    )
     _same(out, config, job.config(fingerprint))
     with _settings_of(out):
         summary = summarize(config, out, defense)
@@ -127,6 +138,7 @@ def _opened(
         pictures = load(source, split, size=size, channels=card.channels, limit=images)
     except InputError as error:
         raise InputError(f"the pictures of {out} cannot be opened: {error}; name their place with --data") from None
+    pictures = pictures.in_order_of(card.classes)
     fingerprint = pictures.fingerprint()
     if fingerprint != config.get("dataset_sha256"):
         raise InputError(

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
+from certipatch.cli.options import SplitOption
 from certipatch.errors import InputError
 
 
 def reproduce(
     table: Annotated[str, typer.Argument(help="Its name, such as pg-table5; `certipatch reproduce list` shows all.")],
     data: Annotated[str | None, typer.Option("--data", help="Other data than the paper's, or where they are.")] = None,
-    split: Annotated[str | None, typer.Option("--split", help="Default: test, else validation.")] = None,
+    split: SplitOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N pictures.", metavar="N")] = None,
     models: Annotated[
         list[str] | None,

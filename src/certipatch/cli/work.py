@@ -60,7 +60,8 @@ def evaluate_into(
     defense, card, name = open_certified(defense_name, model_name, threat, changes, lambda: seen_in(data, split))
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, channels=card.channels, limit=limit)
-    check_classes(pictures, card.classes, name)
+    pictures = with_classes(pictures, card.classes, name)
+    told_of_training(pictures, card, name)
     defense.to(device)
     opened, part = model_name or defense_name, part or run.PART
     check_shape(pictures.pixels([0])[0].shape, card, pictures.name)
@@ -292,10 +293,24 @@ def threat_fits(threat: Threat, card: Card | Sheet) -> None:
         raise InputError(f"{threat} are more than a picture of {card.image_size[0]}x{card.image_size[1]} pixels has")
 
 
-def check_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> None:
-    """InputError unless pictures have as many classes as a defense knows; a note on stderr where names differ."""
+def told_of_training(pictures: Pictures, card: Card | Sheet, name: str) -> None:
+    """A note on stderr where pictures are those that a defense was trained on."""
+    trained = card.data if isinstance(card, Card) else {}
+    if (trained.get("name"), trained.get("split")) == (pictures.name, pictures.split) and workers.rank() == 0:
+        print(
+            f"note: {name} was trained on {pictures.name} {pictures.split}; numbers of other pictures say more (--split)",
+            file=sys.stderr,
+        )
+
+
+def with_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> Pictures:
+    """Pictures whose classes are numbered as a defense numbers them: by their names, else as they are.
+
+    InputError where there are not as many; a note on stderr where names differ.
+    """
     if len(pictures.class_names) != len(classes):
         raise InputError(f"{pictures.name} has {len(pictures.class_names)} classes, but {name} knows {len(classes)}")
+    pictures = pictures.in_order_of(classes)
     pairs = zip(pictures.class_names, classes, strict=True)
     differing = [(theirs, ours) for theirs, ours in pairs if theirs.casefold() != ours.casefold()]
     if differing and workers.rank() == 0:
@@ -305,6 +320,7 @@ def check_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> No
             "they are matched by number",
             file=sys.stderr,
         )
+    return pictures
 
 
 def check_shape(shape: tuple[int, ...], card: Card | Sheet, name: str) -> None:

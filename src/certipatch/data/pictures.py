@@ -79,6 +79,15 @@ class Pictures:
     def __repr__(self) -> str:
         return f"Pictures({self.name!r}, {self.split!r}, {len(self)} pictures, {len(self.class_names)} classes)"
 
+    def in_order_of(self, classes: Sequence[str]) -> "Pictures":
+        """The same, with classes numbered as in ``classes`` where they have the same names in another order."""
+        order = {name.casefold(): number for number, name in enumerate(classes)}
+        own = [name.casefold() for name in self.class_names]
+        if len(order) != len(own) or sorted(order) != sorted(own) or list(order) == own:
+            return self
+        renumbered = np.array([order[name] for name in own], dtype=np.int64)
+        return replace(self, labels=renumbered[self.labels], class_names=tuple(classes))
+
     def encoded(self, i: int) -> bytes:
         """The encoded bytes (PNG, JPEG, ...) of picture i. Raises InputError if there is no picture i."""
         if not 0 <= i < len(self):
@@ -173,14 +182,14 @@ class _Colour(Exception):
 
 
 def choose_split(splits: Iterable[str], wanted: str | None, source: str) -> str:
-    """The wanted split; without one `test`, else `validation`, else the only one. Raises InputError otherwise."""
+    """The wanted split; without one `test`, else `validation` or `val`, else the only one. Raises InputError otherwise."""
     there = sorted(splits)
     if not there:
         raise InputError(f"{source!r} has no splits with pictures; give another dataset or folder")
     if wanted is None:
         if len(there) == 1:
             return there[0]
-        wanted = next((name for name in ("test", "validation") if name in there), None)
+        wanted = next((name for name in ("test", "validation", "val") if name in there), None)
         if wanted is None:
             raise InputError(f"{source!r} has several splits; give one of {listed(there)}")
     if wanted not in there:
