@@ -35,7 +35,7 @@ def compare(
 
       certipatch compare runs/fashion runs/mask-ds
 
-      certipatch compare runs/* --out comparison
+      certipatch compare runs/fashion runs/mask-ds --out comparison
 
       certipatch compare runs/fashion runs/mask-ds --format latex > table.tex
     """
