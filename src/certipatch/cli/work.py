@@ -65,7 +65,7 @@ def evaluate_into(
     defense.to(device)
     opened, part = model_name or defense_name, part or run.PART
     check_shape(pictures.pixels([0])[0].shape, card, pictures.name)
-    engine = None if (out / "summary.json").exists() else _quicken(defense, pictures, out, device, crew)
+    engine = _quicken(defense, pictures, out, device, crew)
     job = Job(
         defense,
         name,
@@ -89,11 +89,16 @@ def evaluate_into(
 
 
 def _quicken(defense: Defense, pictures: Pictures, out: Path, device: torch.device, crew: Workers) -> str | None:
-    """The way in which all workers run the network: the one that the run began with, else the fastest that the first finds."""
+    """The way in which all workers run the network: the one that the run began with, else the fastest that the first finds.
+
+    All ask, and the first answers, however late the others come; of a finished run nothing is left to be quick about.
+    """
     images, each = pictures.images(range(1)).to(device), -(-len(pictures) // crew.count)
 
     def first() -> str | None:
         begun = files.read_config(out).get("engine") if (out / "config.yaml").exists() else None
+        if (out / "summary.json").exists():
+            return begun
         return defense.quicken(images, each, begun)
 
     engine = crew.share(first)

@@ -204,6 +204,10 @@ class Bench:
         """A method around the model's network."""
         return _views_of(open_defense(method, str(folder), threat, settings)[0], read_card(folder))
 
+    def probe(self, card: Card) -> Float[Tensor, "1 C H W"]:
+        """The first picture, on which rounding is measured."""
+        return self.pictures(card).images(range(1))
+
     def evidence(
         self, folder: Path, method: str, threat: PatchThreat, **settings: Any
     ) -> Iterator[tuple[Defense, Evidence, Tensor]]:
@@ -215,9 +219,9 @@ class Bench:
             for counts, targets in self.counts(card, sampled):
                 yield sampled, Evidence(counts, None, card.image_size), targets
             return
-        defense = self.defense(folder, method, threat, **settings)
+        defense, probe = self.defense(folder, method, threat, **settings), self.probe(card)
         for logits, targets in self.logits(folder):
-            yield defense, evidence_of(defense, logits, card.image_size), targets
+            yield defense, evidence_of(defense, logits, probe), targets
 
     def outcomes(self, wanted: Wanted, method: str, patch: int | str, **settings: Any) -> Outcomes | NotRun:
         """What a method around a model's network makes of every picture, against one square patch anywhere."""
@@ -275,21 +279,16 @@ def at_hand(data: str) -> bool:
     return bool(root) and (Path(root) / data).is_dir()
 
 
-def evidence_of(defense: ViewDefense, logits: Tensor, image_size: tuple[int, int]) -> Evidence:
-    """What ``defense`` makes of logits of all views."""
-    parameter = next(defense.model.parameters())
-    probe = torch.zeros((1, _channels(defense), *image_size), dtype=torch.float32, device=parameter.device)
-    values, unsure, error = defense.values(logits, defense.tolerance(probe))
-    return Evidence(values, unsure, image_size, error)
+def evidence_of(defense: ViewDefense, logits: Tensor, probe: Float[Tensor, "1 C H W"]) -> Evidence:
+    """What ``defense`` makes of logits of all views; its rounding is measured on ``probe``."""
+    device = next(defense.model.parameters()).device
+    values, unsure, error = defense.values(logits, defense.tolerance(probe.to(device)))
+    return Evidence(values, unsure, (probe.shape[2], probe.shape[3]), error)
 
 
 def _identity(card: Card) -> str:
     """All of a card that answers depend on."""
     return json.dumps(card.model_dump(mode="json", include={"sha256", "defense", "settings", "views", "model"}))
-
-
-def _channels(defense: ViewDefense) -> int:
-    return next(iter(defense._tolerance))[0]  # the model check has measured pictures of this shape
 
 
 def _views_of(defense: Any, card: Card) -> ViewDefense:

@@ -143,14 +143,15 @@ def thresholds(bench: Bench, study: Study, paper: Numbers) -> Table:
     if folder is None:
         rows = [Row("all", [wanted.missing()]), *_paper(paper)]
         return Table(columns, rows, bench.describe())
-    size, threat = read_card(folder).image_size, PatchThreat(patch)
+    card, threat = read_card(folder), PatchThreat(patch)
+    size, probe = card.image_size, bench.probe(card)
     kind, rows = _kind(bench, wanted), []
     for threshold in THRESHOLDS:
         defense = bench.defense(folder, "patchguard", threat, evidence=kind, threshold=threshold)
         rule, relation = defense.rule(size), defense.relation(threat, size)
         counts, n = [0] * len(columns), 0
         for logits, targets in bench.logits(folder):
-            evidence = evidence_of(defense, logits, size)
+            evidence = evidence_of(defense, logits, probe)
             found = defense.certificate(evidence, threat)
             right = found.label == targets
             left = right & ~found.certified
