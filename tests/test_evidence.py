@@ -310,3 +310,12 @@ def test_rounding_is_measured_where_softmax_is_not_saturated(threshold):
     assert not torch.equal(odd[0], even[0])
     assert odd_unsure.all()
     assert even_unsure.all()
+
+
+def test_what_a_network_says_of_its_input_stays_as_it_says_it():
+    class Picky(nn.Module):
+        def forward(self, x):
+            raise InputError("these are no pictures of cats; give cats")
+
+    with pytest.raises(InputError, match=r"^these are no pictures of cats; give cats$"):
+        ev.ask(Picky(), torch.rand(1, 3, 4, 4))

@@ -55,7 +55,7 @@ def ask(model: nn.Module, pictures: Float[Tensor, "N C H W"]) -> Tensor:
     """What a network answers. InputError where it cannot read pictures of this type or size."""
     try:
         answer = model(pictures)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, InputError):
         raise
     except (RuntimeError, TypeError, ValueError) as error:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), pictures.dtype)

@@ -56,16 +56,22 @@ class Passage:
     ) -> Float[Tensor, "B L R"]:
         """Lower bounds of z_y − z_k from value ``before_head`` (B, L, n); of logits where there is no head.
 
-        ``slack`` e: each logit may be off by e·(1 + ``size``), which is taken off twice.
+        ``slack``: see ``less_rounding``.
         """
         if slack is not None:
-            return self.margins(last, label, rivals) - 2 * (slack[:, None] * (1 + self.size(last)))[..., None]
+            return self.less_rounding(self.margins(last, label, rivals), last, slack)
         if self.head is not None:
             return merged(self.head, last, label, rivals)
         places = last.shape[1]
         own = last.lower.gather(2, label[:, None, None].expand(-1, places, 1))
         other = last.upper.gather(2, rivals[:, None].expand(-1, places, -1))
         return own - other - (2 * torch.finfo(self.dtype).eps * (own.abs() + other.abs()) if self._guarded else 0.0)
+
+    def less_rounding(
+        self, margins: Float[Tensor, "B L R"], last: Interval, slack: Float[Tensor, " B"]
+    ) -> Float[Tensor, "B L R"]:
+        """Margins where each of the two logits may be off by ``slack``·(1 + ``size``)."""
+        return margins - 2 * (slack[:, None] * (1 + self.size(last)))[..., None]
 
     def size(self, last: Interval) -> Float[Tensor, "B L"]:
         """The largest Σ_j |w_kj x_j| + |b_k| of a logit over a box (B, L, n): what its rounding is in proportion to.

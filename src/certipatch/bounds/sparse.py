@@ -60,9 +60,10 @@ def sparse_passed(
         numbers *= images.shape[2] * images.shape[3]
     step = max(1, memory // (4 * numbers * images.element_size()))
     parts = []
-    off = [None] * len(images) if slack is None else slack.split(step)
-    for some, own, each in zip(images.split(step), label.split(step), off, strict=slack is not None):
-        parts.append(_margins(passed, some, own, pixels, strength, each))
+    for first in range(0, len(images), step):
+        here = slice(first, first + step)
+        off = None if slack is None else slack[here]
+        parts.append(_margins(passed, images[here], label[here], pixels, strength, off))
     return torch.cat(parts)
 
 
@@ -80,9 +81,10 @@ def _margins(
                 clean[number] = op.whole(before)
             elif passed.head is not None and op is passed.head:
                 found = _of_linear_network(passed.head, before, box, images.shape[1], pixels, label, rivals)
+                if slack is None:
+                    return found
                 whole = Interval(torch.minimum(before.lower, box.lower), torch.maximum(before.upper, box.upper))
-                size = 0.0 if slack is None else passed.size(whole.map(lambda x: x[:, None]))
-                return found if slack is None else found - 2 * slack[:, None] * (1 + size)
+                return passed.less_rounding(found[:, None], whole.map(lambda x: x[:, None]), slack)[:, 0]
             elif isinstance(op, Conv) or (isinstance(op, Linear) and op.reads_all(before)):
                 found.append(first_layer(op, before, box, images.shape[1], pixels))
                 continue
