@@ -10,9 +10,10 @@ from torch.nn import functional as F
 import certipatch as cp
 from certipatch import defenses, models
 from certipatch.errors import InputError
-from certipatch.training.masking import MaskLoss, Masks, finer, laid_over, masks_of
+from certipatch.training.augment import draw_changes
+from certipatch.training.masking import MaskLoss, Masks, Memory, finer, laid_over, masks_of
 from certipatch.training.muon import Muon, orthogonal
-from certipatch.training.recipe import MaskTraining, Recipe, read
+from certipatch.training.recipe import Augment, MaskTraining, Recipe, read
 from certipatch.training.train import train
 from certipatch.views import mask_set
 from certipatch.views.render import fill, null
@@ -149,11 +150,97 @@ def test_tries_follow_the_gradient_and_all_of_them_are_the_greedy_choice():
     assert max(drawn) < reached <= best + 1e-6
 
 
-@pytest.mark.parametrize("asked", [{"strategy": "greedy"}, {"strategy": "greedy", "tries": 2}, {"draws": 3}, {}])
+def test_one_of_two_masks_moves_to_where_the_gradient_promises_the_largest_loss():
+    """Against a literal search over all pairs that keep one of the masks, of loss as the gradient continues it."""
+    torch.manual_seed(0)
+    network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
+    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
+    memory, fine = Memory(20, masks.levels[-1]), masks.levels[-1]
+    loss = MaskLoss(network, network, masks, MaskTraining(strategy="climbing"), 0.5, memory=memory)
+    chosen = torch.arange(19, 3, -1)
+    memory.turn_to(chosen, draw_changes(16, SIZE, Augment(), torch.Generator()))
+    pair = memory.pairs(torch.Generator().manual_seed(3))
+    assert len(pair.unique(dim=0)) > 8  # nothing is known yet: random ones
+    loss(pictures, targets, 0.5, torch.Generator().manual_seed(3)).backward()
+    moved = memory.pairs(torch.Generator())
+    assert memory.centres[:4].isnan().all()  # of other pictures nothing has been written
+    shown = laid_over("picture", pictures, fine[pair].any(1), 0.5).requires_grad_()
+    F.cross_entropy(network(shown), targets).backward()
+    for i in range(16):
+        candidates = [(a, b) for a in range(len(fine)) for b in range(len(fine)) if len({a, b} & set(pair[i].tolist()))]
+        candidates = [(a, b) for a, b in candidates if not {a, b} <= set(pair[i].tolist())]
+
+        def promised(a: int, b: int, i: int = i) -> float:
+            other = laid_over("picture", pictures[[i]], fine[[a]] | fine[[b]], 0.5)[0]
+            return (shown.grad[i] * (other - shown[i].detach())).sum().item()
+
+        best = max(promised(a, b) for a, b in candidates)
+        assert tuple(moved[i].tolist()) in candidates
+        assert promised(*moved[i].tolist()) == pytest.approx(best, abs=1e-7)
+
+
+def test_remembered_masks_hide_the_same_part_of_a_picture_however_it_is_changed():
+    (fine,) = levels(6)
+    memory, numbers = Memory(30, fine), torch.arange(1, 1 + SIZE[0] * SIZE[1]).view(1, 1, *SIZE).repeat(30, 1, 1, 1)
+    every, inner = torch.arange(30), fine.flatten(1).sum(1).max()
+    known = torch.randint(len(fine), (30, 2), generator=torch.Generator().manual_seed(0))
+    memory.turn_to(every, draw_changes(30, SIZE, Augment(), torch.Generator()))
+    memory.keep(known)
+    assert torch.equal(memory.pairs(torch.Generator()), known)
+    shared = []
+    for seed in range(5):
+        changes = draw_changes(30, SIZE, Augment(shift=1, flip=True), torch.Generator().manual_seed(seed))
+        memory.turn_to(every, changes)
+        shown, pairs = changes.of(numbers)[:, 0], memory.pairs(torch.Generator())
+        for i, mask in ((i, mask) for i in range(30) for mask in (0, 1)):
+            before = set(numbers[i, 0][fine[known[i, mask]]].tolist())
+            now = set(shown[i][fine[pairs[i, mask]]].tolist())
+            shared.append(len(before & now) / inner)
+        memory.keep(pairs)
+        memory.turn_to(every, changes)
+        assert torch.equal(memory.pairs(torch.Generator()), pairs)
+        memory.turn_to(every, draw_changes(30, SIZE, Augment(), torch.Generator()))
+        memory.keep(known)
+    assert sum(shared) / len(shared) > 0.6  # of two random masks, a tenth
+    flips = draw_changes(30, SIZE, Augment(flip=True), torch.Generator().manual_seed(1))
+    memory.turn_to(every, flips)
+    pairs, shown = memory.pairs(torch.Generator()), flips.of(numbers)[:, 0]
+    assert flips.mirrored.any()
+    symmetric = {mask for mask in range(len(fine)) if any(torch.equal(fine[mask].flip(1), other) for other in fine)}
+    for i in range(30):
+        if symmetric >= set(known[i].tolist()):
+            assert set(numbers[i, 0][fine[known[i]].any(0)].tolist()) == set(shown[i][fine[pairs[i]].any(0)].tolist())
+
+
+@pytest.mark.parametrize("asked", [{"shift": 3, "flip": True}, {"flip": True}, {"shift": 2}, {}])
+def test_changed_points_are_those_of_the_changed_pixels(asked):
+    """Every pixel has a number of its own; black comes in from beyond the borders."""
+    numbers = torch.arange(1, 1 + SIZE[0] * SIZE[1]).view(1, 1, *SIZE).repeat(40, 1, 1, 1)
+    changes = draw_changes(40, SIZE, Augment(**asked), torch.Generator().manual_seed(0))
+    shown = changes.of(numbers)[:, 0]
+    assert len(changes.corners.unique(dim=0)) > (1 if "shift" in asked else 0)
+    points = torch.cartesian_prod(*(torch.arange(float(side)) for side in SIZE)).expand(40, -1, -1)
+    source = changes.source(points)
+    assert torch.equal(changes.shown(source), points)
+    row, column = source.long().unbind(-1)
+    inside = (row >= 0) & (row < SIZE[0]) & (column >= 0) & (column < SIZE[1])
+    expected = torch.where(inside, row * SIZE[1] + column + 1, 0)
+    assert torch.equal(shown.flatten(1), expected)
+
+
+CLIMBING = {"strategy": "climbing", "climbing_from": 0.4}
+
+
+@pytest.mark.parametrize(
+    "asked", [{"strategy": "greedy"}, {"strategy": "greedy", "tries": 2}, CLIMBING, {"draws": 3}, {}]
+)
 def test_masks_lie_where_the_pictures_are(asked):
     """On a device without data: whatever lay elsewhere could not meet it."""
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8), depth=3).to("meta")
-    loss = MaskLoss(network, network, Masks(levels(2, 3), torch.device("meta")), MaskTraining(**asked), 0.5)
+    memory = Memory(4, levels(3)[0])
+    memory.turn_to(torch.arange(4), draw_changes(4, SIZE, Augment(), torch.Generator()))
+    masks = Masks(levels(2, 3), torch.device("meta"))
+    loss = MaskLoss(network, network, masks, MaskTraining(**asked), 0.5, memory=memory)
     found = loss(images(4).to("meta"), torch.arange(4, device="meta") % 3, 0.5, torch.Generator().manual_seed(0))
     assert found.device.type == "meta"
     assert found.shape == ()
@@ -234,9 +321,10 @@ VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
         {"model": VIT, "epochs": 1},
         {"defense": "patchcure", "model": SHARED, "epochs": 1},
         {"masking": {"strategy": "greedy", "tries": 2}, "precision": "bf16-mixed", "epochs": 1},
+        {"masking": CLIMBING, "precision": "bf16-mixed", "epochs": 2},
         {"defense": "minority-reports", "masking": {"strategy": "random"}, "epochs": 1},
     ],
-    ids=["conv", "vit", "shared front", "tries", "minority reports"],
+    ids=["conv", "vit", "shared front", "tries", "climbing", "minority reports"],
 )
 def test_recipes_train_any_network(changes, tmp_path):
     data = write_parquet(tmp_path / "data")
@@ -258,11 +346,18 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_stopped_training_ends_with_the_same_weights(optimizer, tmp_path):
+@pytest.mark.parametrize(
+    ("optimizer", "masking"),
+    [
+        ("adamw", TINY["masking"]),
+        ("muon", {"draws": 2, "draws_from": 0.5, "label_smoothing": 0.1}),
+        ("adam", CLIMBING),
+    ],
+    ids=["greedy", "draws", "climbing"],
+)
+def test_a_stopped_training_ends_with_the_same_weights(optimizer, masking, tmp_path):
     data = write_parquet(tmp_path / "data")
-    masking = {"draws": 2, "draws_from": 0.5, "label_smoothing": 0.1} if optimizer == "muon" else TINY["masking"]
-    changes = {"epochs": 3, "optimizer": optimizer, "masking": masking}
+    changes = {"epochs": 3, "optimizer": optimizer, "masking": masking, "augment": {"shift": 2, "flip": True}}
     recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | changes), [f"data={data}"])
     whole = train(recipe, tmp_path / "whole")
 
@@ -302,14 +397,16 @@ def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity()
                              ({"masking": {"strategy": "greedy", "coarse": [4, 2]}}, "from few masks per axis to many"),
                              ({"masking": {"tries": 3}}, "belong to strategy: greedy"),
                              ({"masking": {"strategy": "greedy", "coarse": [2], "tries": 3}}, "coarse to fine or by tries"),
-                             ({"masking": {"strategy": "best"}}, "'random' or 'greedy'")):  # fmt: skip
+                             ({"masking": {"climbing_from": 0.5}}, "belongs to strategy: climbing"),
+                             ({"masking": {"strategy": "best"}}, "'random', 'greedy' or 'climbing'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Recipe(**fields | changes)
 
 
 def test_shipped_recipes_are_read():
     names = ("mnist-double-mask", "mnist-double-mask-144", "cifar10-double-mask", "imagenette-double-mask")
-    for name, masks in zip(names, (36, 144, 49, 16), strict=True):
+    names += ("cifar10-double-mask-random",)
+    for name, masks in zip(names, (36, 144, 49, 16, 49), strict=True):
         recipe = read(cp_recipe(name))
         size = (28, 28) if name.startswith("mnist") else (32, 32) if name.startswith("cifar") else (224, 224)
         defense = defenses.PatchCleanser(nn.Identity(), recipe.threat, masks=recipe.settings["masks"])

@@ -21,7 +21,7 @@ from certipatch.relation import sees
 from certipatch.rules import RobustMask, Vote, Windows
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives, read, train
-from certipatch.training.augment import augmented
+from certipatch.training.augment import draw_changes
 from certipatch.training.start import start_from
 from certipatch.views import Columns, Cross
 
@@ -282,7 +282,7 @@ def test_crops_are_parts_of_their_pictures(tmp_path, data):
     images = torch.arange(2 * 40 * 50).view(2, 1, 40, 50)  # every pixel has a number of its own
     corners = set()
     for seed in range(200):
-        cut = augmented(images, recipe.augment, torch.Generator().manual_seed(seed))
+        cut = draw_changes(2, (40, 50), recipe.augment, torch.Generator().manual_seed(seed)).of(images)
         assert cut.shape == (2, 1, 33, 33)
         for picture in range(2):
             top, left = divmod(int(cut[picture, 0, 0, 0]) - 2000 * picture, 50)

@@ -1,24 +1,64 @@
 """Random changes of the pictures of a batch: shifts, crops, mirror images."""
 
+from dataclasses import dataclass
+
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from certipatch.training.recipe import Augment
 
 
-def augmented(images: Tensor, asked: Augment, draw: torch.Generator) -> Tensor:
-    """Shifted, cropped and mirrored copies of uint8 pictures (B, C, H, W)."""
-    height, width = images.shape[2:]
+@dataclass(frozen=True)
+class Changes:
+    """What is done to each picture of a batch: a part of it is cut out, of (H, W) pixels, then mirrored or not.
+
+    Args:
+        size: (H, W) of what is shown.
+        corners: where its upper left pixel lies in the picture; beyond its borders, where black comes in.
+        mirrored: left to right.
+    """
+
+    size: tuple[int, int]
+    corners: Int64[Tensor, "B 2"]
+    mirrored: Bool[Tensor, " B"]
+
+    def of(self, images: Tensor) -> Tensor:
+        """Changed copies of uint8 pictures (B, C, H, W)."""
+        full = images.shape[2:]
+        margin = int((-self.corners).amax().clamp(min=0))
+        for side, length, last in zip(full, self.size, self.corners.amax(0).tolist(), strict=True):
+            margin = max(margin, last + length - side)
+        if margin:
+            images = torch.nn.functional.pad(images, (margin,) * 4)
+        if margin or self.size != tuple(full):
+            images = _cut(images, self.corners.to(images.device) + margin, self.size)
+        mirrored = self.mirrored.to(images.device)
+        return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+    def source(self, points: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n 2"]:
+        """Where points (row, column) of what is shown lie in the picture."""
+        return self._turned(points) + self.corners[:, None]
+
+    def shown(self, points: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n 2"]:
+        """Where points of the picture lie in what is shown."""
+        return self._turned(points - self.corners[:, None])
+
+    def _turned(self, points: Tensor) -> Tensor:
+        opposite = torch.stack([points[..., 0], self.size[1] - 1 - points[..., 1]], dim=-1)
+        return torch.where(self.mirrored[:, None, None], opposite, points)
+
+
+def draw_changes(batch: int, image_size: tuple[int, int], asked: Augment, draw: torch.Generator) -> Changes:
+    """What is done to each of ``batch`` pictures of (H, W) pixels."""
+    corners, size = torch.zeros(batch, 2, dtype=torch.int64), image_size
     if asked.shift:
-        moves = torch.randint(0, 2 * asked.shift + 1, (len(images), 2), generator=draw).to(images.device)
-        images = _cut(torch.nn.functional.pad(images, (asked.shift,) * 4), moves, (height, width))
+        corners = torch.randint(0, 2 * asked.shift + 1, (batch, 2), generator=draw) - asked.shift
     if asked.crop is not None:
-        corners = [torch.randint(0, side - asked.crop + 1, (len(images),), generator=draw) for side in (height, width)]
-        images = _cut(images, torch.stack(corners, dim=1).to(images.device), (asked.crop, asked.crop))
-    if asked.flip:
-        mirrored = (torch.rand(len(images), generator=draw) < 0.5).to(images.device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-    return images
+        inner = [torch.randint(0, side - asked.crop + 1, (batch,), generator=draw) for side in image_size]
+        corners, size = corners + torch.stack(inner, dim=1), (asked.crop, asked.crop)
+    mirrored = torch.rand(batch, generator=draw) < 0.5 if asked.flip else torch.zeros(batch, dtype=torch.bool)
+    return Changes(size, corners, mirrored)
 
 
 def _cut(images: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,9 +16,17 @@ from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
 
 
-def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step: int, recipe: str) -> None:
+def save(
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    recipe: str,
+    memory: torch.Tensor | None = None,
+) -> None:
     """Write a checkpoint; ``recipe`` is the hash of the recipe and data that it belongs to."""
     tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+    tensors |= {} if memory is None else {"memory": memory}
     for number, slots in optimizer.state_dict()["state"].items():
         tensors |= {
             f"optimizer.{number}.{slot}": torch.as_tensor(value) for slot, value in slots.items() if value is not None
@@ -27,8 +35,15 @@ def save(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, step:
     write_tensors(path, tensors, {"training": state, "digest": _digest(tensors, state)})
 
 
-def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, recipe: str) -> int:
-    """Put a checkpoint into ``network`` and ``optimizer``; gives the step after which it was written, 0 without a file.
+def load(
+    path: Path,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: str,
+    memory: torch.Tensor | None = None,
+) -> int:
+    """Put a checkpoint into ``network``, ``optimizer`` and ``memory``, a tensor of what the training remembers besides;
+    gives the step after which it was written, 0 without a file.
 
     Errors: InputError where the file is unreadable or belongs to another recipe.
     """
@@ -43,6 +58,8 @@ def load(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, recip
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if "digest" in about and about["digest"] != _digest(tensors, about["training"]):
             raise OSError("it was damaged after it was written")
+        if memory is not None:
+            memory.copy_(tensors["memory"])
         network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
         slots: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors.items():

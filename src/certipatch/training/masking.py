@@ -1,10 +1,11 @@
-"""Training under masks, for double masking: two random masks, or the two that hurt most, found greedily.
+"""Training under masks, for double masking: two random masks, or two that hurt, found greedily or by climbing.
 
 A certificate of double masking asks that the answer stays under every two masks. PatchCleanser (Xiang et al., USENIX Security
 2022) trains on pictures with two random ones; Saha et al. (TMLR 2023, Greedy Cutout) with the one of largest loss and, that laid
 over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2. ``tries`` looks at a few masks only, those
 whose loss would grow most if it were linear: along its gradient g with respect to the picture x, a mask that paints the value f
-adds about the sum of g·(f − x) over its pixels.
+adds about the sum of g·(f − x) over its pixels. A training that remembers the masks of each picture has that gradient for
+nothing, from the step that learned from them, and moves one of the two masks along it for the next time.
 """
 
 import itertools
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.errors import InputError
+from certipatch.training.augment import Changes
 from certipatch.training.recipe import MaskTraining
 from certipatch.views import MaskPairs, PixelSets
 from certipatch.views.render import Fill, constant
@@ -137,6 +139,42 @@ class Masks:
         return hidden
 
 
+@final
+class Memory:
+    """For each picture of a training the two masks that it learns from when it comes up next.
+
+    They are kept as the centres of masks in the picture as it is: shifts and mirroring move what a mask hides. Where such a
+    centre lies in a changed picture, the mask whose centre is next to it is meant.
+
+    Args:
+        pictures: n, how many there are.
+        masks: bool (M, H, W).
+    """
+
+    def __init__(self, pictures: int, masks: Bool[Tensor, "M H W"]):
+        self.of_masks = _centres(masks.cpu()).float()
+        self.centres = torch.full((pictures, 2, 2), torch.nan)
+        """Of each picture and mask the row and column; not a number where nothing is known yet."""
+        self.chosen, self.changes = torch.empty(0, dtype=torch.int64), None  # type: Tensor, Changes | None
+
+    def turn_to(self, chosen: Int64[Tensor, " B"], changes: Changes) -> None:
+        """What is asked for and written next is of these pictures, changed in this way."""
+        self.chosen, self.changes = chosen.cpu(), changes
+
+    def pairs(self, draw: torch.Generator) -> Int64[Tensor, "B 2"]:
+        """The two masks of each picture; random ones where nothing is known."""
+        assert self.changes is not None
+        found = self.changes.shown(self.centres[self.chosen])
+        nearest = torch.cdist(found.nan_to_num(), self.of_masks).argmin(-1)
+        drawn = torch.randint(len(self.of_masks), nearest.shape, generator=draw)
+        return torch.where(found[..., 0].isnan(), drawn, nearest)
+
+    def keep(self, pairs: Int64[Tensor, "B 2"]) -> None:
+        """Write the two masks of each picture."""
+        assert self.changes is not None
+        self.centres[self.chosen] = self.changes.source(self.of_masks[pairs.cpu()])
+
+
 @contextmanager
 def as_served(network: nn.Module) -> Iterator[None]:
     """In eval mode, so that statistics stay those of the pictures that are trained on; then as before."""
@@ -160,6 +198,7 @@ class MaskLoss:
         asked: what the recipe says.
         fill: what masks are painted with.
         precision: in which gradients of pictures are taken: that of ``module``.
+        memory: the masks of each picture, for the strategy ``climbing``; turned to the batch before each call.
     """
 
     def __init__(
@@ -170,20 +209,53 @@ class MaskLoss:
         asked: MaskTraining,
         fill: Fill,
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+        memory: Memory | None = None,
     ):
         self.network, self.module, self.masks, self.asked, self.fill = network, module, masks, asked, fill
-        self.precision = precision
+        self.precision, self.memory = precision, memory
         self.encoding = getattr(network, "encoding", "picture")
 
     def __call__(
         self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], share: float, draw: torch.Generator
     ) -> Float[Tensor, ""]:
+        if self.asked.strategy == "climbing" and share >= self.asked.climbing_from:
+            return self.cross_entropy(self.climbing(images, draw), targets)
         if self.asked.strategy == "greedy" and share >= self.asked.greedy_from:
             hidden = self.worst(images, targets)
         else:
             hidden = self.drawn(images, targets, self.asked.draws if share >= self.asked.draws_from else 1, draw)
-        shown = laid_over(self.encoding, images, hidden, self.fill)
+        return self.cross_entropy(laid_over(self.encoding, images, hidden, self.fill), targets)
+
+    def cross_entropy(self, shown: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Float[Tensor, ""]:
+        """The loss of what is shown."""
         return F.cross_entropy(self.module(shown).float(), targets, label_smoothing=self.asked.label_smoothing)
+
+    def climbing(self, images: Float[Tensor, "B C H W"], draw: torch.Generator) -> Float[Tensor, "B C2 H W"]:
+        """Pictures under their two remembered masks. The backward pass moves one of the two, for the next time."""
+        memory = self.memory
+        assert memory is not None
+        pair = memory.pairs(draw).to(images.device)
+        shown = laid_over(self.encoding, images, self.masks.levels[-1][pair].any(1), self.fill).requires_grad_()
+        shown.register_hook(lambda gradient: memory.keep(self.moved(images, gradient, pair)))
+        return shown
+
+    def moved(
+        self, images: Float[Tensor, "B C H W"], gradient: Float[Tensor, "B C2 H W"], pair: Int64[Tensor, "B 2"]
+    ) -> Int64[Tensor, "B 2"]:
+        """The pair with one mask in another place whose loss would be largest if it were linear in what is shown."""
+        fine = self.masks.levels[-1].flatten(1).to(gradient.dtype)
+        nothing = torch.zeros_like(self.masks.levels[-1][:1]).expand(len(images), -1, -1)
+        bare, blank = (laid_over(self.encoding, images, some, self.fill) for some in (nothing, ~nothing))
+        gain = (gradient * (blank - bare)).sum(1).flatten(1)
+        proposals, reached = [], []
+        for kept in pair.T:
+            loss = (gain * fine[kept]).sum(1, keepdim=True) + (gain * (1 - fine[kept])) @ fine.T
+            loss.scatter_(1, pair, -torch.inf)  # neither mask again
+            best = loss.max(1)
+            proposals.append(torch.stack([kept, best.indices], dim=1))
+            reached.append(best.values)
+        better = torch.stack(reached).argmax(0)
+        return torch.stack(proposals)[better, torch.arange(len(better), device=better.device)]
 
     def worst(self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Bool[Tensor, "B H W"]:
         """What the two greedily chosen masks of each picture hide."""

@@ -19,9 +19,9 @@ from certipatch.defenses.weights import save_weights
 from certipatch.errors import InputError
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, start
-from certipatch.training.augment import augmented
+from certipatch.training.augment import draw_changes
 from certipatch.training.interval import IntervalObjective
-from certipatch.training.masking import MaskLoss, Masks, masks_of
+from certipatch.training.masking import MaskLoss, Masks, Memory, masks_of
 from certipatch.training.muon import Muon
 from certipatch.training.recipe import IntervalTraining, Recipe
 from certipatch.training.view_loss import view_loss
@@ -88,14 +88,16 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         start.start_from(recipe.start, network, blank.classes)
     start.freeze(recipe.frozen, network)
     optimizer = _optimizer(recipe, trained)
-    first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity)
+    train_count = len(every) - recipe.holdout
+    memory = _memory(recipe, blank, network, train_count, fabric)
+    remembered = None if memory is None else memory.centres
+    first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity, remembered)
     _check_same_start(fabric, first, out)
     module, stepped = fabric.setup(trained, optimizer)
     optimizer.load_state_dict(optimizer.state_dict())  # what a checkpoint brought goes to where the parameters now are
-    loss_of = _loss(recipe, blank, network, module, fabric)
+    loss_of = _loss(recipe, blank, network, module, fabric, memory)
     if fabric.device.type != "cpu" and every.numel() <= ON_THE_DEVICE:
         every, targets = every.to(fabric.device), targets.to(fabric.device)
-    train_count = len(every) - recipe.holdout
     per_epoch = math.ceil(train_count / recipe.batch_size)
     total = per_epoch * recipe.epochs
     seconds = cut_log(out, first) if fabric.global_rank == 0 else 0.0
@@ -110,7 +112,10 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             epoch_of_order = epoch
         chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
         draw = _generator(recipe.seed, step, 2)
-        images = augmented(every[chosen], recipe.augment, draw).float().div_(255)
+        changes = draw_changes(len(chosen), size, recipe.augment, draw)
+        images = changes.of(every[chosen]).float().div_(255)
+        if memory is not None:
+            memory.turn_to(chosen, changes)
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
         for group in stepped.param_groups:
@@ -140,7 +145,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             start.freeze(recipe.frozen, network)
         if fabric.global_rank == 0 and (epoch_ends or time.monotonic() - saved > CHECKPOINT_SECONDS):
             saved = time.monotonic()
-            checkpoint.save(out / "checkpoint.safetensors", trained, optimizer, done, identity)
+            checkpoint.save(out / "checkpoint.safetensors", trained, optimizer, done, identity, remembered)
     card = blank
     if fabric.global_rank == 0:
         spent = seconds + time.monotonic() - started
@@ -227,18 +232,29 @@ def _schedule(share: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
 
 
+def _memory(recipe: Recipe, card: cards.Card, network: nn.Module, pictures: int, fabric: Fabric) -> Memory | None:
+    """What a training remembers of each picture, where the recipe asks for it."""
+    if recipe.masking is None or recipe.masking.strategy != "climbing":
+        return None
+    if fabric.world_size > 1:
+        raise InputError("masking.strategy: climbing is for one process; use greedy with tries under torchrun")
+    return Memory(pictures, masks_of(cards.build(card, network), card.image_size))
+
+
 def _loss(
-    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, fabric: Fabric
+    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, fabric: Fabric, memory: Memory | None
 ) -> Callable[[Tensor, Tensor, float, torch.Generator], Tensor]:
     """The recipe's loss as a function of (images, targets, share of the training done, generator)."""
     if recipe.interval is not None:
         return module
     if recipe.masking is not None:
-        return _masked(recipe, card, network, module, fabric)
+        return _masked(recipe, card, network, module, fabric, memory)
     return view_loss(recipe, card, network, module, fabric.device)
 
 
-def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, fabric: Fabric) -> MaskLoss:
+def _masked(
+    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, fabric: Fabric, memory: Memory | None
+) -> MaskLoss:
     """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
     asked, settings = recipe.masking, recipe.settings
     assert asked is not None
@@ -251,4 +267,4 @@ def _masked(recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Mod
             f"masking.tries: {asked.tries} of {len(finest)} masks cannot be tried; leave it out to try all"
         )
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
-    return MaskLoss(network, module, Masks(levels, fabric.device), asked, fill, fabric.autocast)
+    return MaskLoss(network, module, Masks(levels, fabric.device), asked, fill, fabric.autocast, memory)
