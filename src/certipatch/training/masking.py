@@ -155,7 +155,8 @@ class Memory:
         self.of_masks = _centres(masks.cpu()).float()
         self.centres = torch.full((pictures, 2, 2), torch.nan)
         """Of each picture and mask the row and column; not a number where nothing is known yet."""
-        self.chosen, self.changes = torch.empty(0, dtype=torch.int64), None  # type: Tensor, Changes | None
+        self.chosen = torch.empty(0, dtype=torch.int64)
+        self.changes: Changes | None = None
 
     def turn_to(self, chosen: Int64[Tensor, " B"], changes: Changes) -> None:
         """What is asked for and written next is of these pictures, changed in this way."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
@@ -89,13 +90,20 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     start.freeze(recipe.frozen, network)
     optimizer = _optimizer(recipe, trained)
     train_count = len(every) - recipe.holdout
-    memory = _memory(recipe, blank, network, train_count, fabric)
+    finest = None if recipe.masking is None else masks_of(cards.build(blank, network), size)
+    memory = _memory(recipe, finest, train_count, fabric)
     remembered = None if memory is None else memory.centres
     first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity, remembered)
     _check_same_start(fabric, first, out)
     module, stepped = fabric.setup(trained, optimizer)
     optimizer.load_state_dict(optimizer.state_dict())  # what a checkpoint brought goes to where the parameters now are
-    loss_of = _loss(recipe, blank, network, module, fabric, memory)
+    loss_of: Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
+    if recipe.interval is not None:
+        loss_of = module
+    elif finest is not None:
+        loss_of = _masked(recipe, finest, network, module, fabric, memory)
+    else:
+        loss_of = view_loss(recipe, blank, network, module, fabric.device)
     if fabric.device.type != "cpu" and every.numel() <= ON_THE_DEVICE:
         every, targets = every.to(fabric.device), targets.to(fabric.device)
     per_epoch = math.ceil(train_count / recipe.batch_size)
@@ -232,39 +240,32 @@ def _schedule(share: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
 
 
-def _memory(recipe: Recipe, card: cards.Card, network: nn.Module, pictures: int, fabric: Fabric) -> Memory | None:
+def _memory(recipe: Recipe, masks: Bool[Tensor, "M H W"] | None, pictures: int, fabric: Fabric) -> Memory | None:
     """What a training remembers of each picture, where the recipe asks for it."""
-    if recipe.masking is None or recipe.masking.strategy != "climbing":
+    if recipe.masking is None or masks is None or recipe.masking.strategy != "climbing":
         return None
     if fabric.world_size > 1:
         raise InputError("masking.strategy: climbing is for one process; use greedy with tries under torchrun")
-    return Memory(pictures, masks_of(cards.build(card, network), card.image_size))
-
-
-def _loss(
-    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, fabric: Fabric, memory: Memory | None
-) -> Callable[[Tensor, Tensor, float, torch.Generator], Tensor]:
-    """The recipe's loss as a function of (images, targets, share of the training done, generator)."""
-    if recipe.interval is not None:
-        return module
-    if recipe.masking is not None:
-        return _masked(recipe, card, network, module, fabric, memory)
-    return view_loss(recipe, card, network, module, fabric.device)
+    return Memory(pictures, masks)
 
 
 def _masked(
-    recipe: Recipe, card: cards.Card, network: nn.Module, module: nn.Module, fabric: Fabric, memory: Memory | None
+    recipe: Recipe,
+    finest: Bool[Tensor, "M H W"],
+    network: nn.Module,
+    module: nn.Module,
+    fabric: Fabric,
+    memory: Memory | None,
 ) -> MaskLoss:
     """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
     asked, settings = recipe.masking, recipe.settings
     assert asked is not None
-    finest = masks_of(cards.build(card, network), card.image_size)
-    threat = PatchThreat(settings["patch"])
-    levels = [*(mask_set([threat], card.image_size, (k, k)) for k in asked.coarse), finest]
-    fill = settings.get("fill")
+    threat, (height, width) = PatchThreat(settings["patch"]), finest.shape[1:]
+    levels = [*(mask_set([threat], (height, width), (k, k)) for k in asked.coarse), finest]
     if (asked.tries or 0) > len(finest):
         raise InputError(
             f"masking.tries: {asked.tries} of {len(finest)} masks cannot be tried; leave it out to try all"
         )
+    fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
     return MaskLoss(network, module, Masks(levels, fabric.device), asked, fill, fabric.autocast, memory)
