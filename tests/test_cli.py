@@ -372,3 +372,16 @@ def test_ctrl_c_exits_with_130(certipatch, tmp_path, monkeypatch):
     code, _, err = certipatch(*command)
     assert code == 130
     assert err.splitlines()[-1] == "stopped; run the same command again to go on"
+
+
+def test_progress_off_a_terminal_tells_of_each_of_several_parts(capsys):
+    from certipatch.cli.progress import progress_bar
+
+    with progress_bar("table") as progress:
+        for part in ("one", "two"):
+            for done in range(0, 101, 2):
+                progress(done, 100, part)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 22
+    assert lines[0] == "table: 0/100  one"
+    assert lines[11:13] == ["table: 0/100  two", "table: 10/100  two"]

@@ -42,8 +42,9 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         def move(done: int, total: int, text: str) -> None:
             nonlocal tenth
             bar.update(task, completed=done, total=total, text=text)
-            if not console.is_terminal and 10 * done // max(total, 1) > tenth:
-                tenth = 10 * done // max(total, 1)
+            now = 10 * done // max(total, 1)
+            if not console.is_terminal and now != tenth:  # also where the next of several parts begins
+                tenth = now
                 console.print(f"{title}: {done}/{total}  {text}", markup=False, highlight=False, soft_wrap=True)
 
         yield move
