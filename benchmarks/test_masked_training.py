@@ -29,7 +29,7 @@ TIMES: dict[str, float] = {}
 @pytest.mark.parametrize("strategy", ASKED)
 def test_a_step(benchmark, strategy: str) -> None:
     torch.manual_seed(0)
-    network = ConvNet(None, 3, 10, SIZE, (32, 64, 128)).to(memory_format=torch.channels_last)
+    network = ConvNet(None, 3, 10, SIZE, (32, 64, 128)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, label = torch.rand(BATCH, 3, *SIZE), torch.randint(0, 10, (BATCH,))
     masks, draw = mask_set([PatchThreat(5)], SIZE, (7, 7)), torch.Generator().manual_seed(0)
     memory = Memory(BATCH, masks)
