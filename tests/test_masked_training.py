@@ -1,5 +1,7 @@
 """Training under two masks: which masks, how they are laid, and that recipes of it are trained and resumed exactly."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -226,6 +228,34 @@ def test_changed_points_are_those_of_the_changed_pixels(asked):
     inside = (row >= 0) & (row < SIZE[0]) & (column >= 0) & (column < SIZE[1])
     expected = torch.where(inside, row * SIZE[1] + column + 1, 0)
     assert torch.equal(shown.flatten(1), expected)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"rotate": 20}, {"scale": 0.3}, {"rotate": 9, "scale": 0.1, "shift": 2, "flip": True}]
+)
+def test_turned_points_are_those_of_the_turned_pixels(asked):
+    """Of a picture whose values rise evenly along both axes, which values between pixels continue."""
+    size, draw = (17, 23), torch.Generator().manual_seed(0)
+    row, column = (torch.arange(float(side)) for side in size)
+    ramp = (1 + 2 * row[:, None] + 3 * column).to(torch.uint8).expand(50, 1, -1, -1)
+    changes = draw_changes(50, size, Augment(**asked), draw)
+    points = torch.cartesian_prod(row, column).expand(50, -1, -1)
+    source = changes.source(points)
+    torch.testing.assert_close(changes.shown(source), points, rtol=0, atol=1e-4)
+    row, column = source.unbind(-1)
+    inside = (row > 0) & (row < size[0] - 1) & (column > 0) & (column < size[1] - 1)
+    outside = (row < -1) | (row > size[0]) | (column < -1) | (column > size[1])
+    shown = changes.of(ramp).flatten(1)
+    torch.testing.assert_close(shown[inside], (1 + 2 * row + 3 * column)[inside], rtol=0, atol=1e-3)
+    assert inside.float().mean() > 0.6
+    assert outside.any()
+    assert (shown[outside] == 0).all()
+    assert changes.turned is not None
+    lengths = torch.linalg.svdvals(changes.turned).log().abs()
+    assert lengths.max() < math.log(1 + asked.get("scale", 0)) + 1e-4
+    across = changes.turned[:, 1, 0] / changes.turned[:, 0, 0]
+    assert across.atan().rad2deg().abs().max() < asked.get("rotate", 0) + 1e-3
+    assert "rotate" not in asked or across.atan().rad2deg().abs().max() > asked["rotate"] * 0.8
 
 
 CLIMBING = {"strategy": "climbing", "climbing_from": 0.4}

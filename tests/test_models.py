@@ -135,6 +135,25 @@ def test_efficientnet_with_its_imagenet_weights():
     assert defense.certify(torch.rand(2, 3, 32, 32), PatchThreat(5)).label.shape == (2,)
 
 
+def test_an_efficientnet_that_mirrors_gives_the_mean_of_both_answers():
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 36, 40, dtype=torch.float64)
+    plain, mirrors = (
+        models.create(ModelSettings(name="efficientnet-lite0", mirror=mirror), None, 3, 3, (36, 40)).double()
+        for mirror in (False, True)
+    )
+    for module in plain.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # the statistics of these pictures
+    learned = plain(images)
+    mirrors.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(mirrors(images), learned)
+    mirrors.load_state_dict(plain.eval().state_dict())
+    answer, other = plain(images), plain(images.flip(3))
+    assert (answer - other).abs().max() > 1e-3
+    torch.testing.assert_close(mirrors.eval()(images), (answer + other) / 2, rtol=1e-12, atol=1e-12)
+
+
 def test_efficientnet_is_for_whole_photographs():
     for views, channels, message in ((vw.Columns(3), 3, "leave views out"), (None, 1, "three colours")):
         with pytest.raises(InputError, match=message):

@@ -93,7 +93,7 @@ class ModelSettings(BaseModel):
     stride: int | None = Field(default=None, ge=1, le=4)
     """Of a conv network: step of its first convolution."""
     mirror: bool | None = None
-    """Of a conv network: mirror images, too, give an answer; the mean counts."""
+    """Of a conv network or EfficientNet: mirror images, too, give an answer; the mean counts."""
     temperature: float | None = Field(default=None, gt=0, le=100)
     """Of a conv network: what its logits are divided by, once it is trained."""
     patch: int | None = Field(default=None, ge=1, le=64)

@@ -65,6 +65,8 @@ class EfficientNetLite(nn.Module):
     Args:
         in_channels: C of the pictures: 3.
         num_classes: K.
+        mirror: once trained, the answer is the mean of those to the picture and to its mirror image, left to right; for
+            networks that learned from pictures of both kinds.
 
     Errors: InputError on pictures without three channels.
     """
@@ -72,8 +74,9 @@ class EfficientNetLite(nn.Module):
     encoding = "picture"
     fill = MEAN  # what masks are painted with: the network reads it as 0
 
-    def __init__(self, in_channels: int, num_classes: int):
+    def __init__(self, in_channels: int, num_classes: int, mirror: bool = False):
         super().__init__()
+        self.mirror = mirror
         if in_channels != 3:
             raise InputError(f"efficientnet-lite0 reads three colours; the pictures have {in_channels} channels")
         blocks, channels = [], STEM
@@ -87,6 +90,11 @@ class EfficientNetLite(nn.Module):
         self.head = nn.Linear(HEAD, num_classes)
 
     def forward(self, pictures: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N K"]:
+        if self.mirror and not self.training:
+            return (self._answer(pictures) + self._answer(pictures.flip(3))) / 2
+        return self._answer(pictures)
+
+    def _answer(self, pictures: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N K"]:
         return self.head(self.top(self.blocks(self.stem((pictures - MEAN) / STD))))
 
     def begin_with(self, weights: dict[str, Tensor], rows: Tensor | None) -> None:

@@ -1,30 +1,37 @@
-"""Random changes of the pictures of a batch: shifts, crops, mirror images."""
+"""Random changes of the pictures of a batch: shifts, crops, mirror images, turns, larger and smaller."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
 from certipatch.training.recipe import Augment
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What is done to each picture of a batch: a part of it is cut out, of (H, W) pixels, then mirrored or not.
+    """What is done to each picture of a batch: a part of it is cut out, of (H, W) pixels, then mirrored or not, then turned.
 
     Args:
         size: (H, W) of what is shown.
         corners: where its upper left pixel lies in the picture; beyond its borders, where black comes in.
         mirrored: left to right.
+        turned: the matrix that takes steps (rows, columns) from the middle of what is shown to those before it was turned
+            and scaled; None where nothing is.
     """
 
     size: tuple[int, int]
     corners: Int64[Tensor, "B 2"]
     mirrored: Bool[Tensor, " B"]
+    turned: Float[Tensor, "B 2 2"] | None = None
 
     def of(self, images: Tensor) -> Tensor:
-        """Changed copies of uint8 pictures (B, C, H, W)."""
+        """Changed copies of uint8 pictures (B, C, H, W); of turned ones the values are floats, between those of pixels."""
+        if self.turned is not None:
+            return self._sampled(images)
         full = images.shape[2:]
         margin = int((-self.corners).amax().clamp(min=0))
         for side, length, last in zip(full, self.size, self.corners.amax(0).tolist(), strict=True):
@@ -38,15 +45,32 @@ class Changes:
 
     def source(self, points: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n 2"]:
         """Where points (row, column) of what is shown lie in the picture."""
-        return self._turned(points) + self.corners[:, None]
+        if self.turned is not None:
+            points = self._middle + (points - self._middle) @ self.turned.mT
+        return self._opposite(points) + self.corners[:, None]
 
     def shown(self, points: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n 2"]:
         """Where points of the picture lie in what is shown."""
-        return self._turned(points - self.corners[:, None])
+        points = self._opposite(points - self.corners[:, None])
+        if self.turned is not None:
+            points = self._middle + (points - self._middle) @ torch.linalg.inv(self.turned).mT
+        return points
 
-    def _turned(self, points: Tensor) -> Tensor:
+    @property
+    def _middle(self) -> Float[Tensor, " 2"]:
+        return torch.tensor([(side - 1) / 2 for side in self.size])
+
+    def _opposite(self, points: Tensor) -> Tensor:
         opposite = torch.stack([points[..., 0], self.size[1] - 1 - points[..., 1]], dim=-1)
         return torch.where(self.mirrored[:, None, None], opposite, points)
+
+    def _sampled(self, images: Tensor) -> Tensor:
+        """Bilinear; black beyond the borders."""
+        pixels = torch.cartesian_prod(*(torch.arange(float(side)) for side in self.size))
+        source = self.source(pixels.expand(len(images), -1, -1)).view(len(images), *self.size, 2)
+        sides = torch.tensor(images.shape[:1:-1])
+        grid = (2 * source.flip(-1) + 1) / sides - 1
+        return F.grid_sample(images.float(), grid.to(images.device), align_corners=False)
 
 
 def draw_changes(batch: int, image_size: tuple[int, int], asked: Augment, draw: torch.Generator) -> Changes:
@@ -58,7 +82,16 @@ def draw_changes(batch: int, image_size: tuple[int, int], asked: Augment, draw: 
         inner = [torch.randint(0, side - asked.crop + 1, (batch,), generator=draw) for side in image_size]
         corners, size = corners + torch.stack(inner, dim=1), (asked.crop, asked.crop)
     mirrored = torch.rand(batch, generator=draw) < 0.5 if asked.flip else torch.zeros(batch, dtype=torch.bool)
-    return Changes(size, corners, mirrored)
+    turned = _turns(batch, asked, draw) if asked.rotate or asked.scale else None
+    return Changes(size, corners, mirrored, turned)
+
+
+def _turns(batch: int, asked: Augment, draw: torch.Generator) -> Float[Tensor, "B 2 2"]:
+    """Angles are drawn evenly, factors of the two axes evenly in their logarithm."""
+    uniform = 2 * torch.rand(batch, 3, generator=draw) - 1
+    angle, factors = math.radians(asked.rotate) * uniform[:, 0], (1 + asked.scale) ** uniform[:, 1:]
+    rows = [torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)]
+    return torch.stack(rows, 1) * factors[:, None]
 
 
 def _cut(images: Tensor, corners: Tensor, size: tuple[int, int]) -> Tensor:

@@ -161,6 +161,10 @@ class Augment(BaseModel):
     crop: int | None = Field(default=None, ge=33, le=4096)
     """Side in pixels of a square that is cut out at a random place, for networks whose cells do not know where they
     are: a step on small squares costs a share of one on whole pictures."""
+    rotate: float = Field(default=0.0, ge=0, le=180)
+    """Largest angle in degrees by which pictures are turned, either way, drawn for each; black comes in."""
+    scale: float = Field(default=0.0, ge=0, le=1)
+    """0.1: each axis up to 1.1 times as long or as short, drawn for each picture and axis."""
 
 
 class Recipe(Described):
