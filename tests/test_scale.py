@@ -242,6 +242,40 @@ def test_certified_training_with_several_processes(home, forks, tmp_path, strate
         torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4)
 
 
+def test_masks_climb_with_several_processes_as_with_one(home, forks, tmp_path):
+    """With random changes: what a process learned is known to the one that shows next."""
+    recipe = {
+        "name": "tiny",
+        "data": str(home / "stripes"),
+        "defense": "patchcleanser",
+        "settings": {"patch": 2, "masks": 3},
+        "model": {"name": "conv", "widths": [8, 8]},
+        "masking": {"strategy": "climbing", "climbing_from": 0.0},
+        "augment": {"shift": 1, "flip": True, "rotate": 10},
+        "limit": 81,
+        "holdout": 0,
+        "epochs": 6,
+        "batch_size": 16,
+        "optimizer": "sgd",
+        "learning_rate": 0.01,
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+    weights = {}
+    for name, count, climbing_from in (("one", 1, 0), ("two", 2, 0), ("three", 3, 0), ("random", 1, 1)):
+        asked = ["--out", str(tmp_path / name), "--set", f"masking.climbing_from={climbing_from}"]
+        arguments = ["train", str(tmp_path / "r.yaml"), *asked]
+        ended = forks.run(*[Command(arguments, change=NO_STATISTICS)] * count, workers=count > 1)
+        assert [process.code for process in ended] == [0] * count, ended
+        weights[name] = load_file(tmp_path / name / "weights.safetensors")
+
+    def apart(one: str, other: str) -> float:
+        return max((value - weights[other][key]).abs().max().item() for key, value in weights[one].items())
+
+    assert apart("one", "two") < 1e-4
+    assert apart("one", "three") < 1e-4
+    assert apart("one", "random") > 1e-3
+
+
 def test_training_goes_on_exactly_with_as_many_processes_and_nearly_with_others(home, forks, tmp_path):
     def weights(name: str) -> dict[str, torch.Tensor]:
         return load_file(tmp_path / name / "weights.safetensors")

@@ -15,6 +15,7 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int64
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -157,23 +158,37 @@ class Memory:
         """Of each picture and mask the row and column; not a number where nothing is known yet."""
         self.chosen = torch.empty(0, dtype=torch.int64)
         self.changes: Changes | None = None
+        self.chunk = slice(None)
 
-    def turn_to(self, chosen: Int64[Tensor, " B"], changes: Changes) -> None:
-        """What is asked for and written next is of these pictures, changed in this way."""
-        self.chosen, self.changes = chosen.cpu(), changes
+    def turn_to(self, chosen: Int64[Tensor, " B"], changes: Changes, chunk: slice = slice(None)) -> None:
+        """What is asked for and written next is of these pictures, changed in this way; of the share of them in ``chunk``."""
+        self.chosen, self.changes, self.chunk = chosen.cpu(), changes, chunk
 
-    def pairs(self, draw: torch.Generator) -> Int64[Tensor, "B 2"]:
-        """The two masks of each picture; random ones where nothing is known."""
+    def pairs(self, draw: torch.Generator) -> Int64[Tensor, "b 2"]:
+        """The two masks of each picture of the share; random ones where nothing is known."""
         assert self.changes is not None
         found = self.changes.shown(self.centres[self.chosen])
         nearest = torch.cdist(found.nan_to_num(), self.of_masks).argmin(-1)
         drawn = torch.randint(len(self.of_masks), nearest.shape, generator=draw)
-        return torch.where(found[..., 0].isnan(), drawn, nearest)
+        return torch.where(found[..., 0].isnan(), drawn, nearest)[self.chunk]
 
-    def keep(self, pairs: Int64[Tensor, "B 2"]) -> None:
-        """Write the two masks of each picture."""
+    def keep(self, pairs: Int64[Tensor, "b 2"]) -> None:
+        """Write the two masks of each picture of the share."""
         assert self.changes is not None
-        self.centres[self.chosen] = self.changes.source(self.of_masks[pairs.cpu()])
+        points = torch.zeros(len(self.chosen), 2, 2)
+        points[self.chunk] = self.of_masks[pairs.cpu()]
+        self.centres[self.chosen[self.chunk]] = self.changes.source(points)[self.chunk]
+
+    def meet(self, fabric: Fabric) -> None:
+        """Take over what the other processes have written of their shares of the batch."""
+        if fabric.world_size == 1:
+            return
+        own = torch.zeros(len(self.chosen), dtype=torch.bool)
+        own[fabric.global_rank :: fabric.world_size] = True  # not a picture that was only taken along
+        written = torch.where(own[:, None, None], self.centres[self.chosen], 0.0)
+        met = fabric.all_reduce(written.to(fabric.device), reduce_op="sum")
+        assert isinstance(met, Tensor)
+        self.centres[self.chosen] = met.cpu()
 
 
 @contextmanager

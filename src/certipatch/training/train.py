@@ -91,7 +91,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     optimizer = _optimizer(recipe, trained)
     train_count = len(every) - recipe.holdout
     finest = None if recipe.masking is None else masks_of(cards.build(blank, network), size)
-    memory = _memory(recipe, finest, train_count, fabric)
+    climbing = recipe.masking is not None and recipe.masking.strategy == "climbing"
+    memory = Memory(train_count, finest) if climbing and finest is not None else None
     remembered = None if memory is None else memory.centres
     first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity, remembered)
     _check_same_start(fabric, first, out)
@@ -122,15 +123,17 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         draw = _generator(recipe.seed, step, 2)
         changes = draw_changes(len(chosen), size, recipe.augment, draw)
         images = changes.of(every[chosen]).float().div_(255)
-        if memory is not None:
-            memory.turn_to(chosen, changes)
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
+        if memory is not None:
+            memory.turn_to(chosen, changes, chunk)
         images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
         for group in stepped.param_groups:
             group["lr"] = recipe.learning_rate * group.get("scale", 1.0) * _rate(recipe, step / total)
         stepped.zero_grad(set_to_none=True)
         loss = weight * loss_of(images, targets[chosen][chunk].to(fabric.device), step / total, draw)
         fabric.backward(loss)
+        if memory is not None:
+            memory.meet(fabric)
         stepped.step()
         done, epoch_ends = step + 1, (step + 1) % per_epoch == 0
         if done % 10 == 0 or epoch_ends:
@@ -238,15 +241,6 @@ def _schedule(share: float, warmup: float) -> float:
     if share < warmup:
         return (share + 1e-3) / (warmup + 1e-3)
     return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
-
-
-def _memory(recipe: Recipe, masks: Bool[Tensor, "M H W"] | None, pictures: int, fabric: Fabric) -> Memory | None:
-    """What a training remembers of each picture, where the recipe asks for it."""
-    if recipe.masking is None or masks is None or recipe.masking.strategy != "climbing":
-        return None
-    if fabric.world_size > 1:
-        raise InputError("masking.strategy: climbing is for one process; use greedy with tries under torchrun")
-    return Memory(pictures, masks)
 
 
 def _masked(
