@@ -60,7 +60,7 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     write(
         folder / "bounds",
-        card.model_copy(update={"sha256": save_weights(folder / "bounds", card.network(), torch.float32)}),
+        card.model_copy(update={"sha256": save_weights(folder / "bounds", card.network(), "float32")}),
     )
     return SimpleNamespace(folder=folder, data=data)
 

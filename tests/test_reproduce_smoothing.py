@@ -46,7 +46,7 @@ def untrained(folder, views, network, defense="derandomized-smoothing", size=SIZ
         sha256="",
     )
     torch.manual_seed(0)
-    write(folder, card.model_copy(update={"sha256": save_weights(folder, card.network(), torch.float32)}))
+    write(folder, card.model_copy(update={"sha256": save_weights(folder, card.network(), "float32")}))
     return folder
 
 

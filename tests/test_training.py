@@ -12,8 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import write_parquet, write_recipe
+from torch import nn
 
 from certipatch import defenses, resources
+from certipatch.defenses import card as cards
+from certipatch.defenses.card import load_folder
+from certipatch.defenses.weights import restored, save_weights, sha256, write_tensors
 from certipatch.errors import InputError
 from certipatch.models import EfficientNetLite, create
 from certipatch.models.adapters import Adapted, Preprocessing
@@ -259,8 +263,114 @@ def test_a_cross_that_starts_from_its_columns_and_rows_and_takes_evenly_spaced_v
                 torch.testing.assert_close(both[f"parts.{part}.{name}"], value, atol=1e-5, rtol=0)
     with pytest.raises(InputError, match="cannot be evenly spaced among 24 views"):
         train(read(recipe, ["objective.views_per_step=7"]), tmp_path / "uneven")
-    with pytest.raises(InputError, match="two models are for a cross"):
+    with pytest.raises(InputError, match="several models are for an ensemble, or a cross"):
         train(read(recipe, ["views.name=columns"]), tmp_path / "no-cross")
+
+
+MEMBERS = [{"name": "conv", "widths": [4, 6], "mirror": True}, {"name": "resnet18", "widths": [4, 6], "depth": 1}]
+
+
+def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
+    shared = {
+        "data": str(data),
+        "views": None,
+        "defense": "patchcleanser",
+        "settings": {"patch": 2, "masks": 3},
+        "objective": {},
+    }
+    starts, networks = [], []
+    for number, member in enumerate(({"name": "conv", "widths": [5, 7], "stride": 2}, MEMBERS[0])):
+        recipe = write_recipe(tmp_path / f"{number}.yaml", **shared, model=member, epochs=1)
+        train(read(recipe), tmp_path / str(number))
+        starts.append(str(tmp_path / str(number)))
+        networks.append(load_folder(tmp_path / str(number))[0].model.model)
+    both = {"name": "ensemble", "members": [{"name": "conv", "widths": [5, 7], "stride": 2}, MEMBERS[0]]}
+    recipe = write_recipe(tmp_path / "both.yaml", **shared, model=both, start=starts, epochs=0)
+    images = torch.rand(6, 1, 12, 12)
+    expected = sum(network(images) for network in networks) / 2
+    for stored, off in (("float32", 1e-6), ("float16", 1e-2), ("int8", 5e-2)):
+        card = train(read(recipe, [f"weights={stored}"]), tmp_path / stored)
+        assert card.training["steps"] == 0
+        defense, _ = load_folder(tmp_path / stored)
+        assert (defense.model.model(images) - expected).abs().max() < off * expected.abs().max()
+        assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)
+    for changes, message in (
+        (["model.members=[{name: conv, widths: [5, 7], stride: 2}]"], "at least 2 items"),
+        ([f"start=['{starts[0]}', '{starts[1]}', '{starts[1]}']"], "has 2 parts, but 3 models are given"),
+        ([f"start=['{starts[1]}', '{starts[0]}']"], "holds another network"),
+        (["model.widths=[4]"], "no sizes of its own"),
+        (["model.members=[{name: conv}, {name: vit}]"], "vit cannot be a member of an ensemble"),
+        (["start=null"], "epochs: 0 trains nothing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(read(recipe, changes), tmp_path / "refused")
+
+
+def test_an_ensemble_learns_as_one_network(tmp_path, data):
+    shared = {
+        "data": str(data),
+        "views": None,
+        "defense": "patchcleanser",
+        "settings": {"patch": 2, "masks": 3},
+        "objective": {},
+    }
+    recipe = write_recipe(
+        tmp_path / "r.yaml", **shared, model={"name": "ensemble", "members": [MEMBERS[0], MEMBERS[0]]}, epochs=2
+    )
+    train(read(recipe, ["masking.strategy=climbing"]), tmp_path / "m")
+    before, after = (json.loads(line)["loss"] for line in (tmp_path / "m" / "log.jsonl").read_text().splitlines())
+    assert after < before
+    with pytest.raises(InputError, match="read pictures in the same way"):
+        train(read(recipe, [f"model.members={json.dumps(MEMBERS)}"]), tmp_path / "null-encoded")
+
+
+def test_weights_in_eight_bits_are_as_near_as_their_steps(tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4))
+    with torch.no_grad():
+        network[3].weight[1] = 0
+        network[0].weight[2] *= 1e6
+    save_weights(tmp_path, network, "int8")
+    stored = load_file(tmp_path / "weights.safetensors")
+    assert stored["0.weight"].dtype == stored["3.weight"].dtype == torch.int8
+    found = restored(stored)
+    assert found.keys() == network.state_dict().keys()
+    for name, weight in network.state_dict().items():
+        if weight.dim() < 2:
+            assert torch.equal(found[name], weight)
+        else:
+            step = weight.flatten(1).abs().amax(1) / 127
+            off = (found[name] - weight).flatten(1).abs().amax(1)
+            assert (off <= step * 0.5001).all()
+            assert off.max() > 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: tensors.pop("body.0.bias"),
+        lambda tensors: tensors.update({"body.0.weight:scale": torch.ones(1)}),
+        lambda tensors: tensors.update({"body.0.bias:scale": torch.ones(2)}),
+        lambda tensors: tensors.update({"other:scale": torch.ones(2)}),
+        lambda tensors: tensors.update({"body.3.num_batches_tracked:scale": torch.ones(())}),
+    ],
+)
+def test_foreign_scales_are_refused(change, tmp_path, data):
+    shared = {
+        "data": str(data),
+        "views": None,
+        "defense": "patchcleanser",
+        "settings": {"patch": 2, "masks": 3},
+        "objective": {},
+    }
+    recipe = write_recipe(tmp_path / "r.yaml", **shared, model=MEMBERS[0], epochs=1, weights="int8")
+    card = train(read(recipe), tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "weights.safetensors")
+    change(tensors)
+    write_tensors(tmp_path / "m" / "weights.safetensors", tensors)
+    cards.write(tmp_path / "m", card.model_copy(update={"sha256": sha256(tmp_path / "m" / "weights.safetensors")}))
+    with pytest.raises(InputError, match="does not hold the weights of conv"):
+        load_folder(tmp_path / "m")
 
 
 LOCAL = {

@@ -18,7 +18,7 @@ from certipatch import views as view_sets
 from certipatch.defenses.base import Defense
 from certipatch.defenses.methods import BUILT_FOR_A_PATCH, METHODS, SETTINGS, WHOLE
 from certipatch.defenses.settings import Side, ViewSettings
-from certipatch.defenses.weights import sha256
+from certipatch.defenses.weights import SCALE, restored, sha256
 from certipatch.errors import InputError, problem
 from certipatch.models import LOCAL, ModelSettings, create
 from certipatch.threats import PatchThreat, Threat
@@ -171,11 +171,13 @@ def read_weights(folder: Path, card: Card) -> dict[str, torch.Tensor]:
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name, shape in list(expected.items()):
+                if len(shape) > 1 and name + SCALE in found:
+                    expected[name + SCALE] = shape[:1]
             if found != expected:
                 names = sorted(set(found.items()) ^ set(expected.items()))
                 raise InputError(f"{path} does not hold the weights of {card.model.name}: {names[0][0]} differs")
-            weights = {name: file.get_tensor(name) for name in expected}
-        return {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
+            return restored({name: file.get_tensor(name) for name in expected})
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except SafetensorError as error:

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+SCALE = ":scale"
+
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
@@ -15,12 +17,42 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_weights(folder: Path, network: nn.Module, dtype: torch.dtype) -> str:
-    """Write ``weights.safetensors`` with floating-point weights as ``dtype``; gives its sha256."""
+def save_weights(folder: Path, network: nn.Module, stored: str) -> str:
+    """Write ``weights.safetensors`` with floating-point weights as ``stored``; gives its sha256.
+
+    Args:
+        stored: ``float32``, ``float16``, or ``int8``: of each weight of several axes whole numbers of −127 to 127, and
+            beside it, as NAME:scale, what those of each output are multiplied by; vectors stay float32.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {n: w.to(dtype) if w.is_floating_point() else w for n, w in network.state_dict().items()}
-    write_tensors(folder / "weights.safetensors", state)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in network.state_dict().items():
+        if not weight.is_floating_point():
+            tensors[name] = weight
+        elif stored != "int8":
+            tensors[name] = weight.to(getattr(torch, stored))
+        elif weight.dim() < 2:
+            tensors[name] = weight.float()
+        else:
+            scale = weight.float().abs().flatten(1).amax(1).clamp(min=1e-30) / 127
+            tensors[name] = (weight / _along(scale, weight)).round().to(torch.int8)
+            tensors[name + SCALE] = scale
+    write_tensors(folder / "weights.safetensors", tensors)
     return sha256(folder / "weights.safetensors")
+
+
+def restored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What ``save_weights`` wrote, floating-point weights in float32."""
+    found = {n: w.float() if w.is_floating_point() else w for n, w in tensors.items() if not n.endswith(SCALE)}
+    for name, scale in tensors.items():
+        if name.endswith(SCALE):
+            whole = found[name.removesuffix(SCALE)].float()
+            found[name.removesuffix(SCALE)] = whole * _along(scale.float(), whole)
+    return found
+
+
+def _along(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return scale.view(-1, *[1] * (weight.dim() - 1))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 
 from certipatch.errors import InputError
@@ -11,6 +11,7 @@ from certipatch.models.cnn import CNN
 from certipatch.models.conv import ConvNet, CrossConvNet
 from certipatch.models.crop import CropNet
 from certipatch.models.efficientnet import EfficientNetLite
+from certipatch.models.ensemble import Ensemble
 from certipatch.models.mlp import MLP
 from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
@@ -29,6 +30,7 @@ __all__ = [
     "CrossConvNet",
     "CrossNet",
     "EfficientNetLite",
+    "Ensemble",
     "ModelSettings",
     "ResNet18",
     "SharedBagNet",
@@ -55,8 +57,10 @@ NETWORKS = {
     "vit": ViT,
     "shared-bagnet": SharedBagNet,
     "shared-vit": SharedViT,
+    "ensemble": Ensemble,
 }
 LOCAL = ("bagnet", "small-bagnet")  # networks of local logits, whose views are their receptive fields
+MEMBERS = ("conv", "resnet18", "mlp", "cnn", "efficientnet-lite0")  # networks whose answers may be averaged
 
 
 class ModelSettings(BaseModel):
@@ -77,6 +81,7 @@ class ModelSettings(BaseModel):
         "vit",
         "shared-bagnet",
         "shared-vit",
+        "ensemble",
     ]
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(default=None, min_length=1, max_length=8)
     depth: int | None = Field(default=None, ge=1, le=32)
@@ -106,6 +111,16 @@ class ModelSettings(BaseModel):
     """Of a shared ViT: side in tokens of the windows that its front attends within."""
     local: int | None = Field(default=None, ge=1, le=32)
     """Of a shared ViT: blocks of its front; ``depth`` are those behind."""
+    members: tuple["ModelSettings", ...] | None = Field(default=None, min_length=2, max_length=8)
+    """Of an ensemble: its networks."""
+
+    @field_validator("members")
+    @classmethod
+    def _averaged(cls, members: tuple["ModelSettings", ...] | None) -> tuple["ModelSettings", ...] | None:
+        for member in members or ():
+            if member.name not in MEMBERS:
+                raise ValueError(f"{member.name} cannot be a member of an ensemble; use {', '.join(MEMBERS)}")
+        return members
 
 
 def create(
@@ -118,6 +133,13 @@ def create(
     """The network that ``settings`` describe, with fresh weights. ValueError where it cannot read such views."""
     sizes = settings.model_dump(exclude={"name"}, exclude_none=True)
     try:
+        if settings.name == "ensemble":
+            if settings.members is None or len(sizes) > 1:
+                raise InputError(
+                    "an ensemble has members, networks with a name and sizes each, and no sizes of its own"
+                )
+            parts = [create(member, views, in_channels, num_classes, image_size) for member in settings.members]
+            return Ensemble(parts)
         if settings.name == "bagnet":
             return BagNet(in_channels, num_classes, **sizes)
         if settings.name == "small-bagnet":

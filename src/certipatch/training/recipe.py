@@ -178,9 +178,10 @@ class Recipe(Described):
     limit: int | None = Field(default=None, ge=1)
     holdout: int = Field(default=1000, ge=0)
     """Last pictures of the split, kept out of the training to watch it."""
-    start: str | tuple[str, str] | None = None
+    start: str | Annotated[tuple[str, ...], Field(min_length=2, max_length=8)] | None = None
     """A trained model, by zoo name or folder, whose weights the training begins with; it has the same network. For a
-    cross, two of them: of its columns and of its rows. ``imagenet-lite``: the ImageNet weights of efficientnet-lite0."""
+    cross, two of them: of its columns and of its rows; for an ensemble, one of each member. ``imagenet-lite``: the
+    ImageNet weights of efficientnet-lite0."""
     frozen: tuple[str, ...] = ()
     """Parts of the network, as ``stem`` or ``blocks.0``, that stay as they are at the start: a step passes them once, and
     takes no gradient of theirs."""
@@ -191,7 +192,8 @@ class Recipe(Described):
     masking: MaskTraining | None = None
     """Training under masks, instead of ``objective``, for the defenses that lay masks over pictures."""
     augment: Augment = Augment()
-    epochs: int = Field(ge=1, le=10_000)
+    epochs: int = Field(ge=0, le=10_000)
+    """0: what it starts with, as it is, as an ensemble of trained models."""
     batch_size: int = Field(default=128, ge=1, le=65_536)
     optimizer: Literal["adamw", "sgd", "adam", "muon"] = "adamw"
     """``muon``: for hidden layers, with AdamW for the first, the last and all vectors; learns in fewer epochs."""
@@ -203,8 +205,8 @@ class Recipe(Described):
     """Instead of a cosine: the rate stays until intervals are whole, then is halved after each such share of the
     training."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    weights: Literal["float32", "float16"] = "float32"
-    """How the trained weights are stored and served."""
+    weights: Literal["float32", "float16", "int8"] = "float32"
+    """How the trained weights are stored, and so served; ``int8``: in steps of 1/127 of the largest of each output."""
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="before")
@@ -227,6 +229,8 @@ class Recipe(Described):
         asked = self.objective
         if self.interval is not None and self.defense != "interval-bounds":
             raise ValueError(f"training with interval bounds is for interval-bounds, not {self.defense}")
+        if self.epochs == 0 and self.start is None:
+            raise ValueError("epochs: 0 trains nothing; give at least 1, or trained models as start")
         if self.interval is not None and asked != Objective():
             raise ValueError("interval stands instead of objective; leave one out")
         if self.masking is not None and (self.interval is not None or asked != Objective()):

@@ -5,15 +5,15 @@ from torch import nn
 from certipatch.defenses import card as cards
 from certipatch.defenses import locate
 from certipatch.errors import InputError
-from certipatch.models import CrossConvNet, CrossNet, EfficientNetLite
+from certipatch.models import CrossConvNet, CrossNet, EfficientNetLite, Ensemble
 from certipatch.models.adapters import open_model
 
 PRETRAINED = "imagenet-lite"  # of somebody else's models the only one that a recipe may name: it runs no code of theirs
-Start = str | tuple[str, str]
+Start = str | tuple[str, ...]
 
 
 def identity(start: Start) -> str | list[str]:
-    """The hash of the weights, or of both."""
+    """The hash of the weights, or of all."""
     if start == PRETRAINED:
         return open_model(PRETRAINED).identity
     if isinstance(start, str):
@@ -22,13 +22,19 @@ def identity(start: Start) -> str | list[str]:
 
 
 def start_from(start: Start, network: nn.Module, classes: tuple[str, ...]) -> None:
-    """Give a network, or the two of a cross, the weights of trained models. InputError where they are others."""
+    """Give a network, or those of a cross or an ensemble, the weights of trained models. InputError where they are others."""
     if start == PRETRAINED:
         return _pretrained(network, classes)
     if isinstance(start, str):
         return _copy(start, network)
-    if not isinstance(network, CrossConvNet | CrossNet):
-        raise InputError(f"start: two models are for a cross of columns and rows; give one, not {', '.join(start)}")
+    if not isinstance(network, CrossConvNet | CrossNet | Ensemble):
+        raise InputError(
+            f"start: several models are for an ensemble, or a cross of columns and rows; give one, not {', '.join(start)}"
+        )
+    if len(start) != len(network.parts):
+        raise InputError(
+            f"start: the recipe's network has {len(network.parts)} parts, but {len(start)} models are given"
+        )
     for name, part in zip(start, network.parts, strict=True):
         _copy(name, part)
     return None

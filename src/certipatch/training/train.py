@@ -160,7 +160,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     card = blank
     if fabric.global_rank == 0:
         spent = seconds + time.monotonic() - started
-        digest = save_weights(out, network, getattr(torch, recipe.weights))
+        digest = save_weights(out, network, recipe.weights)
         training = {
             "identity": identity,
             "seconds": round(spent, 1),
