@@ -47,11 +47,11 @@ def test_random_masks_are_two_of_the_set_drawn_anew_for_each_picture():
     (fine,) = levels(3)
     masks = Masks([fine])
     pairs = (fine[:, None] | fine[None]).flatten(0, 1)
-    drawn = masks.random(400, torch.Generator().manual_seed(1))
+    drawn = masks.hidden(masks.random(400, torch.Generator().manual_seed(1)))
     which = (drawn.flatten(1)[:, None] == pairs.flatten(1)).all(2)
     assert which.any(1).all()
     assert len(drawn.flatten(1).unique(dim=0)) == len(pairs.flatten(1).unique(dim=0))  # every pair comes up
-    assert torch.equal(drawn, masks.random(400, torch.Generator().manual_seed(1)))
+    assert torch.equal(drawn, masks.hidden(masks.random(400, torch.Generator().manual_seed(1))))
 
 
 def test_the_greedy_choice_is_the_worst_mask_and_then_the_worst_beside_it():
@@ -62,7 +62,8 @@ def test_the_greedy_choice_is_the_worst_mask_and_then_the_worst_beside_it():
     def losses(picture: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         return (weight[picture] * hidden.flatten(1)).sum(1)
 
-    found = Masks([fine]).worst(losses, 7, step=10)
+    masks = Masks([fine])
+    found = masks.hidden(masks.worst(losses, 7, step=10))
     for i in range(7):
         hidden = torch.zeros(SIZE, dtype=torch.bool)
         for _ in range(2):
@@ -84,10 +85,11 @@ def test_from_coarse_to_fine_takes_fewer_passes_and_is_seldom_worse():
         seen.append(len(picture))
         return (weight[picture] * hidden.flatten(1)).sum(1)
 
-    found = masks.worst(losses, 40, step=1000)
+    found = masks.hidden(masks.worst(losses, 40, step=1000))
     assert sum(seen) == 40 * masks.evaluations == 40 * 2 * (4 + 4)
     every = torch.arange(40)
-    reached = losses(every, found) / losses(every, Masks([fine]).worst(losses, 40, step=1000))
+    plain = Masks([fine])
+    reached = losses(every, found) / losses(every, plain.hidden(plain.worst(losses, 40, step=1000)))
     assert reached.mean() > 0.9
     assert reached.max() <= 1.3
 
@@ -104,7 +106,7 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
     loss = MaskLoss(network, network, masks, MaskTraining(strategy="greedy", greedy_from=0.5), 0.5)
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    hidden = loss.worst(pictures, targets)
+    hidden = masks.hidden(loss.worst(pictures, targets))
     assert network.training
     assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
     network.eval()
@@ -112,11 +114,11 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     def of(shown: torch.Tensor) -> float:
         return F.cross_entropy(network(laid_over("picture", pictures, shown)), targets).item()
 
-    drawn = [of(masks.random(16, torch.Generator().manual_seed(seed))) for seed in range(5)]
+    drawn = [of(masks.hidden(masks.random(16, torch.Generator().manual_seed(seed)))) for seed in range(5)]
     assert of(hidden) > max(drawn)
     draw = torch.Generator().manual_seed(0)
     assert loss(pictures, targets, 0.7, draw).item() == pytest.approx(of(hidden), rel=1e-5)
-    expected = of(masks.random(16, torch.Generator().manual_seed(0)))
+    expected = of(masks.hidden(masks.random(16, torch.Generator().manual_seed(0))))
     assert loss(pictures, targets, 0.2, draw).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -144,10 +146,13 @@ def test_tries_follow_the_gradient_and_all_of_them_are_the_greedy_choice():
             grown = F.cross_entropy(network(moved), targets, reduction="none") - before
             assert torch.allclose(grown / share, gain, atol=2e-2)
     network.train()
-    hidden = few.worst(pictures, targets)
-    reached, best = (plain.losses(pictures, targets, some).mean() for some in (hidden, plain.worst(pictures, targets)))
+    hidden = masks.hidden(few.worst(pictures, targets))
+    reached, best = (
+        plain.losses(pictures, targets, some).mean() for some in (hidden, masks.hidden(plain.worst(pictures, targets)))
+    )
     drawn = [
-        plain.losses(pictures, targets, masks.random(16, torch.Generator().manual_seed(i))).mean() for i in range(5)
+        plain.losses(pictures, targets, masks.hidden(masks.random(16, torch.Generator().manual_seed(i)))).mean()
+        for i in range(5)
     ]
     assert max(drawn) < reached <= best + 1e-6
 
@@ -179,6 +184,25 @@ def test_one_of_two_masks_moves_to_where_the_gradient_promises_the_largest_loss(
         best = max(promised(a, b) for a, b in candidates)
         assert tuple(moved[i].tolist()) in candidates
         assert promised(*moved[i].tolist()) == pytest.approx(best, abs=1e-7)
+
+
+def test_the_first_pictures_of_a_batch_are_shown_under_masks_that_were_searched_for():
+    torch.manual_seed(0)
+    network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
+    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
+    memory, asked = Memory(16, masks.levels[-1]), MaskTraining(strategy="climbing", searched=0.3, tries=3)
+    loss = MaskLoss(network, network, masks, asked, 0.5, memory=memory)
+    memory.turn_to(torch.arange(16), draw_changes(16, SIZE, Augment(), torch.Generator()))
+    known = memory.pairs(torch.Generator().manual_seed(3))
+    searched = loss.worst(pictures[:5], targets[:5])
+    assert not torch.equal(searched, known[:5])
+    shown = loss.climbing(pictures, targets, torch.Generator().manual_seed(3))
+    expected = loss.shown(pictures, torch.cat([searched, known[5:]]))
+    assert torch.equal(shown, expected)
+    loss.cross_entropy(shown, targets).backward()
+    moved = memory.pairs(torch.Generator())
+    for before, after in zip(torch.cat([searched, known[5:]]).tolist(), moved.tolist(), strict=True):
+        assert set(before) & set(after), "one mask of the two stays"
 
 
 def test_remembered_masks_hide_the_same_part_of_a_picture_however_it_is_changed():
@@ -281,10 +305,10 @@ def test_of_several_draws_each_picture_gets_the_one_of_largest_loss():
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
     masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
     loss = MaskLoss(network, network, masks, MaskTraining(draws=4, draws_from=0.5), 0.5)
-    found = loss.drawn(pictures, targets, 4, torch.Generator().manual_seed(5))
+    found = masks.hidden(loss.drawn(pictures, targets, 4, torch.Generator().manual_seed(5)))
     assert network.training
     draw = torch.Generator().manual_seed(5)
-    tried = torch.stack([masks.random(16, draw) for _ in range(4)])
+    tried = torch.stack([masks.hidden(masks.random(16, draw)) for _ in range(4)])
     network.eval()
     losses = torch.stack([
         F.cross_entropy(network(laid_over("picture", pictures, some)), targets, reduction="none") for some in tried
@@ -292,7 +316,7 @@ def test_of_several_draws_each_picture_gets_the_one_of_largest_loss():
     assert torch.equal(found, tried[losses.argmax(0), torch.arange(16)])
     expected = F.cross_entropy(network(laid_over("picture", pictures, found)), targets).item()
     assert loss(pictures, targets, 0.5, torch.Generator().manual_seed(5)).item() == pytest.approx(expected, rel=1e-5)
-    one = masks.random(16, torch.Generator().manual_seed(5))
+    one = masks.hidden(masks.random(16, torch.Generator().manual_seed(5)))
     expected = F.cross_entropy(network(laid_over("picture", pictures, one)), targets).item()
     assert loss(pictures, targets, 0.4, torch.Generator().manual_seed(5)).item() == pytest.approx(expected, rel=1e-5)
 
@@ -352,9 +376,10 @@ VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
         {"defense": "patchcure", "model": SHARED, "epochs": 1},
         {"masking": {"strategy": "greedy", "tries": 2}, "precision": "bf16-mixed", "epochs": 1},
         {"masking": CLIMBING, "precision": "bf16-mixed", "epochs": 2},
+        {"masking": CLIMBING | {"searched": 0.2, "coarse": [2]}, "epochs": 2},
         {"defense": "minority-reports", "masking": {"strategy": "random"}, "epochs": 1},
     ],
-    ids=["conv", "vit", "shared front", "tries", "climbing", "minority reports"],
+    ids=["conv", "vit", "shared front", "tries", "climbing", "searched", "minority reports"],
 )
 def test_recipes_train_any_network(changes, tmp_path):
     data = write_parquet(tmp_path / "data")
@@ -426,8 +451,10 @@ def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity()
                              ({"masking": {"coarse": [3]}}, "belong to strategy: greedy"),
                              ({"masking": {"strategy": "greedy", "coarse": [4, 2]}}, "from few masks per axis to many"),
                              ({"masking": {"tries": 3}}, "belong to strategy: greedy"),
+                             ({"masking": {"strategy": "climbing", "tries": 3}}, "or to climbing where masks are searched"),
+                             ({"masking": {"strategy": "greedy", "searched": 0.5}}, "belong to strategy: climbing"),
                              ({"masking": {"strategy": "greedy", "coarse": [2], "tries": 3}}, "coarse to fine or by tries"),
-                             ({"masking": {"climbing_from": 0.5}}, "belongs to strategy: climbing"),
+                             ({"masking": {"climbing_from": 0.5}}, "belong to strategy: climbing"),
                              ({"masking": {"strategy": "best"}}, "'random', 'greedy' or 'climbing'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Recipe(**fields | changes)

@@ -5,10 +5,12 @@ A certificate of double masking asks that the answer stays under every two masks
 over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2. ``tries`` looks at a few masks only, those
 whose loss would grow most if it were linear: along its gradient g with respect to the picture x, a mask that paints the value f
 adds about the sum of g·(f − x) over its pixels. A training that remembers the masks of each picture has that gradient for
-nothing, from the step that learned from them, and moves one of the two masks along it for the next time.
+nothing, from the step that learned from them, and moves one of the two masks along it for the next time. Where a network is
+sure under most masks a gradient says little about others; a search for a few pictures of each step then finds new ones.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
@@ -95,11 +97,14 @@ class Masks:
         """Forward passes that the greedy choice from coarse to fine costs a picture."""
         return 2 * (len(self.levels[0]) + sum(table.shape[1] for table in self.children))
 
-    def random(self, batch: int, draw: torch.Generator) -> Bool[Tensor, "B H W"]:
-        """Two masks each, drawn on their own (now and then the same one): what they hide together."""
+    def hidden(self, pairs: Int64[Tensor, "B 2"]) -> Bool[Tensor, "B H W"]:
+        """What two masks hide together."""
+        return self.levels[-1][pairs].any(1)
+
+    def random(self, batch: int, draw: torch.Generator) -> Int64[Tensor, "B 2"]:
+        """Two masks each, drawn on their own (now and then the same one)."""
         fine = self.levels[-1]
-        one, other = torch.randint(len(fine), (2, batch), generator=draw).to(fine.device)
-        return fine[one] | fine[other]
+        return torch.randint(len(fine), (2, batch), generator=draw).T.to(fine.device)
 
     def worst(
         self,
@@ -107,8 +112,8 @@ class Masks:
         batch: int,
         step: int,
         tried: Callable[[Bool[Tensor, "B H W"]], Int64[Tensor, "B c"]] | None = None,
-    ) -> Bool[Tensor, "B H W"]:
-        """The mask of largest loss, and with it laid, the second mask of largest loss: what they hide together.
+    ) -> Int64[Tensor, "B 2"]:
+        """The mask of largest loss, and with it laid, the second mask of largest loss.
 
         With several levels the worst coarse mask is found first, then the worst of the finer ones within it.
 
@@ -120,7 +125,7 @@ class Masks:
         """
         levels = self.levels if tried is None else self.levels[-1:]
         hidden = torch.zeros_like(self.levels[0][:1]).repeat(batch, 1, 1)
-        device = hidden.device
+        device, pair = hidden.device, []
         for _ in range(2):
             every = torch.arange(len(levels[0]), device=device).expand(batch, -1)
             candidates = every if tried is None else tried(hidden)
@@ -137,7 +142,8 @@ class Masks:
                 if level + 1 < len(levels):
                     candidates = self.children[level][worst]
             hidden = hidden | self.levels[-1][worst]
-        return hidden
+            pair.append(worst)
+        return torch.stack(pair, dim=1)
 
 
 @final
@@ -235,23 +241,35 @@ class MaskLoss:
         self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], share: float, draw: torch.Generator
     ) -> Float[Tensor, ""]:
         if self.asked.strategy == "climbing" and share >= self.asked.climbing_from:
-            return self.cross_entropy(self.climbing(images, draw), targets)
+            return self.cross_entropy(self.climbing(images, targets, draw), targets)
         if self.asked.strategy == "greedy" and share >= self.asked.greedy_from:
-            hidden = self.worst(images, targets)
+            pairs = self.worst(images, targets)
         else:
-            hidden = self.drawn(images, targets, self.asked.draws if share >= self.asked.draws_from else 1, draw)
-        return self.cross_entropy(laid_over(self.encoding, images, hidden, self.fill), targets)
+            pairs = self.drawn(images, targets, self.asked.draws if share >= self.asked.draws_from else 1, draw)
+        return self.cross_entropy(self.shown(images, pairs), targets)
+
+    def shown(self, images: Float[Tensor, "B C H W"], pairs: Int64[Tensor, "B 2"]) -> Float[Tensor, "B C2 H W"]:
+        """Pictures under two masks each."""
+        return laid_over(self.encoding, images, self.masks.hidden(pairs), self.fill)
 
     def cross_entropy(self, shown: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Float[Tensor, ""]:
         """The loss of what is shown."""
         return F.cross_entropy(self.module(shown).float(), targets, label_smoothing=self.asked.label_smoothing)
 
-    def climbing(self, images: Float[Tensor, "B C H W"], draw: torch.Generator) -> Float[Tensor, "B C2 H W"]:
-        """Pictures under their two remembered masks. The backward pass moves one of the two, for the next time."""
+    def climbing(
+        self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], draw: torch.Generator
+    ) -> Float[Tensor, "B C2 H W"]:
+        """Pictures under their two remembered masks, or, the first ones of a batch, under two that are searched for.
+
+        The backward pass moves one of the two, for the next time.
+        """
         memory = self.memory
         assert memory is not None
         pair = memory.pairs(draw).to(images.device)
-        shown = laid_over(self.encoding, images, self.masks.levels[-1][pair].any(1), self.fill).requires_grad_()
+        first = math.ceil(self.asked.searched * len(images))
+        if first:  # as many passes in all processes, which wait for each other
+            pair[:first] = self.worst(images[:first], targets[:first])
+        shown = self.shown(images, pair).requires_grad_()
         shown.register_hook(lambda gradient: memory.keep(self.moved(images, gradient, pair)))
         return shown
 
@@ -273,8 +291,8 @@ class MaskLoss:
         better = torch.stack(reached).argmax(0)
         return torch.stack(proposals)[better, torch.arange(len(better), device=better.device)]
 
-    def worst(self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Bool[Tensor, "B H W"]:
-        """What the two greedily chosen masks of each picture hide."""
+    def worst(self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Int64[Tensor, "B 2"]:
+        """The two greedily chosen masks of each picture."""
 
         def losses(picture: Tensor, hidden: Tensor) -> Tensor:
             return self.losses(images[picture], targets[picture], hidden)
@@ -299,13 +317,13 @@ class MaskLoss:
 
     def drawn(
         self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], draws: int, draw: torch.Generator
-    ) -> Bool[Tensor, "B H W"]:
-        """What two random masks of each picture hide: of so many draws the one of largest loss."""
-        hidden = [self.masks.random(len(images), draw) for _ in range(draws)]
+    ) -> Int64[Tensor, "B 2"]:
+        """Two random masks of each picture: of so many draws the one of largest loss."""
+        pairs = [self.masks.random(len(images), draw) for _ in range(draws)]
         if draws == 1:
-            return hidden[0]
-        worst = torch.stack([self.losses(images, targets, some) for some in hidden]).argmax(0)
-        return torch.stack(hidden)[worst, torch.arange(len(images), device=worst.device)]
+            return pairs[0]
+        worst = torch.stack([self.losses(images, targets, self.masks.hidden(pair)) for pair in pairs]).argmax(0)
+        return torch.stack(pairs)[worst, torch.arange(len(images), device=worst.device)]
 
     @torch.no_grad()
     def answers(self, images: Float[Tensor, "N C H W"], hidden: Bool[Tensor, "N H W"]) -> Float[Tensor, "N K"]:

@@ -122,13 +122,15 @@ class MaskTraining(BaseModel):
     """Two random masks (Xiang et al. 2022); the worst one and the worst beside it (Saha et al. 2023); or, at no cost, those
     that a picture learned from when it came up before, one of them moved to where its gradient then led."""
     coarse: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(default=(), max_length=3)
-    """Of ``greedy``: masks per axis of larger masks that are tried first; then only those within the worst of them."""
+    """Of a search: masks per axis of larger masks that are tried first; then only those within the worst of them."""
     tries: int | None = Field(default=None, ge=1, le=64)
-    """Of ``greedy``: how many masks are tried for each of the two, those of largest gain along the gradient; None for all."""
+    """Of a search: how many masks are tried for each of the two, those of largest gain along the gradient; None for all."""
     greedy_from: float = Field(default=0.0, ge=0, le=1)
     """Of ``greedy``: share of the training after which masks are the worst ones; before it they are random."""
     climbing_from: float = Field(default=0.0, ge=0, le=1)
     """Of ``climbing``: share of the training after which masks move along the gradient; before it they are random."""
+    searched: float = Field(default=0.0, ge=0, le=1)
+    """Of ``climbing``: share of the pictures of each step whose two masks are searched for as ``greedy`` does."""
     draws: int = Field(default=1, ge=1, le=64)
     """Of random masks: how many pairs are drawn for a picture, of which it learns from the one of largest loss."""
     draws_from: float = Field(default=0.0, ge=0, le=1)
@@ -138,10 +140,12 @@ class MaskTraining(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "MaskTraining":
-        if self.strategy != "greedy" and (self.coarse or self.greedy_from or self.tries):
-            raise ValueError("coarse, tries and greedy_from belong to strategy: greedy")
-        if self.strategy != "climbing" and self.climbing_from:
-            raise ValueError("climbing_from belongs to strategy: climbing")
+        if self.strategy != "greedy" and self.greedy_from:
+            raise ValueError("greedy_from belongs to strategy: greedy")
+        if self.strategy != "climbing" and (self.climbing_from or self.searched):
+            raise ValueError("climbing_from and searched belong to strategy: climbing")
+        if self.strategy != "greedy" and not self.searched and (self.coarse or self.tries):
+            raise ValueError("coarse and tries belong to strategy: greedy, or to climbing where masks are searched for")
         if self.coarse and self.tries:
             raise ValueError("masks are found from coarse to fine or by tries along the gradient, not both")
         if list(self.coarse) != sorted(set(self.coarse)):
