@@ -267,24 +267,20 @@ def test_a_cross_that_starts_from_its_columns_and_rows_and_takes_evenly_spaced_v
         train(read(recipe, ["views.name=columns"]), tmp_path / "no-cross")
 
 
+WHOLE = {"views": None, "defense": "patchcleanser", "settings": {"patch": 2, "masks": 3}, "objective": {}}
 MEMBERS = [{"name": "conv", "widths": [4, 6], "mirror": True}, {"name": "resnet18", "widths": [4, 6], "depth": 1}]
 
 
 def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
-    shared = {
-        "data": str(data),
-        "views": None,
-        "defense": "patchcleanser",
-        "settings": {"patch": 2, "masks": 3},
-        "objective": {},
-    }
+    shared = WHOLE | {"data": str(data)}
     starts, networks = [], []
-    for number, member in enumerate(({"name": "conv", "widths": [5, 7], "stride": 2}, MEMBERS[0])):
+    members = [{"name": "conv", "widths": [5, 7], "stride": 2}, MEMBERS[0]]
+    for number, member in enumerate(members):
         recipe = write_recipe(tmp_path / f"{number}.yaml", **shared, model=member, epochs=1)
         train(read(recipe), tmp_path / str(number))
         starts.append(str(tmp_path / str(number)))
         networks.append(load_folder(tmp_path / str(number))[0].model.model)
-    both = {"name": "ensemble", "members": [{"name": "conv", "widths": [5, 7], "stride": 2}, MEMBERS[0]]}
+    both = {"name": "ensemble", "members": members}
     recipe = write_recipe(tmp_path / "both.yaml", **shared, model=both, start=starts, epochs=0)
     images = torch.rand(6, 1, 12, 12)
     expected = sum(network(images) for network in networks) / 2
@@ -307,13 +303,7 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
 
 
 def test_an_ensemble_learns_as_one_network(tmp_path, data):
-    shared = {
-        "data": str(data),
-        "views": None,
-        "defense": "patchcleanser",
-        "settings": {"patch": 2, "masks": 3},
-        "objective": {},
-    }
+    shared = WHOLE | {"data": str(data)}
     recipe = write_recipe(
         tmp_path / "r.yaml", **shared, model={"name": "ensemble", "members": [MEMBERS[0], MEMBERS[0]]}, epochs=2
     )
@@ -356,13 +346,7 @@ def test_weights_in_eight_bits_are_as_near_as_their_steps(tmp_path):
     ],
 )
 def test_foreign_scales_are_refused(change, tmp_path, data):
-    shared = {
-        "data": str(data),
-        "views": None,
-        "defense": "patchcleanser",
-        "settings": {"patch": 2, "masks": 3},
-        "objective": {},
-    }
+    shared = WHOLE | {"data": str(data)}
     recipe = write_recipe(tmp_path / "r.yaml", **shared, model=MEMBERS[0], epochs=1, weights="int8")
     card = train(read(recipe), tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "weights.safetensors")
