@@ -139,6 +139,18 @@ class Spread(nn.Module):
         return self.head(torch.flatten(F.relu(self.after(x + self.pool(x))), 1))
 
 
+class Wide(nn.Module):
+    """A layer of the pixels beside a deeper network, both added up and divided, as a temperature does."""
+
+    def __init__(self):
+        super().__init__()
+        self.shallow, self.one, self.two = nn.Linear(144, 3), nn.Linear(144, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = torch.flatten(x, 1)
+        return (self.shallow(x) + self.two(torch.relu(self.one(x)))) / 3 + 0.25
+
+
 def nets():
     torch.manual_seed(0)
     found = {name: headed(*layers()) for name, layers in LAYERS.items()}
@@ -150,6 +162,9 @@ def nets():
     for depth in (2, 4):
         found[f"cnn {depth}"] = created(name="cnn", depth=depth).double()
     found["mlp"] = created(name="mlp", widths=(9,)).double()
+    found["pixels beside a network"] = Wide().double().eval()
+    members = ({"name": "cnn", "depth": 2}, {"name": "mlp", "widths": (9,)}, {"name": "mlp", "widths": (4, 5)})
+    found["ensemble"] = created(name="ensemble", members=members).double()
     return found
 
 
@@ -375,6 +390,64 @@ def test_outward_bounds_hold_for_the_real_numbers():
     assert erred > 0  # the test has teeth
 
 
+def apart(net, scale, shift):
+    """The network with its logits scaled and shifted behind it."""
+
+    class Moved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x) * scale + shift
+
+    return Moved().eval()
+
+
+def test_networks_that_answer_together_are_one_wide_network():
+    """Their margins are those of the network whose hidden layer holds both of theirs."""
+    torch.manual_seed(1)
+    one, two = (created(name="mlp", widths=(n,)).double().requires_grad_(False) for n in (5, 7))
+    wide = created(name="mlp", widths=(12,)).double().requires_grad_(False)
+    for layer in (1,):
+        wide.body[layer].weight.copy_(torch.cat([one.body[layer].weight, two.body[layer].weight]))
+        wide.body[layer].bias.copy_(torch.cat([one.body[layer].bias, two.body[layer].bias]))
+    wide.head.weight.copy_(torch.cat([one.head.weight, two.head.weight], 1) / 2)
+    wide.head.bias.copy_((one.head.bias + two.head.bias) / 2)
+    both = models.ensemble.Ensemble([one, two]).eval()
+    x, y = pictures(3), torch.tensor([0, 2, 1])
+    found = regions(PatchThreat(3), SIZE)
+    for outward in (False, True):
+        expected = patch_margins(wide, x, y, found, outward=outward)
+        assert torch.allclose(patch_margins(both, x, y, found, outward=outward), expected, 0, 1e-9)
+        moved = patch_margins(apart(wide, -2.0, 0.5), x, y, found, outward=outward)
+        assert torch.allclose(patch_margins(apart(both, -2.0, 0.5), x, y, found, outward=outward), moved, 0, 1e-9)
+        expected = sparse_margins(wide, x, y, 2, outward=outward)
+        assert torch.allclose(sparse_margins(both, x, y, 2, outward=outward), expected, 0, 1e-9)
+    halves = [patch_margins(net, x, y, found) / 2 for net in (one, two)]
+    assert (patch_margins(both, x, y, found) >= halves[0] + halves[1] - 1e-9).all()
+
+
+def test_biases_that_cancel_round_as_large_as_they_are():
+    """0.1·(W x + b) + c for large b and c: outward bounds hold for the real numbers, others do not always."""
+    erred = 0
+    for seed in range(24):
+        torch.manual_seed(seed)
+        parts = [nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3)).double() for _ in range(3)]
+        for sign, part in zip((1, -1, 0), parts, strict=True):
+            part.requires_grad_(False)[3].bias.add_(sign * torch.randn(3, generator=generator(9)) * 1e12)
+        net, x, y = models.ensemble.Ensemble(parts).eval(), pictures(1, 1, (2, 2), seed), torch.tensor([seed % 3])
+        each = [exactly(part, x) for part in parts]
+        true = [sum(logits) / 3 for logits in zip(*each, strict=True)]
+        margins = [true[y] - true[int(k)] for k in rivals_of(y, 3)[0]]
+        for outward in (True, False):
+            bounds = margin_bounds(net, Interval(x, x), y, outward)[0].tolist()
+            over = sum(Fraction(b) > m for b, m in zip(bounds, margins, strict=True))
+            erred += over * (not outward)
+            assert not (outward and over)
+    assert erred > 0  # the test has teeth
+
+
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_sparse_bounds_of_linear_networks_are_exact(k, channels):
@@ -392,7 +465,8 @@ def test_sparse_bounds_of_linear_networks_are_exact(k, channels):
 
 @pytest.mark.parametrize("name", ["3x3", "groups", "stride, padding, dilation", "mlp", "batch norm", "max pool",
                                   "residual, concatenation", "padding same", "pooling that skips",
-                                  "average pool, without padding"])  # fmt: skip
+                                  "average pool, without padding", "ensemble",
+                                  "pixels beside a network"])  # fmt: skip
 def test_no_sparse_attack_leaves_the_bounds(name):
     net, x, y = NETS[name], pictures(2), torch.tensor([0, 1])
     with torch.no_grad():

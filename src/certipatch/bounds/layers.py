@@ -108,6 +108,15 @@ class Linear(Op):
     bias: Float[Tensor, " m"] | None
     eps: float = 0.0
     shape_of_map: tuple[int, int, int] | None = None
+    terms: Float[Tensor, " m"] | None = None
+    """Sizes of what ``bias`` is the sum of, for its rounding; None where it is no sum."""
+
+    @property
+    def bias_size(self) -> Float[Tensor, " m"]:
+        """Σ|b| of what the bias is the sum of."""
+        if self.terms is not None:
+            return self.terms
+        return torch.zeros_like(self.weight[:, 0]) if self.bias is None else self.bias.abs()
 
     @cached_property
     def magnitude(self) -> Float[Tensor, "m n"]:
@@ -128,7 +137,7 @@ class Linear(Op):
         if x.is_point and self.eps == 0:
             return x.map(lambda x: F.linear(x, self.weight, self.bias))
         centre, radius = F.linear(x.centre, self.weight, self.bias), F.linear(guarded(x, self.guard), self.magnitude)
-        guard = self.guard * self.bias.abs() if self.eps and self.bias is not None else 0.0
+        guard = self.guard * self.bias_size if self.eps and self.bias is not None else 0.0
         return widened(centre - radius, centre + radius, guard)
 
     def window(self, inputs: Sequence[State], clean: Sequence[Interval], image: Interval) -> State:
@@ -280,5 +289,5 @@ def merged(layer: Linear, x: Interval, label: Int[Tensor, " B"], rivals: Int[Ten
     if layer.bias is None:
         return margin
     bias = layer.bias[label][:, None] - layer.bias[rivals]
-    size = layer.bias[label].abs()[:, None] + layer.bias[rivals].abs()
+    size = layer.bias_size[label][:, None] + layer.bias_size[rivals]
     return margin + (bias - layer.guard * size)[:, None]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.bounds.adapted import steps_of
+from certipatch.bounds.heads import joined_heads
 from certipatch.bounds.interval import Interval
 from certipatch.bounds.known_layers import Precision
 from certipatch.bounds.layers import Linear, Op, Pointwise, merged
@@ -81,7 +82,7 @@ class Passage:
         reach = torch.maximum(last.lower.abs(), last.upper.abs())
         if self.head is None:
             return reach.amax(2)
-        return F.linear(reach, self.head.magnitude, None if self.head.bias is None else self.head.bias.abs()).amax(2)
+        return F.linear(reach, self.head.magnitude, self.head.bias_size).amax(2)
 
     @property
     def _guarded(self) -> bool:
@@ -103,10 +104,11 @@ class Layout:
         """See ``passage``."""
         at = Precision(dtype or self.dtype, torch.finfo(dtype or self.dtype).eps if outward else 0.0)
         ops, inputs = [step.make(at) for step in self.steps], tuple(step.inputs for step in self.steps)
+        ops, inputs, shapes = joined_heads(ops, inputs, self.shapes)
         last = ops[-1]
-        numbers = sum(map(math.prod, self.shapes)) + (last.weight.numel() if isinstance(last, Linear) else 0)
-        ops = flatten_into_linear(ops, inputs, self.shapes)
-        return Passage(tuple(ops), inputs, self.shapes[-1][1], at.dtype, numbers)
+        numbers = sum(map(math.prod, shapes)) + (last.weight.numel() if isinstance(last, Linear) else 0)
+        ops = flatten_into_linear(ops, inputs, shapes)
+        return Passage(tuple(ops), inputs, shapes[-1][1], at.dtype, numbers)
 
 
 @torch.no_grad()
