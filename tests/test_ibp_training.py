@@ -13,7 +13,7 @@ from support import write_parquet
 from typer.testing import CliRunner
 
 from certipatch import defenses, resources
-from certipatch.bounds import patch_margins, sparse
+from certipatch.bounds import patch_margins, regions, sparse
 from certipatch.bounds.propagate import layout
 from certipatch.bounds.worst import block_margins, places, worst
 from certipatch.cli import app
@@ -240,6 +240,25 @@ def test_bad_recipes_are_told_in_one_line(tmp_path, data, change, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_ensemble_is_bounded_in_one(tmp_path, data):
+    """Its margins are the mean of its members', where the bounds of its logits would give less."""
+    for seed in (0, 1):
+        train(recipe(tmp_path, data, seed=seed), tmp_path / f"{seed}")
+    starts = [str(tmp_path / f"{seed}") for seed in (0, 1)]
+    model = {"name": "ensemble", "members": [TINY["model"]] * 2}
+    asked = {**TINY, "data": str(data), "interval": {"patch": 2}, "model": model, "start": starts, "epochs": 0}
+    (tmp_path / "both.yaml").write_text(json.dumps(asked), encoding="utf-8")
+    train(read(tmp_path / "both.yaml"), tmp_path / "both")
+    images = load(str(data), "test", limit=6).images(range(6))
+    label = torch.from_numpy(load(str(data), "test", limit=6).labels[:6])
+    found = regions(PatchThreat(2), (images.shape[2], images.shape[3]))
+    one, two, both = (
+        patch_margins(defenses.load(f).model, images, label, found, dtype=torch.float64)
+        for f in (*starts, tmp_path / "both")
+    )
+    assert torch.allclose(both, (one + two) / 2, 0, 1e-6)
+
+
 def test_recipes_without_intervals_are_as_they_were():
     path = resources.find("recipes", "cifar10-columns.yaml")
     assert path is not None
@@ -277,7 +296,7 @@ def test_tables_print_what_was_measured_and_what_was_not(tmp_path, monkeypatch):
     monkeypatch.setattr("certipatch.reproduce.bench.resources", SimpleNamespace(find=lambda *_: None))
     data = write_parquet(tmp_path / "mnist", (28, 28))
     asked = recipe(tmp_path, data, epochs=1)
-    train(asked, tmp_path / "models" / "mnist-ibp-5")
+    train(asked, tmp_path / "models" / "mnist-ibp-5-mlp")
     for name in (f"ibp-table{number}" for number in range(2, 8)):  # attacks, and table 8, have tests of their own
         assert name in TABLES
         done = CliRunner().invoke(app, ["reproduce", name, "--data", str(data), "--limit", "6", "--json"])
@@ -293,7 +312,7 @@ def test_tables_print_what_was_measured_and_what_was_not(tmp_path, monkeypatch):
     measured = cells["25 pixels, MLP(255), Random(144), then all"]
     assert [cell["n"] for cell in measured] == [6] * 5
     assert "not run" in json.dumps(cells["4 pixels, MLP(255), Random(144), then all"])
-    defense, pictures = defenses.load(str(tmp_path / "models" / "mnist-ibp-5")), load(str(data), "test", limit=6)
+    defense, pictures = defenses.load(str(tmp_path / "models" / "mnist-ibp-5-mlp")), load(str(data), "test", limit=6)
     found = defense.certify(pictures.images(range(6)), PatchThreat(25, shape="diamond"))
     right = found.label == torch.from_numpy(pictures.labels[:6])
     assert measured[3]["share"] == (right & found.certified).double().mean().item()

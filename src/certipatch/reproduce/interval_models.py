@@ -39,6 +39,8 @@ FEW = "Random(10) / Random(20)"
 """Ten places of a 2x2 patch, twenty of a larger one."""
 RECIPES = {"mnist": ("mlp", THEN_ALL), "cifar10": ("cnn2-wide", FEW)}
 """Network and strategy of the recipes that ship."""
+ALONE = {name: f"{name}-mlp" for name in ("mnist-ibp-5", "mnist-ibp-sparse-4")}
+"""The paper's network where the model of that name is an ensemble with it."""
 OURS = ("cnn2-wide",)
 """Networks that the paper has not."""
 PAPER = {"cifar10": {"epochs": "200", "interval.ramp_until": "0.605", "halving": "0.05"}}
@@ -73,8 +75,9 @@ class Trained:
     def base(self) -> str:
         """The recipe that it changes."""
         if self.strategy == "sparse":
-            return "mnist-ibp-sparse-4"
-        return f"{self.data}-ibp-{self.size if self.size in (2, 5) else 5}"
+            return ALONE["mnist-ibp-sparse-4"]
+        name = f"{self.data}-ibp-{self.size if self.size in (2, 5) else 5}"
+        return ALONE.get(name, name)
 
     @property
     def name(self) -> str:
@@ -83,9 +86,10 @@ class Trained:
         strategy = "" if self._shipped else f"-{self.strategy}"
         count = "" if not strategy or self.count is None else f"-{self.count}"
         network = "" if self.network == network else f"-{self.network}"
+        name = f"{self.data}-ibp-{self.size}{strategy}{count}{network}"
         if self.strategy == "sparse":
-            return f"{self.data}-ibp-sparse-{self.size}{'' if self.network == 'mlp' else '-' + self.network}"
-        return f"{self.data}-ibp-{self.size}{strategy}{count}{network}"
+            name = f"{self.data}-ibp-sparse-{self.size}{'' if self.network == 'mlp' else '-' + self.network}"
+        return ALONE.get(name, name)
 
     @property
     def _shipped(self) -> bool:
