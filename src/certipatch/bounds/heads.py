@@ -75,10 +75,9 @@ def _parts(ops: Sequence[Op], inputs: Inputs, value: int) -> list[tuple[Linear, 
 def _scaled(layer: Linear, by: Scale, first: bool) -> Linear:
     """scale·(Wx + b), and + shift for the first of a sum. Twice its ``eps`` pays for the products and the factor."""
     bias = torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias
-    size = layer.bias_size * by.scale.abs()
-    if first:
-        return Linear(layer.weight * by.scale, bias * by.scale + by.shift, 2 * layer.eps, None, size + by.shift.abs())
-    return Linear(layer.weight * by.scale, bias * by.scale, 2 * layer.eps, None, size)
+    shift = by.shift if first else torch.zeros_like(by.shift)
+    size = layer.bias_size * by.scale.abs() + shift.abs()
+    return Linear(layer.weight * by.scale, bias * by.scale + shift, 2 * layer.eps, None, size)
 
 
 def _side_by_side(heads: Sequence[Linear]) -> Linear:

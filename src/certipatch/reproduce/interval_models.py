@@ -86,9 +86,10 @@ class Trained:
         strategy = "" if self._shipped else f"-{self.strategy}"
         count = "" if not strategy or self.count is None else f"-{self.count}"
         network = "" if self.network == network else f"-{self.network}"
-        name = f"{self.data}-ibp-{self.size}{strategy}{count}{network}"
         if self.strategy == "sparse":
             name = f"{self.data}-ibp-sparse-{self.size}{'' if self.network == 'mlp' else '-' + self.network}"
+        else:
+            name = f"{self.data}-ibp-{self.size}{strategy}{count}{network}"
         return ALONE.get(name, name)
 
     @property
