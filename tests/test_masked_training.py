@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import certipatch as cp
 from certipatch import defenses, models
 from certipatch.errors import InputError
-from certipatch.training.augment import draw_changes
-from certipatch.training.masking import MaskLoss, Masks, Memory, finer, laid_over, masks_of
+from certipatch.training.augment import draw_changes, recoloured
+from certipatch.training.masking import MaskLoss, Masks, Memory, finer, laid_over, masks_of, mixed
 from certipatch.training.muon import Muon, orthogonal
 from certipatch.training.recipe import Augment, MaskTraining, Recipe, read
 from certipatch.training.train import train
@@ -280,6 +280,54 @@ def test_turned_points_are_those_of_the_turned_pixels(asked):
     across = changes.turned[:, 1, 0] / changes.turned[:, 0, 0]
     assert across.atan().rad2deg().abs().max() < asked.get("rotate", 0) + 1e-3
     assert "rotate" not in asked or across.atan().rad2deg().abs().max() > asked["rotate"] * 0.8
+
+
+def test_recoloured_pictures_keep_what_a_colour_change_keeps():
+    """Of each the order of brightness, and greys stay grey; factors reach both ends and differ from picture to picture."""
+    pictures = 0.45 + 0.1 * images(200, 3)  # far from 0 and 1, so that nothing is cut off
+    pictures[:, :, 0, 0] = pictures[:, :1, 0, 0]
+    found = recoloured(pictures, 0.3, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found[:, 1:, 0, 0], found[:, :1, 0, 0].expand(-1, 2))
+    before, after = pictures.mean(1).flatten(1), found.mean(1).flatten(1)
+    assert torch.equal(before.argsort(1)[:, ::40], after.argsort(1)[:, ::40])
+    factors = {
+        "brightness": after.mean(1) / before.mean(1),
+        "contrast": after.std(1) / before.std(1) / (after.mean(1) / before.mean(1)),
+        "saturation": found.std(1).mean((1, 2)) / pictures.std(1).mean((1, 2)) / (after.std(1) / before.std(1)),
+    }
+    for name, factor in factors.items():
+        assert 1 / 1.301 < factor.min() < 0.85 < 1.15 < factor.max() < 1.301, name
+    assert torch.equal(recoloured(pictures, 0.0, torch.Generator()).round(decimals=5), pictures.round(decimals=5))
+    assert recoloured(images(50, 3), 0.9, torch.Generator().manual_seed(1)).aminmax() == (0, 1)
+
+
+def test_a_mixed_picture_is_mostly_itself_and_its_target_says_how_much_of_the_other_is_in_it():
+    pictures, targets = images(60), torch.eye(60)
+    found, shares = mixed(pictures, targets, 0.4, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, (shares @ pictures.flatten(1)).view_as(pictures))
+    own = shares.diagonal()
+    assert own.min() >= 0.6
+    assert own.sort().values[3] < 0.65
+    assert torch.allclose(shares.sum(1), torch.ones(60))
+    assert ((shares > 0).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize("asked", [{}, {"strategy": "greedy"}, {"draws": 2}, {"strategy": "climbing", "searched": 0.5}])
+def test_mixed_pictures_are_learned_with_mixed_targets(asked):
+    torch.manual_seed(0)
+    network = models.ConvNet(None, 2, 3, SIZE, (8, 8)).eval()
+    memory, masks = Memory(8, levels(3)[0]), Masks(levels(3))
+    memory.turn_to(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))
+    loss = MaskLoss(network, network, masks, MaskTraining(mix=0.5, **asked), 0.5, memory=memory, classes=3)
+    shown = []
+    network.register_forward_hook(lambda module, given, answer: shown.append(given[0].detach()))
+    pictures, targets = images(8), torch.arange(8) % 3
+    found = loss(pictures, targets, 0.5, torch.Generator().manual_seed(4))
+    some, shares = mixed(pictures, F.one_hot(targets, 3).float(), 0.5, torch.Generator().manual_seed(4))
+    hidden = (shown[-1] == 0.5).all(1)
+    assert torch.equal(shown[-1], laid_over("picture", some, hidden, 0.5))
+    expected = -(shares * network(shown[-1]).log_softmax(1)).sum(1).mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 CLIMBING = {"strategy": "climbing", "climbing_from": 0.4}

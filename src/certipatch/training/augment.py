@@ -1,4 +1,4 @@
-"""Random changes of the pictures of a batch: shifts, crops, mirror images, turns, larger and smaller."""
+"""Random changes of the pictures of a batch: shifts, crops, mirror images, turns, larger and smaller, other colours."""
 
 import math
 from dataclasses import dataclass
@@ -84,6 +84,17 @@ def draw_changes(batch: int, image_size: tuple[int, int], asked: Augment, draw: 
     mirrored = torch.rand(batch, generator=draw) < 0.5 if asked.flip else torch.zeros(batch, dtype=torch.bool)
     turned = _turns(batch, asked, draw) if asked.rotate or asked.scale else None
     return Changes(size, corners, mirrored, turned)
+
+
+def recoloured(images: Float[Tensor, "B C H W"], most: float, draw: torch.Generator) -> Float[Tensor, "B C H W"]:
+    """Pictures in [0, 1] of other brightness, contrast and saturation, each times a factor in [1 / (1 + most), 1 + most]."""
+    factors = (1 + most) ** (2 * torch.rand(3, len(images), 1, 1, 1, generator=draw) - 1)
+    brightness, contrast, saturation = factors.to(images.device)
+    images = brightness * images
+    for factor, axes in ((contrast, (1, 2, 3)), (saturation, (1,))):
+        centre = images.mean(axes, keepdim=True)
+        images = centre + factor * (images - centre)
+    return images.clamp(0, 1)
 
 
 def _turns(batch: int, asked: Augment, draw: torch.Generator) -> Float[Tensor, "B 2 2"]:

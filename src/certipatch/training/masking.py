@@ -209,6 +209,18 @@ def as_served(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+Targets = Int64[Tensor, " B"] | Float[Tensor, "B K"]  # classes, or the shares that they have in each picture
+
+
+def mixed(
+    images: Float[Tensor, "B C H W"], targets: Float[Tensor, "B K"], most: float, draw: torch.Generator
+) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
+    """Each picture with a share, at most ``most``, of another of the batch, and targets likewise (Zhang et al., ICLR 2018)."""
+    share = most * torch.rand(len(images), 1, generator=draw).to(images.device)
+    other = torch.randperm(len(images), generator=draw).to(images.device)
+    return images.lerp(images[other], share[:, :, None, None]), targets.lerp(targets[other], share)
+
+
 @final
 class MaskLoss:
     """Cross entropy of pictures under two masks each, as a loss for the training.
@@ -221,6 +233,7 @@ class MaskLoss:
         fill: what masks are painted with.
         precision: in which gradients of pictures are taken: that of ``module``.
         memory: the masks of each picture, for the strategy ``climbing``; turned to the batch before each call.
+        classes: K, where pictures are mixed.
     """
 
     def __init__(
@@ -232,7 +245,9 @@ class MaskLoss:
         fill: Fill,
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
         memory: Memory | None = None,
+        classes: int = 0,
     ):
+        self.classes = classes
         self.network, self.module, self.masks, self.asked, self.fill = network, module, masks, asked, fill
         self.precision, self.memory = precision, memory
         self.encoding = getattr(network, "encoding", "picture")
@@ -240,6 +255,8 @@ class MaskLoss:
     def __call__(
         self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], share: float, draw: torch.Generator
     ) -> Float[Tensor, ""]:
+        if self.asked.mix:
+            images, targets = mixed(images, F.one_hot(targets, self.classes).float(), self.asked.mix, draw)
         if self.asked.strategy == "climbing" and share >= self.asked.climbing_from:
             return self.cross_entropy(self.climbing(images, targets, draw), targets)
         if self.asked.strategy == "greedy" and share >= self.asked.greedy_from:
@@ -252,12 +269,12 @@ class MaskLoss:
         """Pictures under two masks each."""
         return laid_over(self.encoding, images, self.masks.hidden(pairs), self.fill)
 
-    def cross_entropy(self, shown: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Float[Tensor, ""]:
+    def cross_entropy(self, shown: Float[Tensor, "B C H W"], targets: Targets) -> Float[Tensor, ""]:
         """The loss of what is shown."""
         return F.cross_entropy(self.module(shown).float(), targets, label_smoothing=self.asked.label_smoothing)
 
     def climbing(
-        self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], draw: torch.Generator
+        self, images: Float[Tensor, "B C H W"], targets: Targets, draw: torch.Generator
     ) -> Float[Tensor, "B C2 H W"]:
         """Pictures under their two remembered masks, or, the first ones of a batch, under two that are searched for.
 
@@ -291,7 +308,7 @@ class MaskLoss:
         better = torch.stack(reached).argmax(0)
         return torch.stack(proposals)[better, torch.arange(len(better), device=better.device)]
 
-    def worst(self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"]) -> Int64[Tensor, "B 2"]:
+    def worst(self, images: Float[Tensor, "B C H W"], targets: Targets) -> Int64[Tensor, "B 2"]:
         """The two greedily chosen masks of each picture."""
 
         def losses(picture: Tensor, hidden: Tensor) -> Tensor:
@@ -304,7 +321,7 @@ class MaskLoss:
         return self.masks.worst(losses, len(images), 4 * len(images), None if self.asked.tries is None else tried)
 
     def gains(
-        self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], hidden: Bool[Tensor, "B H W"]
+        self, images: Float[Tensor, "B C H W"], targets: Targets, hidden: Bool[Tensor, "B H W"]
     ) -> Float[Tensor, "B M"]:
         """What each further mask would add to a picture's loss if the loss were linear in what the network reads."""
         shown = laid_over(self.encoding, images, hidden, self.fill).requires_grad_()
@@ -316,7 +333,7 @@ class MaskLoss:
         return change @ self.masks.levels[-1].flatten(1).to(change.dtype).T
 
     def drawn(
-        self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], draws: int, draw: torch.Generator
+        self, images: Float[Tensor, "B C H W"], targets: Targets, draws: int, draw: torch.Generator
     ) -> Int64[Tensor, "B 2"]:
         """Two random masks of each picture: of so many draws the one of largest loss."""
         pairs = [self.masks.random(len(images), draw) for _ in range(draws)]

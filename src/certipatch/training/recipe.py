@@ -137,6 +137,8 @@ class MaskTraining(BaseModel):
     """Share of the training after which that many are drawn; before it one."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each target that is spread evenly over all classes."""
+    mix: float = Field(default=0.0, ge=0, le=0.5)
+    """Largest share of another picture of the batch that is mixed into each, drawn evenly, and of its target (mixup)."""
 
     @model_validator(mode="after")
     def _check(self) -> "MaskTraining":
@@ -169,6 +171,8 @@ class Augment(BaseModel):
     """Largest angle in degrees by which pictures are turned, either way, drawn for each; black comes in."""
     scale: float = Field(default=0.0, ge=0, le=1)
     """0.1: each axis up to 1.1 times as long or as short, drawn for each picture and axis."""
+    colour: float = Field(default=0.0, ge=0, lt=1)
+    """0.2: brightness, contrast and saturation up to 1.2 times as strong or as weak, each drawn for each picture."""
 
 
 class Recipe(Described):

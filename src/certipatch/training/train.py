@@ -20,7 +20,7 @@ from certipatch.defenses.weights import save_weights
 from certipatch.errors import InputError
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, start
-from certipatch.training.augment import draw_changes
+from certipatch.training.augment import draw_changes, recoloured
 from certipatch.training.interval import IntervalObjective
 from certipatch.training.masking import MaskLoss, Masks, Memory, masks_of
 from certipatch.training.muon import Muon
@@ -102,7 +102,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     if recipe.interval is not None:
         loss_of = module
     elif finest is not None:
-        loss_of = _masked(recipe, finest, network, module, fabric, memory)
+        loss_of = _masked(recipe, finest, network, module, fabric, memory, len(blank.classes))
     else:
         loss_of = view_loss(recipe, blank, network, module, fabric.device)
     if fabric.device.type != "cpu" and every.numel() <= ON_THE_DEVICE:
@@ -123,6 +123,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         draw = _generator(recipe.seed, step, 2)
         changes = draw_changes(len(chosen), size, recipe.augment, draw)
         images = changes.of(every[chosen]).float().div_(255)
+        if recipe.augment.colour:
+            images = recoloured(images, recipe.augment.colour, draw)
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         if memory is not None:
             memory.turn_to(chosen, changes, chunk)
@@ -250,6 +252,7 @@ def _masked(
     module: nn.Module,
     fabric: Fabric,
     memory: Memory | None,
+    classes: int,
 ) -> MaskLoss:
     """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
     asked, settings = recipe.masking, recipe.settings
@@ -262,4 +265,4 @@ def _masked(
         )
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
-    return MaskLoss(network, module, Masks(levels, fabric.device), asked, fill, fabric.autocast, memory)
+    return MaskLoss(network, module, Masks(levels, fabric.device), asked, fill, fabric.autocast, memory, classes)
