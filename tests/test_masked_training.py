@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import certipatch as cp
 from certipatch import defenses, models
 from certipatch.errors import InputError
-from certipatch.training.augment import draw_changes, recoloured
-from certipatch.training.masking import MaskLoss, Masks, Memory, finer, laid_over, masks_of, mixed
+from certipatch.training.augment import draw_changes, mixed, recoloured
+from certipatch.training.masking import MaskLoss, Masks, Memory, finer, laid_over, masks_of
 from certipatch.training.muon import Muon, orthogonal
 from certipatch.training.recipe import Augment, MaskTraining, Recipe, read
 from certipatch.training.train import train

@@ -1,4 +1,4 @@
-"""Random changes of the pictures of a batch: shifts, crops, mirror images, turns, larger and smaller, other colours."""
+"""Random changes of the pictures of a batch: shifts, crops, mirror images, turns, larger and smaller, other colours, mixed."""
 
 import math
 from dataclasses import dataclass
@@ -95,6 +95,15 @@ def recoloured(images: Float[Tensor, "B C H W"], most: float, draw: torch.Genera
         centre = images.mean(axes, keepdim=True)
         images = centre + factor * (images - centre)
     return images.clamp(0, 1)
+
+
+def mixed(
+    images: Float[Tensor, "B C H W"], targets: Float[Tensor, "B K"], most: float, draw: torch.Generator
+) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
+    """Each picture with a share, at most ``most``, of another of the batch, and targets likewise (Zhang et al., ICLR 2018)."""
+    share = most * torch.rand(len(images), 1, generator=draw).to(images.device)
+    other = torch.randperm(len(images), generator=draw).to(images.device)
+    return images.lerp(images[other], share[:, :, None, None]), targets.lerp(targets[other], share)
 
 
 def _turns(batch: int, asked: Augment, draw: torch.Generator) -> Float[Tensor, "B 2 2"]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.errors import InputError
-from certipatch.training.augment import Changes
+from certipatch.training.augment import Changes, mixed
 from certipatch.training.recipe import MaskTraining
 from certipatch.views import MaskPairs, PixelSets
 from certipatch.views.render import Fill, constant
@@ -212,15 +212,6 @@ def as_served(network: nn.Module) -> Iterator[None]:
 Targets = Int64[Tensor, " B"] | Float[Tensor, "B K"]  # classes, or the shares that they have in each picture
 
 
-def mixed(
-    images: Float[Tensor, "B C H W"], targets: Float[Tensor, "B K"], most: float, draw: torch.Generator
-) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
-    """Each picture with a share, at most ``most``, of another of the batch, and targets likewise (Zhang et al., ICLR 2018)."""
-    share = most * torch.rand(len(images), 1, generator=draw).to(images.device)
-    other = torch.randperm(len(images), generator=draw).to(images.device)
-    return images.lerp(images[other], share[:, :, None, None]), targets.lerp(targets[other], share)
-
-
 @final
 class MaskLoss:
     """Cross entropy of pictures under two masks each, as a loss for the training.
@@ -247,9 +238,8 @@ class MaskLoss:
         memory: Memory | None = None,
         classes: int = 0,
     ):
-        self.classes = classes
         self.network, self.module, self.masks, self.asked, self.fill = network, module, masks, asked, fill
-        self.precision, self.memory = precision, memory
+        self.precision, self.memory, self.classes = precision, memory, classes
         self.encoding = getattr(network, "encoding", "picture")
 
     def __call__(
