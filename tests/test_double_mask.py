@@ -170,6 +170,23 @@ def test_ties_go_to_the_smaller_class():
     assert DoubleMask().certify(tied.flip(2), nobody).label.tolist() == [1]
 
 
+def test_integers_whose_difference_does_not_fit_an_integer():
+    least, most = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    values = torch.tensor([least, least + 1, -(2**62) - 10, -1, 0, 1, 2**62, 2**62 + 1, most - 1, most])
+    table = values[torch.randint(len(values), (500, 6, 3), generator=torch.Generator().manual_seed(0))]
+    nobody = torch.zeros(1, 6).bool()
+    kept = DoubleMask().certify(table, nobody)
+    assert torch.equal(kept.certified, certified_literally(table.argmax(2), kept.label))
+    every = torch.tensor([[[5, 0], [-(2**62) - 10, 2**62], [5, 0]]])  # the pair answers 1, and is nobody's
+    assert not DoubleMask().certify(every, torch.tensor([[False, False, True]])).certified.any()
+
+
+def certified_literally(predicted: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Whether some of three masks predicts the label alone and with every second mask."""
+    right = (predicted == label[:, None])[:, torch.tensor([[0, 1, 2], [1, 3, 4], [2, 4, 5]])]
+    return right.all(2).any(1)
+
+
 def test_tables_that_do_not_fit():
     for shape, views in (((1, 2, 2), 2), ((1, 4, 2), 4), ((1, 0, 2), 0), ((1, 3, 1), 3), ((3, 2), 3)):
         with pytest.raises(ValueError):  # noqa: PT011
@@ -178,6 +195,8 @@ def test_tables_that_do_not_fit():
         DoubleMask().predict(torch.zeros(1, 4, 2))
     with pytest.raises(ValueError, match="NaN"):
         DoubleMask().predict(torch.full((1, 3, 2), math.nan))
+    with pytest.raises(ValueError, match=r"torch\.uint16"):
+        DoubleMask().predict(torch.zeros(1, 3, 2, dtype=torch.uint16))
     empty = DoubleMask().certify(torch.zeros(0, 3, 2), torch.zeros(2, 3).bool())
     assert empty.margin.shape == (0, 2)
 

@@ -122,6 +122,19 @@ def test_errors():
         sees(vw.Blocks(4), PatchThreat(5, count=3), (32, 32))
     with pytest.raises(InputError, match="exceed 512 MiB"):
         sees(vw.Columns(4), SparseThreat(50), (32, 32))
+    with pytest.raises(InputError, match=r"more than 10\^15 locations"):
+        sees(vw.Blocks(4), PatchThreat(1, count=500), (32, 32))
+
+
+def test_more_patches_than_views_can_tell_apart_cost_nothing():
+    for count in (2, 3, 10**9):  # the first of two rows that both masks see
+        found = sees(torch.ones(2, 4, 4, dtype=torch.bool), PatchThreat(2, count=count), (4, 4))
+        assert (found.number_of_rows, found.choices.shape) == (1, (1, 2))
+    halves = torch.zeros(2, 4, 4, dtype=torch.bool)
+    halves[0, :, :2], halves[1, :, 2:] = True, True
+    two, many = (sees(halves, PatchThreat(1, count=count), (4, 4)) for count in (2, 10**9))
+    assert torch.equal(two.rows, many.rows)
+    assert torch.equal(two.row_of, many.row_of)
 
 
 BIG = """

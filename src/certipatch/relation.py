@@ -29,7 +29,8 @@ class Sees:
     """The relation between L locations and V views, as R distinct rows.
 
     ``rows[row_of[l]]`` is True at the views that show a pixel of location l: all that a patch there can touch. With
-    several patches a location is an unordered choice of undominated rows of one patch (``pairs``).
+    several patches a location is an unordered choice of undominated rows of one patch; of no more than there are, since
+    a row that is chosen twice adds nothing.
     """
 
     packed: np.ndarray
@@ -38,7 +39,7 @@ class Sees:
     row_of: Int[Tensor, " L"]
     locations: Locations
     """The places of one patch."""
-    choices: Int[Tensor, "L count"]
+    choices: Int[Tensor, "L patches"]
     """Numbers in ``locations`` of the patches of each location; of one that stands for its row where count > 1."""
 
     @property
@@ -176,12 +177,16 @@ def _undominated(packed: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def _several_patches(
     packed: np.ndarray, row_of: np.ndarray, threat: PatchThreat, number: int
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
-    """Unions of ``count`` undominated rows, each of which may be chosen more than once."""
+    """Unions of ``count`` undominated rows, each of which may be chosen more than once.
+
+    Of n such rows n patches reach all, and further ones nothing more. Two are kept in any case: one would be a place.
+    """
     sizes = np.bitwise_count(packed).sum(1, dtype=np.int64)
     useful = np.flatnonzero(_undominated(packed, sizes))
-    _check_budget(comb(len(useful) + threat.count - 1, threat.count), number, threat)
-    chosen = np.array(list(combinations_with_replacement(range(len(useful)), threat.count)))
-    union = np.bitwise_or.reduce([packed[useful[chosen[:, i]]] for i in range(threat.count)])
+    count = min(threat.count, max(2, len(useful)))
+    _check_budget(comb(len(useful) + count - 1, count), number, threat)
+    chosen = np.array(list(combinations_with_replacement(range(len(useful)), count)))
+    union = np.bitwise_or.reduce([packed[useful[chosen[:, i]]] for i in range(count)])
     example = np.full(len(packed), len(row_of), dtype=np.int64)
     np.minimum.at(example, row_of, np.arange(len(row_of)))
     distinct, union_row = _distinct(union)

@@ -102,9 +102,18 @@ def leads(evidence: Shaped[Tensor, "B V K"], label: Int64[Tensor, " B"]) -> Floa
         values = evidence.double().clamp(-HUGE, HUGE)
         return values.gather(2, chosen)[..., 0] - values.scatter(2, chosen, -torch.inf).amax(2)
     values = evidence.long()
-    handicap = (torch.arange(values.shape[2], device=values.device) < label[:, None]).long()[:, None]  # [y > k]
-    least = torch.iinfo(torch.int64).min // 2
-    return (values.gather(2, chosen)[..., 0] - (values + handicap).scatter(2, chosen, least).amax(2) + 1).double()
+    own = values.gather(2, chosen)[..., 0]
+    classes = torch.arange(values.shape[2], device=values.device)
+    gaps = []
+    for rivals, tie in (
+        (classes < label[:, None], 0),
+        (classes > label[:, None], 1),
+    ):  # a tie goes to the smaller class
+        top = values.masked_fill(~rivals[:, None], torch.iinfo(torch.int64).min).amax(2)
+        gap = own.double() - top.double()  # the difference of the integers may not fit one
+        gap = torch.where(own > top, gap.clamp(min=1), torch.where(own < top, gap.clamp(max=-1), gap)) + tie
+        gaps.append(gap.masked_fill(~rivals.any(1, keepdim=True), torch.inf))
+    return torch.minimum(*gaps)
 
 
 def double_masking(table: Int64[Tensor, "B M M"], classes: int) -> Int64[Tensor, " B"]:
