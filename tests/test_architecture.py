@@ -16,6 +16,7 @@ FREE = {
     "resources",
     "devices",
     "workers",
+    "untrusted",
 }  # helpers at the top: they import nothing of the package
 ORDER = ["threats", "views", "relation", "models", "evidence", "certificate", "rules", "bounds", "defenses", "export",
          "attacks", "data", "training", "evaluation", "audit", "report", "reproduce", "testing", "cli", "__main__"]  # fmt: skip

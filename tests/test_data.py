@@ -353,6 +353,9 @@ def test_class_folders_with_splits(tmp_path):
 def test_bad_class_folders(tmp_path):
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     fails("neither SPLIT-.* nor class folders", load, str(tmp_path / "empty"))
+    write_classes(tmp_path / "split" / "train", ("cat", "dog"), 1)
+    (tmp_path / "split" / "train" / "thumb.png").write_bytes(b"")
+    fails("train' holds pictures .thumb.png, ….* beside folders of pictures", load, str(tmp_path / "split"))
     root = write_classes(tmp_path / "pets", ("cat",), 1)
     (root / "cat" / "0.png").write_text("no picture")
     fails("cat/0.png' is no picture", load(str(root)).images, [0])

@@ -67,7 +67,7 @@ def threat_from(patch: str | None, shape: str | None, count: int, where: str, sp
 
 def changes_from(settings: list[str] | None) -> dict:
     """Settings of a defense from ``key=value`` texts. InputError on anything else."""
-    import yaml
+    from certipatch.untrusted import from_yaml
 
     changes = {}
     for text in settings or []:
@@ -75,7 +75,7 @@ def changes_from(settings: list[str] | None) -> dict:
         if not equals or not key:
             raise InputError(f"--set {text!r} is not understood; write key=value, as threshold=0.2")
         try:
-            changes[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            changes[key] = from_yaml(value)
+        except ValueError:
             raise InputError(f"--set {text!r}: {value!r} is not a value") from None
     return changes

@@ -12,6 +12,7 @@ from certipatch import devices, report
 from certipatch.attacks import find
 from certipatch.cli.work import MAX_SHOWN, certify_shown, check_shape, open_named, own_run
 from certipatch.data import Pictures, load, read_picture
+from certipatch.data.decoding import read_bytes
 from certipatch.defenses import METHODS, Card, locate, read_card
 from certipatch.defenses.around import Sheet
 from certipatch.errors import InputError
@@ -206,10 +207,10 @@ def _of_certify(out: Path, config: dict[str, Any], model: str | None) -> str:
     images = []
     for path, wanted in pictures:
         try:
-            same = hashlib.sha256(path.read_bytes()).hexdigest() == wanted
-        except OSError as error:
-            raise InputError(f"{path}, a picture of {out}, cannot be read ({error.strerror}); {again}") from None
-        if not same:
+            content = read_bytes(path)
+        except InputError as error:
+            raise InputError(f"a picture of {out}: {error}; or {again}") from None
+        if hashlib.sha256(content).hexdigest() != wanted:
             raise InputError(f"{path} is no longer the picture that {out} certified; {again}")
         image = read_picture(path, card.image_size if card.resize else None, card.channels)
         check_shape((*image.shape[1:], image.shape[0]), card, str(path))

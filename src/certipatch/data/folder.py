@@ -46,6 +46,13 @@ def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> F
     try:
         top = _folders(root)
         flat = any(_pictures(os.path.join(root, name)) for name in top)
+        for name in top:
+            inside, beside = _folders(os.path.join(root, name)), _pictures(os.path.join(root, name))
+            if beside and any(_pictures(os.path.join(root, name, folder)) for folder in inside):
+                raise InputError(
+                    f"{os.path.join(root, name)!r} holds pictures ({beside[0]}, …) beside folders of pictures, so that it may be "
+                    "a class or a split; move one or the other elsewhere"
+                )
         nested = {ALL: top} if flat else {name: _folders(os.path.join(root, name)) for name in top}
         bases = {ALL: root} if flat else {name: os.path.join(root, name) for name in top}
         counted = {

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import sys
 
 from certipatch.data.decoding import check_size
 from certipatch.data.known import KNOWN, SAMPLE, canonical, known_classes, names
@@ -42,6 +43,7 @@ def load(
     data = os.fspath(data)
     check_size(size)
     _check(split, limit, seed)
+    limit = None if limit is None else min(limit, sys.maxsize)
     own = _own_folder(data)
     name, source = data, data
     if own is not None:

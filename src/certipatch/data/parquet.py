@@ -1,6 +1,5 @@
 """Hub-layout folders: `SPLIT-00000-of-00001.parquet`, with a column of encoded pictures and one of labels."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from certipatch.data.pictures import Found, check_labels, choose_split, listed
 from certipatch.errors import InputError
+from certipatch.untrusted import from_json
 
 IMAGE_COLUMNS = ("image", "img")
 """Names of the column of pictures, first match wins."""
@@ -158,9 +158,9 @@ def _read(files: list[str], called: str, split: str, limit: int | None) -> Found
 def hub_class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
     """The class names that `datasets` writes in the metadata of a parquet schema; None if they are not there."""
     try:
-        info: Any = json.loads((metadata or {})[b"huggingface"])
+        info: Any = from_json((metadata or {})[b"huggingface"])
         found = info["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         return None
     if isinstance(found, list) and found and all(isinstance(name, str) for name in found):
         return tuple(found)

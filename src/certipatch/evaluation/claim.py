@@ -49,7 +49,7 @@ def parts(config: dict[str, Any]) -> range:
 
 def difference(one: dict[str, Any], other: dict[str, Any], free: set[str]) -> str | None:
     """The first key, of those that are not ``free``, whose values differ."""
-    keys = sorted((one.keys() | other.keys()) - free, key=lambda key: (key != "command", key))
+    keys = sorted((one.keys() | other.keys()) - free, key=lambda key: (key != "command", key != "images", key))
     return next((key for key in keys if one.get(key) != other.get(key)), None)
 
 

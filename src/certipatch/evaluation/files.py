@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from certipatch.errors import InputError
+from certipatch.untrusted import from_json, from_yaml
 
 MAX_BYTES = 64 * 2**20  # of settings, also when every value that YAML names twice is counted twice
 
@@ -23,8 +23,10 @@ def read_config(out: Path) -> dict[str, Any]:
     try:
         if (out / "config.yaml").stat().st_size > MAX_BYTES:
             raise InputError(f"{out} is no run folder: config.yaml is larger than {MAX_BYTES >> 20} MiB")
-        values = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = from_yaml((out / "config.yaml").read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "config.yaml cannot be read"
         raise InputError(f"{out} is no run folder: {reason}") from None
     if not isinstance(values, dict) or "command" not in values:
@@ -75,7 +77,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. InputError where the file holds none."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -68,6 +69,7 @@ ATTACK_EVIDENCE = pa.schema(
 )
 SCHEMAS = {"evaluate": (RECORD, EVIDENCE), "attack": (ATTACK_RECORD, ATTACK_EVIDENCE)}
 MAX_ROW = 4096  # bytes of a record; larger ones are not ours
+MAX_READ = 4 * 2**30  # of a run's records, or of its evidence
 MAX_SCORES = 65_536  # stored numbers per picture; larger evidence is computed again where it is needed
 
 
@@ -158,6 +160,30 @@ def _schemas(config: dict[str, Any]) -> tuple[pa.Schema, pa.Schema]:
     return SCHEMAS.get(command if isinstance(command, str) else "", (RECORD, EVIDENCE))
 
 
+def _read(path: Path, schema: pa.Schema, most: int, each: int) -> pa.Table:
+    """The columns of ``schema``. ValueError before they take more than ``most`` bytes, or some ``each`` for a row.
+
+    One text may stand for many rows: a file is much smaller then than what it says.
+    """
+    texts = [field.name for field in schema if field.type in (pa.string(), pa.binary())]
+    with pq.ParquetFile(path, read_dictionary=texts) as file:
+        stored = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        size = max(stored, 8 * len(schema) * file.metadata.num_rows)
+        most = min(most, 2**20 + each * file.metadata.num_rows)
+        table = file.read(columns=schema.names) if size <= most else None
+    size += 0 if table is None else sum(_unfolded(table[name]) for name in texts)
+    if table is None or size > most:
+        raise ValueError(f"{path.name} unfolds to {size >> 20:,} MiB, which is far too much")
+    return table.cast(schema)
+
+
+def _unfolded(column: pa.ChunkedArray) -> int:
+    """The bytes of texts that are stored once each, counted as often as they stand there."""
+    folded = [chunk for chunk in column.chunks if pa.types.is_dictionary(chunk.type)]
+    lengths = [pc.call_function("binary_length", [chunk.dictionary]).take(chunk.indices) for chunk in folded]
+    return sum(pc.call_function("sum", [each]).as_py() or 0 for each in lengths)
+
+
 def _read_all(out: Path, folder: str, columns: Sequence[str] | None = None) -> pa.Table:
     config, tables = read_config(out), []
     schema = _schemas(config)[0 if folder == "records" else 1]
@@ -167,9 +193,11 @@ def _read_all(out: Path, folder: str, columns: Sequence[str] | None = None) -> p
             paths = (part_path(out, folder, first) for first in range(0, config["images"], config["part"]))
         else:
             paths = sorted((out / folder).glob("part-*.parquet"))
+        left, each = MAX_READ, MAX_ROW if folder == "records" else MAX_READ
         for path in paths:
-            with pq.ParquetFile(path) as file:
-                tables.append(file.read(columns=columns).cast(wanted))
+            table = _read(path, wanted, left, each)
+            left -= table.nbytes
+            tables.append(table)
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"cannot read {out / folder}: {reason}; run evaluate again") from None

@@ -14,6 +14,7 @@ from torch import nn
 
 from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
+from certipatch.untrusted import from_json
 
 
 def save(
@@ -52,7 +53,7 @@ def load(
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            state = json.loads(about.get("training", "{}"))
+            state = from_json(about.get("training", "{}"))
             if state.get("recipe") != recipe:
                 raise InputError(f"{path} belongs to another recipe or other data; give a new --out or remove it")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

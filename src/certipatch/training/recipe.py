@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from certipatch.defenses.card import Described
@@ -13,6 +12,7 @@ from certipatch.defenses.settings import Side
 from certipatch.errors import InputError, problem
 from certipatch.models import LOCAL
 from certipatch.threats import PatchThreat, SparseThreat, Threat
+from certipatch.untrusted import from_yaml
 
 # Appendix A.1 of Chiang et al. 2020, for MNIST.
 INTERVAL_DEFAULTS = {
@@ -268,11 +268,13 @@ def read(path: Path, changes: list[str] | None = None) -> Recipe:
     try:
         if path.stat().st_size > 2**20:
             raise InputError(f"{path} is larger than 1 MiB; that is no recipe")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        values = from_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} is no recipe: a recipe is a list of `key: value` lines")
     for change in changes or []:
@@ -297,6 +299,6 @@ def _change(values: dict[str, Any], change: str) -> None:
         if not isinstance(values, dict):
             raise InputError(f"--set {change!r}: {folder} has no fields")
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        values[last] = from_yaml(text)
+    except ValueError:
         raise InputError(f"--set {change!r}: {text!r} is not a value") from None

@@ -13,6 +13,7 @@ from certipatch.threats import PatchThreat
 from certipatch.training.interval import IntervalObjective
 from certipatch.training.masking import MaskLoss
 from certipatch.training.recipe import Recipe
+from certipatch.untrusted import from_json
 
 SHOWN = ("clean", "masked", "certified")
 WATCHED_PIXELS, FEWEST = 2**25, 16  # that views of held-out pictures show together; pictures at least
@@ -93,7 +94,7 @@ def cut_log(out: Path, step: int) -> float:
         return seconds
     for line in lines:
         try:
-            values = json.loads(line)
+            values = from_json(line)
             if values["step"] <= step:
                 kept, seconds = [*kept, line], float(values["seconds"])
         except (ValueError, KeyError, TypeError):
