@@ -213,7 +213,7 @@ def test_certify_pictures(certipatch, home):
         ("no_such_module:network", "no module no_such_module"),
         ("onnx:none.onnx", "cannot be read"),
         ("onnx:picture.png", "onnx:picture.png: the file is no ONNX model"),
-        ("toy_classifier.py", "unknown defense"),
+        ("toy_classifier.py", "unknown model"),
     ],
 )
 def test_models_that_are_refused(certipatch, model, message):

@@ -286,9 +286,10 @@ def test_a_run_of_another_configuration(certipatch, tmp_path):
     assert "command is evaluate there, attack here" in refused(certipatch(*attack))
 
 
-def test_more_places_than_can_be_counted_are_told(certipatch):
-    line = refused(certipatch("certify", "good.png", "--defense", "model", "--patch", "1", "--count", "500"))
-    assert "more than 10^15 locations" in line
+def test_more_patches_than_columns_are_as_many_as_columns(certipatch):
+    code, out, _ = certipatch("certify", "good.png", "--defense", "model", "--patch", "1", "--count", "500")
+    assert code == 0
+    assert "NOT certified against 500 patches" in out
 
 
 def test_an_option_that_is_not_known_leaves_no_folder_behind(certipatch, tmp_path):
@@ -315,7 +316,7 @@ def test_pictures_of_the_training_are_told(certipatch, tmp_path):
 
 
 def test_classes_that_are_called_otherwise_are_told(certipatch, tmp_path, home):
-    for number, name in enumerate(("top", "middle", "2")):
+    for number, name in enumerate(("bottom", "middle", "top")):
         (tmp_path / "data" / "test" / name).mkdir(parents=True)
         (tmp_path / "data" / "test" / name / "a.png").write_bytes(stripes(3, 5)[number][0])
     command = ("--defense", "model", "--data", tmp_path / "data", "--patch", "2", "--out")
@@ -326,6 +327,25 @@ def test_classes_that_are_called_otherwise_are_told(certipatch, tmp_path, home):
         notes = [line for line in err.splitlines() if line.startswith("note: ")]
         assert len(notes) == 1
         assert "matched by number" in notes[0]
+    (tmp_path / "data" / "test" / "bottom").rename(tmp_path / "data" / "test" / "2")  # 0 there, 2 of the model
+    line = refused(certipatch("evaluate", *command, tmp_path / "other"))
+    assert "both know '2', but number it differently, and model does not know 'middle', 'top'" in line
+
+
+def test_all_pictures_that_cannot_be_used_are_told(certipatch, tmp_path, home):
+    for name in ("one.png", "two.png"):
+        (tmp_path / name).write_bytes(b"")
+    files = ("good.png", tmp_path / "one.png", tmp_path / "two.png")
+    line = refused(certipatch("certify", *files, "--defense", "model", "--patch", "2"))
+    assert "2 of 3 pictures cannot be used" in line
+    assert "one.png' is empty" in line
+    assert "two.png' is empty" in line
+
+
+def test_another_number_of_pictures_is_told_as_such(certipatch, tmp_path):
+    command = ("evaluate", "--defense", "model", "--data", "stripes", "--patch", "2", "--out", tmp_path / "run")
+    assert certipatch(*command, "--limit", "3")[0] == 0
+    assert "images is 3 there, 4 here" in refused(certipatch(*command, "--limit", "4"))
 
 
 def test_no_room_on_the_disk_loses_nothing(certipatch, tmp_path, monkeypatch):

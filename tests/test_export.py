@@ -200,6 +200,24 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     assert "images (batch x 1 x 28 x 28)" in said
     assert "same labels on 4 random pictures" in said
     assert path.stat().st_size > 100_000
+    assert "against 5x5 pixels" in said
+    (tmp_path / "toy_exported.py").write_text(
+        "from torch import nn\n\ndef network():\n"
+        "    found = nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 4)).eval()\n"
+        "    found.image_size = (12, 12)\n    return found\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("--model", "toy_exported:network", "--set", "masks=2", "--onnx", tmp_path / "own.onnx")
+    assert run("patchcleanser", *own) == 2
+    assert "give --patch" in capsys.readouterr().err
+    assert run("patchcleanser", *own, "--patch", "3") == 0
+    assert "against 3x3 pixels" in capsys.readouterr().out
+    (label,) = answers(tmp_path / "own.onnx", torch.rand(5, 3, *SIZE))
+    assert label.shape == (5,)
+    box = ("--model", f"onnx:{tmp_path / 'own.onnx'}", "--patch", "3", "--onnx", tmp_path / "box.onnx")
+    assert run("undefended", *box) == 2
+    assert run("patchcleanser", "--model", "nonesuch", "--patch", "3", "--onnx", path) == 2
+    assert "package.module:function" in capsys.readouterr().err
     assert run("fashion-columns", "--onnx", tmp_path / "no" / "file.onnx") == 2
     assert "folder that exists" in capsys.readouterr().err
     assert run("fashion-column", "--onnx", path) == 2

@@ -282,7 +282,7 @@ def test_plain_networks_run_too(home, tmp_path, capsys):
     [
         (["--defense", "patchguard", "--patch", 2], "--model"),
         (["--defense", "patchgard", "--model", "bag", "--patch", 2], "did you mean 'patchguard'"),
-        (["--defense", "patchguard", "--model", "bog", "--patch", 2], "unknown defense"),
+        (["--defense", "patchguard", "--model", "bog", "--patch", 2], "unknown model"),
         (["--defense", "patchguard", "--model", "bag", "--patch", 2, "--set", "threshold=3"], "threshold"),
         (["--defense", "patchguard", "--model", "bag", "--patch", 2, "--set", "treshold=0.3"], "treshold"),
         (["--defense", "patchguard", "--model", "bag", "--patch", 2, "--set", "threshold"], "key=value"),

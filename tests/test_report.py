@@ -13,6 +13,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -555,6 +557,11 @@ def home(tmp_path_factory):
     write_parquet(folder / "stripes")
     train(read(write_recipe(folder / "r.yaml", data=str(folder / "stripes"), epochs=1)), folder / "model")
     evaluate_into(folder / "run", str(folder / "model"), str(folder / "stripes"), PatchThreat(2), "test", None, quiet)
+    plain = {"defense": "patchcleanser", "settings": {"masks": 3, "patch": 2}, "views": None, "objective": {}}
+    whole = write_recipe(
+        folder / "p.yaml", data=str(folder / "stripes"), epochs=1, name="plain", model={"name": "mlp"}, **plain
+    )
+    train(read(whole), folder / "plain")
     return folder
 
 
@@ -617,6 +624,16 @@ def test_unfinished_foreign_and_damaged_folders(finished, tmp_path, monkeypatch,
         (finished / "config.yaml").write_text(yaml.safe_dump(damaged))
         with pytest.raises(InputError, match=reason):
             rebuild(finished)
+    for text in (
+        "seed: 2001-13-45",
+        f"seed: {'1' * 6000}",
+        "x: " + 20_000 * "[",
+        "command: attack",
+        "x: !!timestamp y",
+    ):
+        (finished / "config.yaml").write_text(f"command: evaluate\n{text}\n")
+        with pytest.raises(InputError, match=r"no run folder: config.yaml cannot be read"):
+            rebuild(finished)
     bomb = "command: evaluate\na0: &a0 [x, x]\n" + "".join(
         f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 64)
     )
@@ -646,5 +663,37 @@ def test_reports_of_own_pictures_are_rebuilt_too(home, tmp_path):
     with pytest.raises(InputError, match=r"1\.png is no longer the picture .* with a new --out"):
         rebuild(tmp_path / "run")
     paths[1].unlink()
-    with pytest.raises(InputError, match=r"1\.png, a picture of .* cannot be read"):
+    with pytest.raises(InputError, match=r"a picture of .*: there is no file .*1\.png"):
         rebuild(tmp_path / "run")
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").write_text(config.replace(str(paths[1]), "/dev/zero"))
+    with pytest.raises(InputError, match="'/dev/zero' is not a regular file"):
+        rebuild(tmp_path / "run")
+
+
+def test_records_that_unfold_to_too_much_are_not_read(finished):
+    (path,) = (finished / "records").glob("part-*.parquet")
+    table = pq.read_table(path)
+    large = pa.DictionaryArray.from_arrays(pa.array([0] * len(table), pa.int32()), pa.array(["a" * 2**20]))
+    pq.write_table(table.set_column(table.schema.get_field_index("sha256"), "sha256", large), path)
+    assert path.stat().st_size < 2**16
+    with pytest.raises(InputError, match="far too much"):
+        rebuild(finished)
+
+
+def test_what_a_detection_certifies_is_said(home, tmp_path):
+    from certipatch.cli.certify import line_of
+
+    encoded, _ = stripes(1, 7)[0]
+    (tmp_path / "0.png").write_bytes(encoded)
+    found = certify_files(
+        [tmp_path / "0.png"], "minority-reports", PatchThreat(2), tmp_path / "run", str(home / "plain")
+    )
+    assert found["notion"] == "detection"
+    (result,) = found["results"]
+    said = {alarm: line_of(result | {"alarm": alarm, "certified": True}, PatchThreat(2)) for alarm in (True, False)}
+    assert "ALARM" in said[True]
+    assert "or raises an alarm" in said[False]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert data_of(page)["explorer"]["notion"] == "detection"
+    assert "may change the answer without raising an alarm; blue" in page

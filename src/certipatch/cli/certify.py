@@ -1,7 +1,7 @@
 """``certipatch certify``: answers and certificates for your own pictures."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from certipatch.cli.options import (
     changes_from,
     threat_from,
 )
+
+if TYPE_CHECKING:
+    from certipatch.threats import Threat
 
 
 def certify(
@@ -58,11 +61,19 @@ def certify(
         print(json.dumps(found, ensure_ascii=False, allow_nan=False))
         return
     for result in found["results"]:
-        state = "certified" if result["certified"] else "NOT certified"
-        largest = "" if result["largest_patch"] is None else f", largest certified square {result['largest_patch']}"
-        margin = "-inf" if result["margin"] is None else f"{result['margin']:g}"
-        typer.echo(f"{result['image']}: {result['name']}, {state} against {threat} (margin {margin}{largest})")
+        typer.echo(line_of(result, threat))
     if "confidence" in found:
         typer.echo(f"sampled: each certificate holds with confidence {found['confidence']:g}")
     if out is not None:
         typer.echo(f"report: {out / 'report.html'}")
+
+
+def line_of(result: dict[str, Any], threat: "Threat") -> str:
+    """What is said of one picture."""
+    state = "certified" if result["certified"] else "NOT certified"
+    if "alarm" in result:
+        state += ", ALARM" if result["alarm"] else ""
+        state += " (by detection: an attack leaves the answer as it is, or raises an alarm)" * result["certified"]
+    largest = "" if result["largest_patch"] is None else f", largest certified square {result['largest_patch']}"
+    margin = "-inf" if result["margin"] is None else f"{result['margin']:g}"
+    return f"{result['image']}: {result['name']}, {state} against {threat} (margin {margin}{largest})"

@@ -87,12 +87,13 @@ def summary_lines(summary: dict, out: Path) -> list[str]:
         return f"{summary[f'{key}_accuracy']:7.2%}  (95 % interval {low:.2%} to {high:.2%})"
 
     confidence = summary.get("confidence", 1.0)
+    by = ", by detection" if summary.get("notion") == "detection" else ""
     sampled = f", each with confidence {confidence:g}" if confidence < 1 else ""
     note = f" ({summary['dataset_note']})" if "dataset_note" in summary else ""
     threat = threat_from_dict(summary["threat"])
     return [
         f"{summary['defense']} on {summary['images']} pictures of {summary['dataset']} {summary['split']}{note}",
         f"clean      {share('clean')}",
-        f"certified  {share('certified')}  against {threat}{sampled}",
+        f"certified  {share('certified')}  against {threat}{by}{sampled}",
         f"report     {out / 'report.html'}",
     ]

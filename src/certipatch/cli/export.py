@@ -20,8 +20,8 @@ def export(
 ) -> None:
     """Write a defense as one ONNX file: views, network and rule in one graph, pictures in, labels out.
 
-    --patch is for defenses whose answers depend on the patch. With onnxruntime there, the file is tried out before it is
-    kept.
+    --patch is for defenses whose answers depend on the patch; somebody else's classifier needs it always. With onnxruntime
+    there, the file is tried out before it is kept.
 
     Examples:
 
@@ -30,20 +30,39 @@ def export(
       certipatch export patchguard --model fashion-columns --patch 5 --onnx mask-ds.onnx
 
       certipatch export patchcleanser --model mnist-plain --patch 5 --set masks=3 --onnx double-masking.onnx
+
+      certipatch export patchcleanser --model my_package.models:classifier --patch 5 --set masks=3 --onnx mine.onnx
     """
     threat = None if patch is None else threat_from(patch, None, 1, "anywhere", None)
+    from certipatch.cli.work import locate_model, open_named
     from certipatch.defenses import open_defense
     from certipatch.errors import InputError
     from certipatch.export import to_onnx
+    from certipatch.models.adapters import is_adapter
+    from certipatch.threats import threat_from_dict
 
     if onnx.is_dir() or not onnx.absolute().parent.is_dir():
         raise InputError(f"--onnx {onnx} cannot be written; name a file in a folder that exists")
-    opened, card = open_defense(defense, model, threat, changes_from(settings))
+    changes = changes_from(settings)
+    if model is not None and is_adapter(model) and not Path(model).is_dir():
+        if threat is None:
+            raise InputError(f"--model {model} has no patch of its own; give --patch")
+        opened, card, _ = open_named(defense, model, threat, changes)
+    else:
+        if model is not None:
+            locate_model(model)  # which says what else it may be
+        opened, card = open_defense(defense, model, threat, changes)
     found = to_onnx(opened, card, onnx)
     shape = " x ".join(map(str, found["inputs"]["images"]))
     typer.echo(
         f"{onnx}: images ({shape}), float32 in [0, 1] -> {', '.join(found['outputs'])}; {found['bytes']:,} bytes"
     )
+    built = opened.settings().get("threat")
+    if built is not None:
+        every = built if isinstance(built, list) else [built]
+        typer.echo(
+            f"its answers are those of the defense against {', '.join(str(threat_from_dict(one)) for one in every)}"
+        )
     if found["checked"]:
         typer.echo(f"onnxruntime gives the same labels on {found['checked']} random pictures")
     else:

@@ -29,13 +29,14 @@ from certipatch.errors import InputError
 from certipatch.evaluation import files, run
 from certipatch.evaluation.claim import sweep
 from certipatch.evaluation.evaluate import Job, evaluate
-from certipatch.models.adapters import is_adapter, open_model
+from certipatch.models.adapters import FORMS, is_adapter, open_model
 from certipatch.threats import PatchThreat, Threat
 from certipatch.versions import versions
 from certipatch.workers import Workers
 
 LOOKED_AT = 16  # pictures of a dataset whose sizes are compared before a classifier reads it
 MAX_SHOWN = 400  # pictures in the report of certify
+MAX_NAMED = 20  # unreadable pictures that are named together
 Seen = Callable[[], tuple[list[tuple[int, int]], tuple[str, ...] | None]]
 """Looks at the pictures: their sizes (H, W), and the names of their classes, if they have any."""
 
@@ -116,22 +117,24 @@ def certify_files(
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
-    looked = lambda: ([read_size(path) for path in paths], None)  # noqa: E731
+    looked = lambda: (list(each(paths, read_size)), None)  # noqa: E731
     defense, card, name = open_certified(defense_name, model_name, threat, changes, looked)
     if isinstance(defense, PatchCleanser | PatchCURE) and "maps" not in (changes or {}):
         defense.maps = True
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; give a new --out")
-    images = []
-    for path in paths:
+
+    def read(path: Path) -> torch.Tensor:
         image = read_picture(path, card.image_size if card.resize else None, card.channels)
         check_shape((*image.shape[1:], image.shape[0]), card, str(path))
-        images.append(image)
-    pictures = torch.stack(images)
+        return image
+
+    pictures = torch.stack(each(paths, read))
     defense.quicken(pictures[:1], len(pictures))
     results, shown, places = certify_shown(defense, card, pictures, paths, threat, MAX_SHOWN if out is not None else 0)
     sampled = {"confidence": defense.confidence} if defense.confidence < 1 else {}
-    answer = {"defense": name, "threat": threat.to_dict(), **sampled, "results": results}
+    notion = {"notion": defense.notion} if defense.notion != "recovery" else {}
+    answer = {"defense": name, "threat": threat.to_dict(), **notion, **sampled, "results": results}
     if out is not None:
         config, summary = own_run(defense, card, name, model_name or defense_name, paths, threat, results)
         out.mkdir(parents=True, exist_ok=True)
@@ -176,6 +179,22 @@ def own_run(
     return config, summary
 
 
+def each(paths: list[Path], read: Callable[[Path], Any]) -> list[Any]:
+    """What is read of each file. InputError that names all that cannot be read, not the first alone."""
+    found, wrong = [], []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except InputError as error:
+            wrong.append(str(error))
+    if len(wrong) > 1:
+        more = f"; and {len(wrong) - MAX_NAMED} more" if len(wrong) > MAX_NAMED else ""
+        raise InputError(f"{len(wrong)} of {len(paths)} pictures cannot be used: {'; '.join(wrong[:MAX_NAMED])}{more}")
+    if wrong:
+        raise InputError(wrong[0])
+    return found
+
+
 def read_size(path: Path) -> tuple[int, int]:
     """(H, W) of a picture file."""
     _, height, width = read_picture(path).shape
@@ -212,10 +231,19 @@ def open_named(
         return defense, sheet, f"{defense_name}:{network.name}"
     if model_name is None and defense_name in METHODS:
         open_defense(defense_name)  # which says what is missing
-    folder = locate(model_name or defense_name)
+    folder = locate(defense_name) if model_name is None else locate_model(model_name)
     threat_fits(threat, read_card(folder))
     defense, card = open_defense(defense_name, model_name, threat, changes)
     return defense, card, folder.name if model_name is None else f"{defense_name}:{folder.name}"
+
+
+def locate_model(name: str) -> Path:
+    """The folder of a defense whose network is wanted. InputError that says what else --model may be."""
+    try:
+        return locate(name)
+    except InputError as error:
+        said = str(error).replace("unknown defense", "unknown model", 1)
+        raise InputError(f"{said}; or somebody else's classifier: {FORMS}") from None
 
 
 def open_certified(
@@ -279,11 +307,13 @@ def result_of(name: str, found: Certificate, i: int, classes: tuple[str, ...], l
     location = int(found.weakest[i])
     margin = found.margin[i, location].item()
     box = found.box(location)
+    raised = {} if found.alarm is None else {"alarm": bool(found.alarm[i])}
     return {
         "image": name,
         "label": int(found.label[i]),
         "name": classes[int(found.label[i])],
         "certified": bool(found.certified[i]),
+        **raised,
         "margin": margin if math.isfinite(margin) else None,
         "largest_patch": largest,
         "weakest": None if box is None else dict(zip(("top", "left", "height", "width"), box, strict=True)),
@@ -318,6 +348,13 @@ def with_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> Pic
     pictures = pictures.in_order_of(classes)
     pairs = zip(pictures.class_names, classes, strict=True)
     differing = [(theirs, ours) for theirs, ours in pairs if theirs.casefold() != ours.casefold()]
+    elsewhere = {one.casefold() for one, _ in differing} & {other.casefold() for _, other in differing}
+    if elsewhere:
+        alone = sorted({one for one, _ in differing if one.casefold() not in {name.casefold() for name in classes}})
+        raise InputError(
+            f"{pictures.name} and {name} both know {min(elsewhere)!r}, but number it differently, and {name} does not know "
+            f"{', '.join(map(repr, alone[:3]))}; give the classes the same names, one of {', '.join(map(repr, classes[:8]))}"
+        )
     if differing and workers.rank() == 0:
         theirs, ours = differing[0]
         print(

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.defenses import Card, Defense, IntervalBounds, PatchCURE, Undefended
+from certipatch.defenses.around import Sheet
 from certipatch.defenses.base import ViewDefense
 from certipatch.errors import InputError
 from certipatch.export.network import logits
 from certipatch.export.rules import graph
 from certipatch.models import SharedViT
+from certipatch.models.adapters.onnx import OnnxNetwork
 from certipatch.models.quickest import as_program
 from certipatch.rules import DoubleMask
 from certipatch.threats import PatchThreat
@@ -85,7 +87,7 @@ class AsGraph(nn.Module):
         return self.answer(images)
 
 
-def to_onnx(defense: Defense, card: Card, path: Path) -> dict[str, Any]:
+def to_onnx(defense: Defense, card: Card | Sheet, path: Path) -> dict[str, Any]:
     """Write ``path``; gives ``{inputs, outputs, bytes, checked}``, the last the pictures on which onnxruntime agreed.
 
     The file is for pictures of the card's size and any number of them; its metadata name the defense, its settings, its
@@ -97,6 +99,10 @@ def to_onnx(defense: Defense, card: Card, path: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"export needs {' and '.join(missing)}: {INSTALL}")
     module = AsGraph(defense, card.image_size, card.channels).eval()
+    if any(isinstance(part, OnnxNetwork) for part in module.modules()):
+        raise InputError(
+            "the classifier is an ONNX file, a black box that no other file can hold; give it as an nn.Module"
+        )
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(PROBES, card.channels, *card.image_size, generator=generator)
     with torch.no_grad():
@@ -122,7 +128,7 @@ def _program(module: nn.Module, images: Tensor, names: tuple[str, ...]) -> Any:
         raise InputError(f"the network has operations that ONNX cannot hold: {reason}") from None
 
 
-def _metadata(defense: Defense, card: Card) -> dict[str, str]:
+def _metadata(defense: Defense, card: Card | Sheet) -> dict[str, str]:
     values = {
         "defense": defense.name,
         "settings": defense.settings(),
@@ -147,7 +153,12 @@ def _agrees(path: Path, defense: Defense, images: Tensor) -> int:
         expected = [cert.label, cert.alarm]
     else:
         expected = [defense.predict(images)]
-    for answer, own in zip(session.run(None, {"images": images.numpy()}), expected, strict=True):
+    try:
+        answers = session.run(None, {"images": images.numpy()})
+    except Exception as error:  # onnxruntime's own errors share no type
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"the network as ONNX does not run on {len(images)} pictures: {reason}; not written") from None
+    for answer, own in zip(answers, expected, strict=True):
         found = torch.from_numpy(answer)
         if not torch.equal(found, own):
             raise InputError(f"onnxruntime answers {found.tolist()} where the defense says {own.tolist()}; not written")

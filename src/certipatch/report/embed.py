@@ -149,6 +149,7 @@ def _places(places: Places, example: Shown) -> dict[str, Any]:
         "classes": len(places.classes),
         "layout": places.layout,
         "rule": places.rule,
+        "notion": places.notion,
         "bounds": places.bounds,
         "kind": "votes" if example.explored.evidence.dtype == bool else "scores",
     }

@@ -123,7 +123,7 @@
 
   // ---- explorer: which views see the patch, what the others say, and the margin
   let shape, top_, left_, rowOf, sees, margins, votes, scores, kept, unsure, V, K, R, L;
-  const quietly = explorer && explorer.rule === "detection" ? " without an alarm" : "";
+  const quietly = explorer && explorer.notion === "detection" ? " without an alarm" : "";
   let now = { i: 0, l: 0 }, resting = 0, cells = [];
 
   function unpack() {

@@ -26,7 +26,8 @@ class Places:
 
     relation: L places, R distinct rows, V views. layout: how the views are drawn, see ``layout``. classes: K names.
     bounds: what an attacker can make of one score where the margin is then a difference of sums, or None.
-    clip: the range to which the rule clips scores. rule: ``vote``, ``sum``, ``mask``, ``detection``, ``masks`` or ``other``.
+    clip: the range to which the rule clips scores. notion: of the certificates.
+    rule: ``vote``, ``sum``, ``mask``, ``detection``, ``masks`` or ``other``.
     """
 
     relation: Sees
@@ -35,6 +36,7 @@ class Places:
     rule: str
     bounds: tuple[float, float] | None
     clip: tuple[float, float]
+    notion: str
 
     @property
     def first(self) -> Tensor:
@@ -70,7 +72,7 @@ def places(
     if defense.number_of_views(image_size) != relation.number_of_views:  # sampled: its evidence is not one row per view
         return None
     rule = defense.rule(image_size)
-    return Places(relation, layout(defense.views_of(image_size), image_size), classes, *_rule(rule))
+    return Places(relation, layout(defense.views_of(image_size), image_size), classes, *_rule(rule), defense.notion)
 
 
 def layout(views: Views, image_size: tuple[int, int]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from certipatch.models.adapters import sources
 from certipatch.models.adapters.adapted import Adapted, Preprocessing
 from certipatch.models.adapters.onnx import from_onnx
 
-__all__ = ["Adapted", "Preprocessing", "is_adapter", "open_model", "runs_code"]
+__all__ = ["FORMS", "Adapted", "Preprocessing", "is_adapter", "open_model", "runs_code"]
 
 KINDS: dict[str, Callable[[str], Adapted]] = {
     "timm": sources.from_timm,
@@ -17,6 +17,7 @@ KINDS: dict[str, Callable[[str], Adapted]] = {
     "onnx": from_onnx,
 }
 NAMES: dict[str, Callable[[], Adapted]] = {"imagenet-lite": sources.imagenet_lite}
+FORMS = ", ".join([*NAMES, *(f"{kind}:NAME" for kind in KINDS), "package.module:function"])
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
@@ -40,5 +41,4 @@ def open_model(name: str) -> Adapted:
         return KINDS[kind](rest)
     if runs_code(name):
         return sources.from_function(name)
-    forms = ", ".join([*NAMES, *(f"{kind}:NAME" for kind in KINDS), "package.module:function"])
-    raise InputError(f"unknown model {name!r}; write one of {forms}")
+    raise InputError(f"unknown model {name!r}; write one of {FORMS}")

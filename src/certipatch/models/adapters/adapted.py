@@ -112,7 +112,7 @@ class Adapted(nn.Module):
     def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         answer = self.network(self.preprocessing(pictures))
         logits = answer if isinstance(answer, Tensor) else getattr(answer, "logits", None)
-        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(pictures):
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[0] != pictures.shape[0]:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(answer).__name__
             raise InputError(f"{self.name} gives {got} for {len(pictures)} pictures; logits (N, K) are needed")
         return logits if self.kept is None else logits[:, self.kept.to(logits.device)]

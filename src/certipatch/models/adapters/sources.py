@@ -142,7 +142,8 @@ def from_function(name: str) -> Adapted:
         found = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"--model {name}: there is no module {error.name}; run certipatch where it can be imported"
+            f"--model {name}: there is no module {error.name}; run certipatch where it can be imported, and name a file "
+            "without its .py"
         ) from None
     except AttributeError:
         raise InputError(
