@@ -195,8 +195,6 @@ def test_tables_that_do_not_fit():
         DoubleMask().predict(torch.zeros(1, 4, 2))
     with pytest.raises(ValueError, match="NaN"):
         DoubleMask().predict(torch.full((1, 3, 2), math.nan))
-    with pytest.raises(ValueError, match=r"torch\.uint16"):
-        DoubleMask().predict(torch.zeros(1, 3, 2, dtype=torch.uint16))
     empty = DoubleMask().certify(torch.zeros(0, 3, 2), torch.zeros(2, 3).bool())
     assert empty.margin.shape == (0, 2)
 

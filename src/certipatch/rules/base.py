@@ -50,8 +50,7 @@ class Rule(ABC):
         """The label of each picture and its margin at every location.
 
         Args:
-            evidence: what the network says about every view; any real or integer dtype that torch
-                computes with: unsigned ones of 8 bits only.
+            evidence: what the network says about every view; any real or integer dtype.
             sees: ``sees[l, v]``: an attacker at l owns the evidence of view v.
             unsure: views whose evidence rounding may have changed: they belong to the attacker at every location.
             error: how far every score of a picture may be off where it is served; margins shrink by what that can do.
@@ -84,8 +83,6 @@ def check_shape(evidence: Tensor) -> None:
         )
     if evidence.is_complex():
         raise ValueError("evidence must be real, not complex")
-    if evidence.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        raise ValueError(f"evidence of {evidence.dtype} is not supported by torch; use int64 or a floating-point type")
 
 
 def check_relation(
