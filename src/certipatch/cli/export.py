@@ -34,24 +34,14 @@ def export(
       certipatch export patchcleanser --model my_package.models:classifier --patch 5 --set masks=3 --onnx mine.onnx
     """
     threat = None if patch is None else threat_from(patch, None, 1, "anywhere", None)
-    from certipatch.cli.work import locate_model, open_named
-    from certipatch.defenses import open_defense
+    from certipatch.cli.work import open_named
     from certipatch.errors import InputError
     from certipatch.export import to_onnx
-    from certipatch.models.adapters import is_adapter
     from certipatch.threats import threat_from_dict
 
     if onnx.is_dir() or not onnx.absolute().parent.is_dir():
         raise InputError(f"--onnx {onnx} cannot be written; name a file in a folder that exists")
-    changes = changes_from(settings)
-    if model is not None and is_adapter(model) and not Path(model).is_dir():
-        if threat is None:
-            raise InputError(f"--model {model} has no patch of its own; give --patch")
-        opened, card, _ = open_named(defense, model, threat, changes)
-    else:
-        if model is not None:
-            locate_model(model)  # which says what else it may be
-        opened, card = open_defense(defense, model, threat, changes)
+    opened, card, _ = open_named(defense, model, threat, changes_from(settings))
     found = to_onnx(opened, card, onnx)
     shape = " x ".join(map(str, found["inputs"]["images"]))
     typer.echo(

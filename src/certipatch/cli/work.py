@@ -117,7 +117,7 @@ def certify_files(
     changes: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
-    looked = lambda: (list(each(paths, read_size)), None)  # noqa: E731
+    looked = lambda: (each(paths, read_size), None)  # noqa: E731
     defense, card, name = open_certified(defense_name, model_name, threat, changes, looked)
     if isinstance(defense, PatchCleanser | PatchCURE) and "maps" not in (changes or {}):
         defense.maps = True
@@ -211,17 +211,19 @@ def seen_in(data: str, split: str | None) -> tuple[list[tuple[int, int]], tuple[
 def open_named(
     defense_name: str,
     model_name: str | None,
-    threat: Threat,
+    threat: Threat | None,
     changes: dict[str, Any] | None,
     seen: Seen = lambda: ([], None),
 ) -> tuple[Any, Card | Sheet, str]:
-    """A defense built for ``threat``, its card, and what it is called in results.
+    """A defense built for ``threat``, or for that of its card, its card, and what it is called in results.
 
     Somebody else's classifier goes by the pictures that ``seen`` looks at; without any, by the size that it reads.
     """
     if model_name is not None and is_adapter(model_name) and not Path(model_name).is_dir():
         if defense_name not in METHODS:
             open_defense(defense_name, model_name)  # which says what is wrong with the name
+        if threat is None:
+            raise InputError(f"--model {model_name} has no patch of its own; give --patch")
         network = open_model(model_name)
         sizes, classes = seen()
         size = frame(network, sizes)
@@ -232,7 +234,8 @@ def open_named(
     if model_name is None and defense_name in METHODS:
         open_defense(defense_name)  # which says what is missing
     folder = locate(defense_name) if model_name is None else locate_model(model_name)
-    threat_fits(threat, read_card(folder))
+    if threat is not None:
+        threat_fits(threat, read_card(folder))
     defense, card = open_defense(defense_name, model_name, threat, changes)
     return defense, card, folder.name if model_name is None else f"{defense_name}:{folder.name}"
 
@@ -348,9 +351,10 @@ def with_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> Pic
     pictures = pictures.in_order_of(classes)
     pairs = zip(pictures.class_names, classes, strict=True)
     differing = [(theirs, ours) for theirs, ours in pairs if theirs.casefold() != ours.casefold()]
+    known = {name.casefold() for name in classes}
+    alone = [one for one, _ in differing if one.casefold() not in known]
     elsewhere = {one.casefold() for one, _ in differing} & {other.casefold() for _, other in differing}
     if elsewhere:
-        alone = sorted({one for one, _ in differing if one.casefold() not in {name.casefold() for name in classes}})
         raise InputError(
             f"{pictures.name} and {name} both know {min(elsewhere)!r}, but number it differently, and {name} does not know "
             f"{', '.join(map(repr, alone[:3]))}; give the classes the same names, one of {', '.join(map(repr, classes[:8]))}"

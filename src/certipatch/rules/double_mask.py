@@ -104,11 +104,9 @@ def leads(evidence: Shaped[Tensor, "B V K"], label: Int64[Tensor, " B"]) -> Floa
     values = evidence.long()
     own = values.gather(2, chosen)[..., 0]
     classes = torch.arange(values.shape[2], device=values.device)
+    earlier, later = classes < label[:, None], classes > label[:, None]
     gaps = []
-    for rivals, tie in (
-        (classes < label[:, None], 0),
-        (classes > label[:, None], 1),
-    ):  # a tie goes to the smaller class
+    for rivals, tie in ((earlier, 0), (later, 1)):  # a tie goes to the smaller class
         top = values.masked_fill(~rivals[:, None], torch.iinfo(torch.int64).min).amax(2)
         gap = own.double() - top.double()  # the difference of the integers may not fit one
         gap = torch.where(own > top, gap.clamp(min=1), torch.where(own < top, gap.clamp(max=-1), gap)) + tie
