@@ -62,20 +62,21 @@ def any_table(generator, evidence, owned):
 
 
 @pytest.mark.parametrize(("masks", "classes"), [(1, 2), (2, 2), (2, 3), (3, 3), (4, 3)])
-def test_brute_force(masks, classes):
+@pytest.mark.parametrize("sure", [0.0, 0.9])
+def test_brute_force(masks, classes, sure):
     tried = check_rule(
-        DoubleMask(), views=len(pairs(masks)), classes=classes, evidence=tables, attacks=any_table, trials=32
+        DoubleMask(sure), views=len(pairs(masks)), classes=classes, evidence=tables, attacks=any_table, trials=32
     )
     assert tried.certified > 80
     assert masks == 1 or tried.changed > 80
 
 
-def literal_label(table, masks, classes):
-    """Algorithm 1, line by line. ``table[i, j]`` with i ≤ j."""
+def literal_label(table, masks, classes, is_sure=lambda d: True):
+    """Algorithm 1, line by line, and only sure masks win. ``table[i, j]`` with i ≤ j."""
     alone = [table[i, i] for i in range(masks)]
     majority = max(range(classes), key=lambda k: (alone.count(k), -k))
     for d in range(masks):
-        if alone[d] != majority and all(table[min(d, j), max(d, j)] == alone[d] for j in range(masks)):
+        if alone[d] != majority and all(table[min(d, j), max(d, j)] == alone[d] for j in range(masks)) and is_sure(d):
             return alone[d]
     return majority
 
@@ -118,16 +119,22 @@ def cases(draw):
     return masks, scores, relation, unsure
 
 
-@given(cases())
-def test_against_the_literal_reference(case):
+@given(cases(), st.sampled_from([0.0, 0.3, 1.0, 2.5]))
+def test_against_the_literal_reference(case, sure):
     masks, scores, relation, unsure = case
-    verdict = DoubleMask().certify(scores, relation, unsure)
+    verdict = DoubleMask(sure).certify(scores, relation, unsure)
     classes, whole = scores.shape[2], not scores.is_floating_point()
     for b, table in enumerate(scores.tolist()):
         answers = {
             p: max(range(classes), key=lambda k: (row[k], -k)) for p, row in zip(pairs(masks), table, strict=True)
         }
-        y = literal_label(answers, masks, classes)
+        rows = [[(min(c, j), max(c, j)) for j in range(masks)] for c in range(masks)]
+        tops = {p: sorted(row)[-1] - sorted(row)[-2] for p, row in zip(pairs(masks), table, strict=True)}
+        means = [math.fsum(tops[p] for p in row) / masks for row in rows]
+        near = sure and any(abs(mean - sure) < 1e-6 for mean in means)  # a sum in another order decides otherwise
+        y = literal_label(answers, masks, classes, lambda d: means[d] >= sure)
+        if near:
+            continue
         assert verdict.label[b] == y
         for place, owned in enumerate(relation.tolist()):
             taken = [o or (unsure is not None and u) for o, u in
@@ -139,19 +146,23 @@ def test_against_the_literal_reference(case):
                 for p, row, t, o in zip(pairs(masks), table, taken, owned, strict=True)
             }
             free = dict(zip(pairs(masks), owned, strict=True))
-            rows = [[(min(c, j), max(c, j)) for j in range(masks)] for c in range(masks)]
-            best = max((min(lead[p] for p in row) for row in rows if not any(free[p] for p in row)), default=-math.inf)
-            assert verdict.margin[b, place] == best
+            margins = [
+                min(min(lead[p] for p in row), mean - sure if sure else math.inf)
+                for row, mean in zip(rows, means, strict=True)
+                if not any(free[p] for p in row)
+            ]
+            assert verdict.margin[b, place] == pytest.approx(max(margins, default=-math.inf), abs=1e-6)
     assert torch.equal(verdict.certified, (verdict.margin > 0).all(1))
 
 
-@given(cases(), st.floats(0, 2))
-def test_doubt_only_costs(case, off):
+@given(cases(), st.floats(0, 2), st.sampled_from([0.0, 0.3, 1.0]))
+def test_doubt_only_costs(case, off, sure):
     _, scores, relation, unsure = case
-    verdict = DoubleMask().certify(scores, relation)
+    rule = DoubleMask(sure)
+    verdict = rule.certify(scores, relation)
     for worse in (
-        DoubleMask().certify(scores, relation, error=torch.full((len(scores),), off, dtype=torch.float64)),
-        DoubleMask().certify(scores, relation, unsure),
+        rule.certify(scores, relation, error=torch.full((len(scores),), off, dtype=torch.float64)),
+        rule.certify(scores, relation, unsure),
     ):
         assert (worse.margin <= verdict.margin).all()
         assert torch.equal(worse.label, verdict.label)
@@ -201,31 +212,38 @@ def test_tables_that_do_not_fit():
 
 @pytest.mark.parametrize("covering", [(0,), (1,), (0, 2)])
 def test_z3_no_table_escapes(covering):
-    """Three masks, three classes: every clean and every attacked table with the same protected pairs, as free integers."""
+    """Three masks, three classes: every clean and every attacked table with the same protected pairs, as free integers,
+    with free leads, and any demand on the sum of a mask's leads, none too."""
     masks, classes = 3, 3
     clean = {p: z3.Int(f"e{p}") for p in pairs(masks)}
     free = {p: z3.Int(f"f{p}") for p in pairs(masks)}
+    leads = [{p: z3.Real(f"{name}{p}") for p in pairs(masks)} for name in ("d", "g")]
+    sure = z3.Real("sure")
     owned = dict(zip(pairs(masks), hidden_by(covering, masks), strict=True))
 
     def at(table, i, j):
         return table[min(i, j), max(i, j)]
 
-    def label(table):
+    def is_sure(lead, d):
+        return z3.Sum([at(lead, d, j) for j in range(masks)]) >= sure
+
+    def label(table, lead):
         alone = [table[i, i] for i in range(masks)]
         count = [z3.Sum([z3.If(a == k, 1, 0) for a in alone]) for k in range(classes)]
         result = z3.If(z3.And(count[0] >= count[1], count[0] >= count[2]), 0, z3.If(count[1] >= count[2], 1, 2))
         majority = result
         for d in reversed(range(masks)):
             stays = z3.And([at(table, d, j) == alone[d] for j in range(masks)])
-            result = z3.If(z3.And(alone[d] != majority, stays), alone[d], result)
+            result = z3.If(z3.And(alone[d] != majority, stays, is_sure(lead, d)), alone[d], result)
         return result
 
     y, solver = z3.Int("y"), z3.Solver()
     solver.add([z3.And(v >= 0, v < classes) for v in [*clean.values(), *free.values(), y]])
     solver.add([clean[p] == free[p] for p in pairs(masks) if not owned[p]])
-    solver.add(z3.Or([z3.And([at(clean, c, j) == y for j in range(masks)]) for c in covering]))
+    solver.add([leads[0][p] == leads[1][p] for p in pairs(masks) if not owned[p]])
+    solver.add(z3.Or([z3.And([*(at(clean, c, j) == y for j in range(masks)), is_sure(leads[0], c)]) for c in covering]))
     assert solver.check() == z3.sat
-    solver.add(z3.Or(label(clean) != y, label(free) != y))
+    solver.add(z3.Or(label(clean, leads[0]) != y, label(free, leads[1]) != y))
     assert solver.check() == z3.unsat
 
 

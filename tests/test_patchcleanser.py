@@ -50,19 +50,20 @@ def full_table(defense, x):
 
 
 @pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize("sure", [0.0, 0.5])
 @pytest.mark.parametrize(
     ("threat", "masks", "stride"),
     [(THREAT, 3, None), (THREAT, (2, 4), None), (cp.PatchThreat((2, 5)), 4, None), (THREAT, None, 2),
      (cp.PatchThreat(2, count=2), (2, 3), None), (cp.PatchThreat(5, shape="line"), 3, None), (cp.PatchThreat(12), 6, None)],
 )  # fmt: skip
-def test_the_full_table_says_the_same(threat, masks, stride, maps):
+def test_the_full_table_says_the_same(threat, masks, stride, sure, maps):
     x = torch.cat([pictures(), torch.rand(9, 2, *SIZE, generator=torch.Generator().manual_seed(3))])
-    defense = cp.PatchCleanser(Thirds().eval(), threat, masks=masks, stride=stride, maps=maps)
+    defense = cp.PatchCleanser(Thirds().eval(), threat, masks=masks, stride=stride, sure=sure, maps=maps)
     evidence = defense.evidence(x)
     found = defense.certificate(evidence, threat)
     table = full_table(defense, x)
     relation = defense.relation(threat, SIZE)
-    full = rules.DoubleMask().certify(table, relation.rows, error=evidence.error)
+    full = rules.DoubleMask(sure).certify(table, relation.rows, error=evidence.error)
     margin = full.margin[:, relation.row_of]
     assert torch.equal(found.label, full.label)
     assert torch.equal(found.certified, full.certified)
@@ -87,6 +88,10 @@ def test_certificates_hold_against_pasted_patches():
         assert tried.changed > 10
     tried = check_defense(cp.MinorityReports(Thirds().eval(), THREAT, masks=3), x, THREAT, slack=1e-5, trials=8)
     assert tried.certified > 100
+    tried = check_defense(
+        cp.PatchCleanser(Thirds().eval(), THREAT, masks=3, sure=0.5), x, THREAT, slack=1e-5, trials=8
+    )
+    assert tried.certified > 50
     one = cp.PatchThreat(1)
     check_defense(cp.PatchCleanser(Thirds().eval(), one, masks=4), x[:4], one, slack=1e-5, trials=40)
 

@@ -249,4 +249,5 @@ def _checked(
     if raw:
         return Tolerance(atol=max(4 * worst, floor), rtol=floor)
     largest = alone.abs().max().item()  # a score hides how large its logits are, and with them their rounding
-    return Tolerance(atol=max(2 * worst, floor * max(1.0, largest)), rtol=floor)  # |Δ softmax| ≤ max |Δ logit| / 2
+    steepness = getattr(model, "steepness", 1.0)  # of what follows the logits that are rounded
+    return Tolerance(atol=steepness * max(2 * worst, floor * max(1.0, largest)), rtol=floor)  # |Δ softmax| ≤ max |Δ logit| / 2

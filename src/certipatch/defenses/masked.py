@@ -38,6 +38,7 @@ class BehindMasks(nn.Module):
             )
         self.model, self.encoding = model, "null" if encoding == "null" else "fill"
         self.fill: Fill = checked_fill(getattr(model, "fill", 0.5) if fill is None else fill)
+        self.steepness: float = getattr(model, "steepness", 1.0)
         self.training = False  # it is the model's own that matters
         self.quick: Callable[[Tensor], Tensor] | None = None
         """The same network by a faster way, where no gradients are asked for and weights are ``quick_of``."""

@@ -12,7 +12,7 @@ from certipatch.defenses.base import Evidence
 from certipatch.defenses.masked import MaskDefense, PerAxis
 from certipatch.errors import InputError
 from certipatch.rules import DoubleMask
-from certipatch.rules.double_mask import predictions
+from certipatch.rules.double_mask import predictions, sureness
 from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs
 from certipatch.views.masks import pair_table
@@ -31,6 +31,7 @@ class PatchCleanser(MaskDefense):
             own.
         stride: pixels from mask to mask; None for the smallest that so many masks allow.
         fill: what masks are painted with; None for the model's own ``fill``, else 0.5.
+        sure: the mean lead in confidence that lets a mask win against the majority (see ``rules.DoubleMask``); 0 asks nothing.
         maps: margins of all places; False stops as soon as the verdict on the threat is known, and leaves −inf where
             nothing was proven until then.
         batch_size: masked pictures per forward pass (default: 2²⁰ pixels).
@@ -55,14 +56,17 @@ class PatchCleanser(MaskDefense):
         fill: Fill | None = None,
         maps: bool = True,
         batch_size: int | None = None,
+        sure: float = 0.0,
     ):
         super().__init__(model, threat, masks, stride, fill, batch_size)
-        self.maps = maps
-        self.theorem = DoubleMask().theorem
+        if isinstance(sure, bool) or not isinstance(sure, int | float) or not 0 <= sure < 1:
+            raise InputError(f"sure is a lead in confidence, at least 0 and less than 1, not {sure!r}")
+        self.maps, self.sure = maps, float(sure)
+        self.theorem = DoubleMask(self.sure).theorem
         self._covers: dict[tuple[int, int], Bool[Tensor, "L M"]] = {}
 
     def settings(self) -> dict[str, Any]:
-        return super().settings() | {"maps": self.maps}
+        return super().settings() | {"sure": self.sure, "maps": self.maps}
 
     def views_of(self, image_size: tuple[int, int]) -> MaskPairs:
         if image_size not in self._views:
@@ -73,7 +77,7 @@ class PatchCleanser(MaskDefense):
         return found
 
     def rule(self, image_size: tuple[int, int]) -> DoubleMask:
-        return DoubleMask()
+        return DoubleMask(self.sure)
 
     def values(self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance) -> tuple[Tensor, None, Tensor]:
         return ev.scores(logits), None, _error(tolerance, logits)
@@ -165,9 +169,13 @@ class _Look:
         while True:
             good = (self.answers == label) & (self.gaps > 2 * self.error[:, None])
             holds = (good | ~self.known)[:, self.table].all(2)  # (B, M): has not failed
+            proven = (good & self.known)[:, self.table].all(2)
+            if self.defense.sure:
+                lead = (self.gaps - 2 * self.error[:, None]).masked_fill(~self.known, 1.0)  # a lead is at most 1
+                surely = sureness(lead[:, self.table]) > self.defense.sure
+                holds, proven = holds & surely, proven & surely
             wanted = (holds[:, one] | holds[:, other]) & ~self.known
             if covers is not None:
-                proven = (good & self.known)[:, self.table].all(2)
                 lost = ~(covers & holds[:, None]).any(2).all(1)
                 won = (covers & proven[:, None]).any(2).all(1)
                 wanted &= ~(lost | won)[:, None]

@@ -127,8 +127,9 @@ class MaskSettings(Settings):
 
 
 class PatchCleanserSettings(MaskSettings):
-    """PatchCleanser. Without ``maps`` it stops as soon as the verdict is known."""
+    """PatchCleanser. Without ``maps`` it stops as soon as the verdict is known. Only masks so ``sure`` win."""
 
+    sure: float = Field(default=0.0, ge=0, lt=1)
     maps: bool = False
 
 

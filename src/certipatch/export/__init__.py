@@ -19,7 +19,7 @@ from certipatch.defenses.base import ViewDefense
 from certipatch.errors import InputError
 from certipatch.export.network import logits
 from certipatch.export.rules import graph
-from certipatch.models import SharedViT
+from certipatch.models import Cascade, SharedViT
 from certipatch.models.adapters.onnx import OnnxNetwork
 from certipatch.models.quickest import as_program
 from certipatch.rules import DoubleMask
@@ -63,11 +63,11 @@ class AsGraph(nn.Module):
         defense.check(probe)
         tolerance = defense.tolerance(probe)
         self.model = defense.every_pair(image_size) if isinstance(defense, PatchCURE) else defense.model
-        if any(isinstance(module, SharedViT) for module in self.model.modules()):
+        if any(isinstance(module, SharedViT | Cascade) for module in self.model.modules()):
             self.model = copy.deepcopy(self.model)
             for module in self.model.modules():
-                if isinstance(module, SharedViT):
-                    module.skips = False  # what it skips depends on the mask; masked attention gives the same answers
+                if isinstance(module, SharedViT | Cascade):
+                    module.skips = False  # what it skips depends on the picture; without that it gives the same answers
         scores = logits(self.model, views, image_size, channels)
         with torch.inference_mode():
             classes = scores(probe).shape[2]

@@ -25,7 +25,7 @@ from certipatch.rules import (
     Windows,
 )
 from certipatch.rules.base import clipped
-from certipatch.rules.double_mask import number_of_masks
+from certipatch.rules.double_mask import best_leads, number_of_masks, sureness
 from certipatch.rules.masked_detection import EPSILON
 from certipatch.views.masks import pair_table
 
@@ -47,7 +47,7 @@ def graph(rule: Rule, views: int, classes: int) -> Graph:
     if isinstance(rule, RobustMask):
         return _robust_mask(rule)
     if isinstance(rule, DoubleMask):
-        return _double_mask(views, classes)
+        return _double_mask(rule, views, classes)
     if isinstance(rule, MaskedDetection):
         return _masked_detection(rule)
     if isinstance(rule, MinorityReports):
@@ -79,7 +79,7 @@ def _least(windows: Windows | JointWindows) -> Callable[[Float64[Tensor, "B V K"
     return lambda scores: (others @ scores).amin(1)
 
 
-def _double_mask(views: int, classes: int) -> Graph:
+def _double_mask(rule: DoubleMask, views: int, classes: int) -> Graph:
     pairs, every = pair_table(number_of_masks(views)), torch.arange(classes)
 
     def answer(values: Shaped[Tensor, "B V K"], error: Tensor | None) -> Answers:
@@ -87,6 +87,8 @@ def _double_mask(views: int, classes: int) -> Graph:
         alone = table.diagonal(dim1=1, dim2=2)
         majority = (alone[:, :, None] == every).double().sum(1).argmax(1)
         passes = (alone != majority[:, None]) & (table == alone[:, :, None]).all(2)
+        if rule.sure:
+            passes &= sureness(best_leads(values)[:, pairs]) >= rule.sure
         first = passes.int().argmax(1, keepdim=True)
         return (torch.where(passes.any(1), alone.gather(1, first)[:, 0], majority),)
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from certipatch.errors import InputError
 from certipatch.models.bagnet import BagNet, SmallBagNet
+from certipatch.models.cascade import Cascade
 from certipatch.models.cnn import CNN
 from certipatch.models.conv import ConvNet, CrossConvNet
 from certipatch.models.crop import CropNet
@@ -25,6 +26,7 @@ __all__ = [
     "LOCAL",
     "MLP",
     "BagNet",
+    "Cascade",
     "ConvNet",
     "CropNet",
     "CrossConvNet",
@@ -58,6 +60,7 @@ NETWORKS = {
     "shared-bagnet": SharedBagNet,
     "shared-vit": SharedViT,
     "ensemble": Ensemble,
+    "cascade": Cascade,
 }
 LOCAL = ("bagnet", "small-bagnet")  # networks of local logits, whose views are their receptive fields
 MEMBERS = ("conv", "resnet18", "mlp", "cnn", "efficientnet-lite0")  # networks whose answers may be averaged
@@ -82,6 +85,7 @@ class ModelSettings(BaseModel):
         "shared-bagnet",
         "shared-vit",
         "ensemble",
+        "cascade",
     ]
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(default=None, min_length=1, max_length=8)
     depth: int | None = Field(default=None, ge=1, le=32)
@@ -98,7 +102,7 @@ class ModelSettings(BaseModel):
     stride: int | None = Field(default=None, ge=1, le=4)
     """Of a conv network: step of its first convolution."""
     mirror: bool | None = None
-    """Of a conv network or EfficientNet: mirror images, too, give an answer; the mean counts."""
+    """Of a conv network, EfficientNet or cascade: mirror images, too, give an answer; the mean counts."""
     temperature: float | None = Field(default=None, gt=0, le=100)
     """Of a conv network: what its logits are divided by, once it is trained."""
     patch: int | None = Field(default=None, ge=1, le=64)
@@ -112,7 +116,9 @@ class ModelSettings(BaseModel):
     local: int | None = Field(default=None, ge=1, le=32)
     """Of a shared ViT: blocks of its front; ``depth`` are those behind."""
     members: tuple["ModelSettings", ...] | None = Field(default=None, min_length=2, max_length=8)
-    """Of an ensemble: its networks."""
+    """Of an ensemble or a cascade: its networks."""
+    confident: float | None = Field(default=None, gt=0, le=1)
+    """Of a cascade: the lead in confidence from which the first network's answer is enough."""
 
     @field_validator("members")
     @classmethod
@@ -133,13 +139,15 @@ def create(
     """The network that ``settings`` describe, with fresh weights. ValueError where it cannot read such views."""
     sizes = settings.model_dump(exclude={"name"}, exclude_none=True)
     try:
-        if settings.name == "ensemble":
-            if settings.members is None or len(sizes) > 1:
+        if settings.name in ("ensemble", "cascade"):
+            own = {"members", "confident", "mirror"} if settings.name == "cascade" else {"members"}
+            if settings.members is None or not own >= set(sizes):
                 raise InputError(
-                    "an ensemble has members, networks with a name and sizes each, and no sizes of its own"
+                    f"the {settings.name} has members, networks with a name and sizes each, and no sizes of its own"
                 )
             parts = [create(member, views, in_channels, num_classes, image_size) for member in settings.members]
-            return Ensemble(parts)
+            del sizes["members"]
+            return NETWORKS[settings.name](parts, **sizes)
         if settings.name == "bagnet":
             return BagNet(in_channels, num_classes, **sizes)
         if settings.name == "small-bagnet":

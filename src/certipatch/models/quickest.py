@@ -11,6 +11,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certipatch.models.adapters.onnx import OnnxNetwork
+from certipatch.models.cascade import Cascade
 
 WORTH = 30.0  # seconds of work that make an export, which takes 2 to 10, worth its time
 CLOSE = 1e-3  # largest change of a logit, relative to 1 + the largest, that counts as the same network
@@ -33,8 +35,12 @@ def quickest(
 
     What is found gives the same answers up to rounding, and passes no gradients. ``network`` stays as it is. Nothing is
     tried where ``number`` pictures take less than half a minute, or elsewhere than on the CPU. With ``only`` it is that
-    way, without measurement, or torch as it is where that cannot be had.
+    way, without measurement, or torch as it is where that cannot be had. The networks of a cascade run as is best for its first.
     """
+    if isinstance(network, Cascade):
+        name, _ = quickest(network.parts[0], pictures, number, only)
+        ways = [quickest(part, pictures, number, name)[1] or part for part in network.parts]
+        return name, None if name == AS_IT_IS else partial(network.asked, ways)
     no_choice = pictures.device.type != "cpu" or isinstance(network, OnnxNetwork)
     if only == AS_IT_IS or no_choice or not any(True for _ in network.parameters()):
         return AS_IT_IS, None

@@ -1,7 +1,7 @@
 """Double masking (PatchCleanser, Xiang et al., USENIX Security 2022): a rule on tables of predictions under masks."""
 
+import math
 from dataclasses import dataclass
-from math import isqrt
 from typing import final
 
 import torch
@@ -12,6 +12,7 @@ from certipatch.rules.base import HUGE, Rule, Verdict, check_evidence, check_rel
 from certipatch.views.masks import pair_table
 
 CHUNK_BYTES = 256 * 2**20  # working memory of one step
+SUM_ROUNDING = 1e-9  # relative, of a float64 sum in another order
 
 
 @final
@@ -19,18 +20,23 @@ CHUNK_BYTES = 256 * 2**20  # working memory of one step
 class DoubleMask(Rule):
     """The answer that survives every second mask.
 
+    Args:
+        sure: how far the best class must lead the next, in the mean over the views of a mask, for that mask to win
+            against the majority. 0 asks nothing, as the paper. A mask that hides what there is to see answers alike
+            under every second mask, too, but seldom surely.
+
     Evidence is about the picture under every mask and every two of them: V = M(M+1)/2 views, numbered as
     ``views.masks.pair_table`` says. A view predicts its largest entry, on a tie the smaller class; so 0/1 tables of
     predictions are evidence, and so are scores.
 
     *Rule* (Algorithm 1). Unanimous one-mask predictions are the answer. Otherwise every disagreer with the majority (of
-    smallest class on a tie) is looked at under every second mask; the first disagreer whose predictions all stay its own
-    is the answer; without one, the majority.
+    smallest class on a tie) is looked at under every second mask; the first disagreer whose predictions all stay its own,
+    and which is sure, is the answer; without one, the majority.
 
-    **Theorem.** If some mask c predicts y alone and together with every second mask, and the attacker owns none of these
-    views, the answer is y before and after the attack.
+    **Theorem.** If some mask c predicts y alone and together with every second mask, and is sure, and the attacker owns
+    none of these views, the answer is y before and after the attack.
 
-    *Proof.* Mask c still predicts y alone and in every pair. Every disagreer d that predicts another class than y has
+    *Proof.* Mask c still predicts y alone and in every pair, as surely. Every disagreer d that predicts another class than y has
     the pair (d, c), which predicts y: it fails. So a disagreer that passes predicts y. If the majority is y, the answer
     is y: without a passing disagreer the majority, with one the y that it predicts. If it is another class, then c is a
     disagreer, and passes.
@@ -40,20 +46,35 @@ class DoubleMask(Rule):
     others predict some z ≠ y alone, which is then the majority, and every pair that he owns; no disagreer passes.
 
     The margin is the smallest gap between y and another class over the views of c, for the best such c: of integers the
-    difference plus 1 − [y > k], so that it is positive exactly where y is predicted. −inf where no mask covers.
+    difference plus 1 − [y > k], so that it is positive exactly where y is predicted. Where ``sure`` is asked for, it is
+    at most how far the mean exceeds that. −inf where no mask covers.
 
     Departs from the paper: its certificate (Algorithm 2) asks the condition of every mask and of every pair; this asks
     it of one mask for each location, which is implied, certifies more where covers overlap, and says where it fails.
     """
 
+    sure: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sure < math.inf:
+            raise ValueError(f"sure is a finite lead of at least 0, not {self.sure}")
+
     @property
     def theorem(self) -> str:
-        return "some mask that covers the patch predicts y alone and together with every second mask"
+        surely = f", with a mean lead of {self.sure:g}" if self.sure else ""
+        return f"some mask that covers the patch predicts y alone and together with every second mask{surely}"
 
     def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
         check_evidence(evidence)
         table = pair_table(number_of_masks(evidence.shape[1])).to(evidence.device)
-        return double_masking(predictions(evidence)[:, table], evidence.shape[2])
+        return double_masking(predictions(evidence)[:, table], evidence.shape[2], self.is_sure(evidence))
+
+    def is_sure(self, evidence: Shaped[Tensor, "B V K"]) -> Bool[Tensor, "B M"] | None:
+        """Which masks lead by ``sure`` in the mean over their views; None where that is not asked for."""
+        if not self.sure:
+            return None
+        table = pair_table(number_of_masks(evidence.shape[1])).to(evidence.device)
+        return sureness(best_leads(evidence)[:, table]) >= self.sure
 
     def certify(
         self,
@@ -66,7 +87,7 @@ class DoubleMask(Rule):
         check_relation(evidence, sees, unsure, error)
         masks = number_of_masks(evidence.shape[1])
         table = pair_table(masks).to(evidence.device)
-        label = double_masking(predictions(evidence)[:, table], evidence.shape[2])
+        label = self.predict(evidence)
         covers = ~sees.to(evidence.device)[:, table].any(2)  # (L, M)
         margins = [torch.zeros((0, len(sees)), dtype=torch.float64, device=evidence.device)]
         step = max(1, CHUNK_BYTES // (8 * max(3 * evidence[:1].numel(), 2 * covers.numel())))
@@ -78,13 +99,16 @@ class DoubleMask(Rule):
             if unsure is not None:
                 gap = gap.masked_fill(unsure[here], -torch.inf)
             rows = gap[:, table].amin(2)
+            if self.sure:  # of integers the lead itself, without what a tie adds
+                lead = best_leads(evidence[here]) - (0 if error is None else 2 * error[here, None].to(gap.device))
+                rows = torch.minimum(rows, sureness(lead[:, table]) * (1 - SUM_ROUNDING) - self.sure)
             margins.append(torch.where(covers, rows[:, None], -torch.inf).amax(2))
         return Verdict(label, torch.cat(margins))
 
 
 def number_of_masks(views: int) -> int:
     """M of V = M(M+1)/2 views. ValueError where V is no such number."""
-    masks = (isqrt(8 * views + 1) - 1) // 2
+    masks = (math.isqrt(8 * views + 1) - 1) // 2
     if masks * (masks + 1) // 2 != views:
         raise ValueError(f"double masking has M(M+1)/2 views (1, 3, 6, 10, …), not {views}")
     return masks
@@ -114,10 +138,24 @@ def leads(evidence: Shaped[Tensor, "B V K"], label: Int64[Tensor, " B"]) -> Floa
     return torch.minimum(*gaps)
 
 
-def double_masking(table: Int64[Tensor, "B M M"], classes: int) -> Int64[Tensor, " B"]:
-    """Labels from predictions under every two masks; on the diagonal those under one."""
+def best_leads(evidence: Shaped[Tensor, "B V K"]) -> Float64[Tensor, "B V"]:
+    """How far the best class of every view leads the next."""
+    top = evidence.double().clamp(-HUGE, HUGE).topk(2, 2).values
+    return top[..., 0] - top[..., 1]
+
+
+def sureness(rows: Float64[Tensor, "B M M"]) -> Float64[Tensor, "B M"]:
+    """The mean lead of every mask over its views: alone, and with every second mask."""
+    return (rows / rows.shape[2]).sum(2)
+
+
+def double_masking(
+    table: Int64[Tensor, "B M M"], classes: int, sure: Bool[Tensor, "B M"] | None = None
+) -> Int64[Tensor, " B"]:
+    """Labels from predictions under every two masks; on the diagonal those under one. Only ``sure`` masks win."""
     alone = table.diagonal(dim1=1, dim2=2)
     majority = torch.nn.functional.one_hot(alone, classes).sum(1).argmax(1)
     passes = (alone != majority[:, None]) & (table == alone[:, :, None]).all(2)
+    passes &= True if sure is None else sure
     first = passes.int().argmax(1, keepdim=True)
     return torch.where(passes.any(1), alone.gather(1, first)[:, 0], majority)

@@ -1,0 +1,160 @@
+"""A cascade: the first network alone where it is confident, all of them elsewhere, and nothing jumps in between."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import certipatch as cp
+from certipatch import bounds
+from certipatch.errors import InputError
+from certipatch.evidence import check_model
+from certipatch.models import Cascade, ModelSettings, create
+from certipatch.models.cascade import BLEND
+from certipatch.models.quickest import quickest
+from certipatch.testing import check_defense
+from certipatch.views import MaskPairs, mask_set
+
+THREAT = cp.PatchThreat(3)
+MEMBERS = ({"name": "conv", "widths": (4, 6)}, {"name": "conv", "widths": (6, 8)})
+
+
+class Reads(nn.Module):
+    """The logits that a picture's row holds."""
+
+    encoding = "picture"
+
+    def __init__(self, row: int):
+        super().__init__()
+        self.row, self.shown = row, 0
+
+    def forward(self, views):
+        self.shown += len(views)
+        return views[:, 0, self.row]
+
+
+def rows(n: int, seed: int = 0, spread: float = 2.0) -> torch.Tensor:
+    """Logits of three networks for n pictures, as pictures of three rows."""
+    return spread * torch.randn(n, 1, 3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cascade(confident: float = 0.6, mirror: bool = False) -> Cascade:
+    return Cascade([Reads(0), Reads(1), Reads(2)], confident, mirror).eval()
+
+
+def lead(logits: torch.Tensor) -> torch.Tensor:
+    best = logits.softmax(1).topk(2, 1).values
+    return best[:, 0] - best[:, 1]
+
+
+def test_the_first_alone_all_together_and_between():
+    pictures, network = rows(4000), cascade()
+    answers, leads = network(pictures).exp(), lead(pictures[:, 0, 0])
+    first, every = pictures[:, 0, 0].softmax(1), pictures[:, 0].mean(1).softmax(1)
+    sure, unsure = leads >= 0.6, leads <= 0.6 - BLEND
+    torch.testing.assert_close(answers[sure], first[sure])
+    torch.testing.assert_close(answers[unsure], every[unsure])
+    share = ((leads - (0.6 - BLEND)) / BLEND).clamp(0, 1)[:, None]
+    torch.testing.assert_close(answers, share * first + (1 - share) * every, atol=1e-6, rtol=0)
+    assert 100 < (~sure & ~unsure).sum() < 1000
+    assert [part.shown for part in network.parts] == [4000, *[int((~sure).sum())] * 2]
+    torch.testing.assert_close(answers.sum(1), torch.ones(4000, dtype=torch.float64))
+    network.skips = False
+    torch.testing.assert_close(network(pictures).exp(), answers)
+    torch.testing.assert_close(network.train()(pictures), pictures[:, 0].mean(1))
+
+
+def test_mirror_images_count_too():
+    pictures = rows(500)
+    every = (pictures[:, 0] + pictures[:, 0].flip(2)).mean(1) / 2
+    unsure = lead(pictures[:, 0, 0]) < 0.5
+    torch.testing.assert_close(cascade(mirror=True)(pictures)[unsure].exp(), every[unsure].softmax(1), atol=1e-6, rtol=0)
+
+
+@given(st.integers(0, 2**32), st.floats(1e-9, 1e-2), st.floats(0.2, 1.0))
+def test_rounding_grows_by_steepness_at_most(seed, off, confident):
+    generator = torch.Generator().manual_seed(seed)
+    pictures = rows(200, seed)
+    edge = rows(200, seed + 1, 0.3)
+    edge[:, 0, 0, 0] += 2.0 * torch.rand(200, generator=generator, dtype=torch.float64)  # many leads near the edges
+    pictures = torch.cat([pictures, edge])
+    network = cascade(confident)
+    moved = pictures + off * (2 * torch.rand(pictures.shape, generator=generator, dtype=torch.float64) - 1)
+    parts = (pictures.softmax(3) - moved.softmax(3)).abs().amax((1, 2, 3))
+    mean = (pictures[:, 0].mean(1).softmax(1) - moved[:, 0].mean(1).softmax(1)).abs().amax(1)
+    change = (network(pictures).exp() - network(moved).exp()).abs().amax(1)
+    assert (change <= network.steepness * torch.maximum(parts, mean) + 3e-7).all()
+
+
+def test_gradients_are_finite_everywhere():
+    pictures = rows(300)
+    pictures[:50] *= 100
+    pictures[50:60] = 0
+    pictures.requires_grad_()
+    cascade()(pictures)[:, 0].sum().backward()
+    assert torch.isfinite(pictures.grad).all()
+    assert (pictures.grad[:, 0, 1] != 0).any(1).float().mean() > 0.3
+
+
+def trained(**sizes) -> Cascade:
+    torch.manual_seed(0)
+    network = create(ModelSettings(name="cascade", members=MEMBERS, **sizes), None, 3, 4, (12, 12)).eval()
+    with torch.no_grad():
+        for part in network.parts:
+            part.head.weight *= 20
+    return network
+
+
+def test_the_model_check_and_its_tolerance():
+    images = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    views = MaskPairs(mask_set([THREAT], (12, 12), (3, 3), None))
+    network = trained(confident=0.5, mirror=True)
+    one = cp.PatchCleanser(network, THREAT, masks=3)
+    tolerance = one.tolerance(images)
+    assert tolerance.atol >= network.steepness * 1e-6
+    network.steepness = 1.0
+    assert check_model(cp.PatchCleanser(network, THREAT, masks=3).model, views, images).atol < tolerance.atol / 10
+
+
+def test_certificates_hold_and_faster_ways_answer_alike():
+    images = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    network = trained(confident=0.5, mirror=True)
+    leads = lead(network.parts[0](images))
+    assert 0 < (leads >= 0.5).sum() < 8
+    defense = cp.PatchCleanser(network, THREAT, masks=3, fill=0.5)
+    tried = check_defense(defense, images, THREAT, slack=1e-3, trials=4)
+    assert tried.certified > 20
+    for way in ("channels last", "onnxruntime"):
+        name, run = quickest(network, images[:2], 1000, way)
+        if name == way:
+            assert run is not None
+            torch.testing.assert_close(run(images), network(images), atol=1e-3, rtol=1e-3)
+        else:
+            pytest.importorskip("onnxruntime")
+            raise AssertionError(name)
+    assert quickest(network, images[:2], 1, None) == ("torch", None)
+
+
+def test_what_it_refuses():
+    with pytest.raises(InputError, match="the ensemble has members"):
+        create(ModelSettings(name="ensemble", members=MEMBERS, confident=0.5), None, 3, 4, (12, 12))
+    with pytest.raises(InputError, match="the cascade has members"):
+        create(ModelSettings(name="cascade", members=MEMBERS, widths=(4,)), None, 3, 4, (12, 12))
+    with pytest.raises(InputError, match="the cascade has members"):
+        create(ModelSettings(name="cascade"), None, 3, 4, (12, 12))
+    nulls = ({"name": "resnet18", "widths": (4, 4), "depth": 1},) * 2
+    with pytest.raises(InputError, match="mirrors whole pictures"):
+        create(ModelSettings(name="cascade", members=nulls, mirror=True), None, 3, 4, (12, 12))
+    with pytest.raises(InputError, match="interval bounds"):
+        bounds.checked(trained())
+
+
+def test_settings_are_kept():
+    settings = ModelSettings(name="cascade", members=MEMBERS, confident=0.4, mirror=True)
+    again = ModelSettings.model_validate(json.loads(settings.model_dump_json()))
+    network = create(again, None, 3, 4, (12, 12))
+    assert (network.confident, network.mirror) == (0.4, True)
+    assert create(ModelSettings(name="cascade", members=MEMBERS), None, 3, 4, (12, 12)).confident == 0.6
