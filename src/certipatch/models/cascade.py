@@ -36,7 +36,7 @@ class Cascade(Ensemble):
         self.confident, self.mirror, self.skips = confident, mirror, True
 
     def forward(self, views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        return super().forward(views) if self.training else self.asked(self.parts, views)
+        return super().forward(views) if self.training else self.asked(list(self.parts), views)
 
     def asked(self, parts: Sequence[Callable[[Tensor], Tensor]], views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         """What the cascade answers where ``parts`` are its networks, or other ways to run them."""
