@@ -14,7 +14,7 @@ from certipatch.defenses import MinorityReports, PatchCleanser, PatchCURE, Undef
 from certipatch.errors import InputError
 from certipatch.export import AsGraph, to_onnx
 from certipatch.export.rules import graph
-from certipatch.models import ModelSettings
+from certipatch.models import Cascade, ModelSettings
 from certipatch.views.render import render
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
@@ -94,6 +94,14 @@ CONV = {"name": "conv", "widths": (8, 8)}
 THREAT = cp.PatchThreat(2)
 
 
+def cascade() -> Cascade:
+    """Of two networks; the first is confident about half of the pictures."""
+    found = Cascade([network(None, **CONV), network(None, name="conv", widths=(4, 8))], mirror=True).eval()
+    best = found.parts[0](pictures(20, 0)).softmax(1).topk(2, 1).values
+    found.confident = float((best[:, 0] - best[:, 1]).median())
+    return found
+
+
 def composed(name: str) -> defenses.Defense:
     """Defenses of all encodings and rules."""
     columns, cross = vw.Columns(3, 2), vw.Cross(3, 2)
@@ -112,13 +120,14 @@ def composed(name: str) -> defenses.Defense:
         "double masking of a shared ViT": lambda: PatchCleanser(
             network(None, name="shared-vit", dim=8, local=1, depth=1, heads=2), THREAT, masks=2),
         "double masking of a ViT": lambda: PatchCleanser(network(None, **VIT), THREAT, masks=2),
+        "double masking of a cascade": lambda: PatchCleanser(cascade(), THREAT, masks=3, sure=0.2),
         "minority reports": lambda: MinorityReports(network(None, **CONV), THREAT, masks=3, threshold=0.35),
         "undefended": lambda: Undefended(network(None, **CONV)),
     }[name]()  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["votes of a ViT", "cropped columns", "cropped blocks", "cropped cross", "NULL-encoded",
-                                  "local logits", "detection", "double masking", "double masking of a ViT", "shared front",
+                                  "local logits", "detection", "double masking", "double masking of a ViT", "double masking of a cascade", "shared front",
                                   "minority reports", "undefended"])  # fmt: skip
 def test_graphs_answer_as_the_defense(name):
     defense = composed(name)
@@ -139,7 +148,8 @@ CARD = {"name": "mine", "defense": "undefended", "model": CONV, "image_size": SI
         "classes": list("abcde"), "sha256": ""}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["shared front", "double masking of a shared ViT", "votes of a ViT", "detection"])
+@pytest.mark.parametrize("name", ["shared front", "double masking of a shared ViT", "double masking of a cascade", "votes of a ViT",
+                                  "detection"])
 def test_further_defenses_as_files(name, tmp_path):
     defense = composed(name)
     to_onnx(defense, defenses.Card(**CARD), tmp_path / "model.onnx")
@@ -150,7 +160,7 @@ def test_further_defenses_as_files(name, tmp_path):
     assert all(torch.equal(one, found.alarm) for one in alarm)
 
 
-@pytest.mark.parametrize("rule", [rules.Median(), rules.TrimmedMean(2, lo=-0.5), rules.DoubleMask(),
+@pytest.mark.parametrize("rule", [rules.Median(), rules.TrimmedMean(2, lo=-0.5), rules.DoubleMask(), rules.DoubleMask(0.5),
                                   rules.RobustMask(torch.eye(10).bool(), 0.4, 1.0)], ids=lambda r: type(r).__name__)  # fmt: skip
 def test_rules_as_graphs(rule):
     evidence = torch.randn(200, 10, 3, generator=torch.Generator().manual_seed(3))

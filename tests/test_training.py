@@ -290,6 +290,13 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
         defense, _ = load_folder(tmp_path / stored)
         assert (defense.model.model(images) - expected).abs().max() < off * expected.abs().max()
         assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)
+    first = both | {"name": "cascade", "confident": 0.3}
+    train(read(recipe, [f"model={json.dumps(first)}"]), tmp_path / "cascade")
+    defense, card = load_folder(tmp_path / "cascade", changes={"sure": 0.2})
+    assert (card.model.confident, defense.sure) == (0.3, 0.2)
+    networks = defense.model.model.parts
+    assert torch.allclose(networks[0](images), load_folder(tmp_path / "0")[0].model.model(images), atol=1e-6)
+    assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)
     for changes, message in (
         (["model.members=[{name: conv, widths: [5, 7], stride: 2}]"], "at least 2 items"),
         ([f"start=['{starts[0]}', '{starts[1]}', '{starts[1]}']"], "has 2 parts, but 3 models are given"),
