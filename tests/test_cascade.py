@@ -70,7 +70,9 @@ def test_mirror_images_count_too():
     pictures = rows(500)
     every = (pictures[:, 0] + pictures[:, 0].flip(2)).mean(1) / 2
     unsure = lead(pictures[:, 0, 0]) < 0.5
-    torch.testing.assert_close(cascade(mirror=True)(pictures)[unsure].exp(), every[unsure].softmax(1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        cascade(mirror=True)(pictures)[unsure].exp(), every[unsure].softmax(1), atol=1e-6, rtol=0
+    )
 
 
 @given(st.integers(0, 2**32), st.floats(1e-9, 1e-2), st.floats(0.2, 1.0))

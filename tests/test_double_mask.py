@@ -132,7 +132,7 @@ def test_against_the_literal_reference(case, sure):
         tops = {p: sorted(row)[-1] - sorted(row)[-2] for p, row in zip(pairs(masks), table, strict=True)}
         means = [math.fsum(tops[p] for p in row) / masks for row in rows]
         near = sure and any(abs(mean - sure) < 1e-6 for mean in means)  # a sum in another order decides otherwise
-        y = literal_label(answers, masks, classes, lambda d: means[d] >= sure)
+        y = literal_label(answers, masks, classes, lambda d, means=means: means[d] >= sure)
         if near:
             continue
         assert verdict.label[b] == y

@@ -127,8 +127,8 @@ def composed(name: str) -> defenses.Defense:
 
 
 @pytest.mark.parametrize("name", ["votes of a ViT", "cropped columns", "cropped blocks", "cropped cross", "NULL-encoded",
-                                  "local logits", "detection", "double masking", "double masking of a ViT", "double masking of a cascade", "shared front",
-                                  "minority reports", "undefended"])  # fmt: skip
+                                  "local logits", "detection", "double masking", "double masking of a ViT",
+                                  "double masking of a cascade", "shared front", "minority reports", "undefended"])  # fmt: skip
 def test_graphs_answer_as_the_defense(name):
     defense = composed(name)
     images = pictures(40, 1)
@@ -148,8 +148,10 @@ CARD = {"name": "mine", "defense": "undefended", "model": CONV, "image_size": SI
         "classes": list("abcde"), "sha256": ""}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["shared front", "double masking of a shared ViT", "double masking of a cascade", "votes of a ViT",
-                                  "detection"])
+@pytest.mark.parametrize(
+    "name",
+    ["shared front", "double masking of a shared ViT", "double masking of a cascade", "votes of a ViT", "detection"],
+)
 def test_further_defenses_as_files(name, tmp_path):
     defense = composed(name)
     to_onnx(defense, defenses.Card(**CARD), tmp_path / "model.onnx")

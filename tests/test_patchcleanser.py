@@ -88,9 +88,7 @@ def test_certificates_hold_against_pasted_patches():
         assert tried.changed > 10
     tried = check_defense(cp.MinorityReports(Thirds().eval(), THREAT, masks=3), x, THREAT, slack=1e-5, trials=8)
     assert tried.certified > 100
-    tried = check_defense(
-        cp.PatchCleanser(Thirds().eval(), THREAT, masks=3, sure=0.5), x, THREAT, slack=1e-5, trials=8
-    )
+    tried = check_defense(cp.PatchCleanser(Thirds().eval(), THREAT, masks=3, sure=0.5), x, THREAT, slack=1e-5, trials=8)
     assert tried.certified > 50
     one = cp.PatchThreat(1)
     check_defense(cp.PatchCleanser(Thirds().eval(), one, masks=4), x[:4], one, slack=1e-5, trials=40)

@@ -249,5 +249,6 @@ def _checked(
     if raw:
         return Tolerance(atol=max(4 * worst, floor), rtol=floor)
     largest = alone.abs().max().item()  # a score hides how large its logits are, and with them their rounding
-    steepness = getattr(model, "steepness", 1.0)  # of what follows the logits that are rounded
-    return Tolerance(atol=steepness * max(2 * worst, floor * max(1.0, largest)), rtol=floor)  # |Δ softmax| ≤ max |Δ logit| / 2
+    steepness = getattr(model, "steepness", 1.0)  # of what the model does with confidences
+    rounding = max(2 * worst, floor * max(1.0, largest))  # |Δ softmax| ≤ max |Δ logit| / 2
+    return Tolerance(atol=steepness * rounding, rtol=floor)

@@ -21,9 +21,9 @@ class Cascade(Ensemble):
         mirror: each network is asked for the mirror image, left to right, too, which shows the same pixels; the first for
             its pictures themselves first.
 
-    Little below ``confident`` the two answers are blended, so that the confidences move with the pictures without jumps, and rounding is
-    magnified at most ``steepness`` times. ``forward`` maps pictures (N, C, H, W) to log confidences (N, K), and while it
-    is trained to the mean of the logits. With ``skips`` False all are asked for every picture, to the same answers.
+    Little below ``confident`` the two answers are blended, so that confidences move with the pictures without jumps, and
+    rounding is magnified at most ``steepness`` times. ``forward`` maps pictures (N, C, H, W) to log confidences (N, K), and
+    while it is trained to the mean of the logits. With ``skips`` False all are asked for every picture, to the same answers.
     """
 
     steepness = 1 + 2 / BLEND
@@ -38,7 +38,9 @@ class Cascade(Ensemble):
     def forward(self, views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         return super().forward(views) if self.training else self.asked(list(self.parts), views)
 
-    def asked(self, parts: Sequence[Callable[[Tensor], Tensor]], views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+    def asked(
+        self, parts: Sequence[Callable[[Tensor], Tensor]], views: Float[Tensor, "N C H W"]
+    ) -> Float[Tensor, "N K"]:
         """What the cascade answers where ``parts`` are its networks, or other ways to run them."""
         answer = parts[0](views)
         first = torch.log_softmax(answer, 1)
