@@ -75,17 +75,18 @@ def test_hidden_cells_are_those_that_see_a_hidden_pixel(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("threat", THREATS, ids=str)
-def test_equals_brute_force_over_masked_pictures(name, threat):
+@pytest.mark.parametrize("sure", [0.0, 0.1])
+def test_equals_brute_force_over_masked_pictures(name, threat, sure):
     """A front and a back end for every pair of masks, cut out of the picture, without any of PatchCURE's own parts."""
     model, images = network(name), pictures(6, 3)
-    defense = PatchCURE(model, threat, masks=2)
+    defense = PatchCURE(model, threat, masks=2, sure=sure)
     pairs = defense.views_of(SIZE)
     index = torch.arange(pairs.number(SIZE))
     rendered = render("null", images, pairs, index)
     logits = model(rendered.flatten(0, 1)).unflatten(0, (6, -1))
     torch.testing.assert_close(defense.every_pair(SIZE)(images), logits, rtol=1e-9, atol=1e-9)
     relation, scores = sees(pairs, threat, SIZE), evidence.scores(logits)
-    expected = DoubleMask().certify(scores, relation.rows)
+    expected = DoubleMask(sure).certify(scores, relation.rows)
     found = defense.certify(images, threat)
     assert torch.equal(found.label, expected.label)
     assert torch.equal(defense.predict(images), expected.label)
@@ -94,7 +95,7 @@ def test_equals_brute_force_over_masked_pictures(name, threat):
     torch.testing.assert_close(found.margin[proven], margin[proven], rtol=0, atol=1e-6)
     assert (found.margin[~proven] <= margin[~proven] + 1e-6).all()
     assert torch.equal(found.certified, proven.all(1))
-    quick = PatchCURE(model, threat, masks=2, maps=False)
+    quick = PatchCURE(model, threat, masks=2, maps=False, sure=sure)
     assert torch.equal(quick.certify(images, threat).certified, found.certified)
 
 

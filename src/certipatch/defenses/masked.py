@@ -153,6 +153,13 @@ def per_axis(value: Any, what: str) -> tuple[int, int] | None:
     return pair[0], pair[1]
 
 
+def checked_sure(sure: Any) -> float:
+    """A lead in confidence, in [0, 1). InputError on anything else."""
+    if isinstance(sure, bool) or not isinstance(sure, int | float) or not 0 <= sure < 1:
+        raise InputError(f"sure is a lead in confidence, at least 0 and less than 1, not {sure!r}")
+    return float(sure)
+
+
 def checked_fill(fill: Any) -> Fill:
     """One value in [0, 1], or a tuple of one per channel. InputError on anything else."""
     values = tuple(fill) if isinstance(fill, tuple | list) else (fill,)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence
-from certipatch.defenses.masked import MaskDefense, PerAxis
+from certipatch.defenses.masked import MaskDefense, PerAxis, checked_sure
 from certipatch.errors import InputError
 from certipatch.rules import DoubleMask
 from certipatch.rules.double_mask import predictions, sureness
@@ -31,10 +31,10 @@ class PatchCleanser(MaskDefense):
             own.
         stride: pixels from mask to mask; None for the smallest that so many masks allow.
         fill: what masks are painted with; None for the model's own ``fill``, else 0.5.
-        sure: the mean lead in confidence that lets a mask win against the majority (see ``rules.DoubleMask``); 0 asks nothing.
         maps: margins of all places; False stops as soon as the verdict on the threat is known, and leaves −inf where
             nothing was proven until then.
         batch_size: masked pictures per forward pass (default: 2²⁰ pixels).
+        sure: the mean lead in confidence that lets a mask win against the majority (see ``rules.DoubleMask``); 0 asks nothing.
 
     First all one-mask pictures are looked at, then rows of disagreers until they fail, then pairs in the order of their
     one-mask confidence, the weakest first; a pair is looked at once, and not at all where both its masks have failed.
@@ -59,9 +59,7 @@ class PatchCleanser(MaskDefense):
         sure: float = 0.0,
     ):
         super().__init__(model, threat, masks, stride, fill, batch_size)
-        if isinstance(sure, bool) or not isinstance(sure, int | float) or not 0 <= sure < 1:
-            raise InputError(f"sure is a lead in confidence, at least 0 and less than 1, not {sure!r}")
-        self.maps, self.sure = maps, float(sure)
+        self.maps, self.sure = maps, checked_sure(sure)
         self.theorem = DoubleMask(self.sure).theorem
         self._covers: dict[tuple[int, int], Bool[Tensor, "L M"]] = {}
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence, ViewDefense
-from certipatch.defenses.masked import checked_threats, covering_masks, per_axis
+from certipatch.defenses.masked import checked_sure, checked_threats, covering_masks, per_axis
 from certipatch.defenses.patchcleanser import _Look
 from certipatch.errors import InputError
 from certipatch.models import SharedFront
@@ -34,6 +34,7 @@ class PatchCURE(ViewDefense):
         stride: cells from mask to mask; None for the smallest that so many masks allow.
         maps: margins of all places; False stops as soon as the verdict on the threat is known.
         batch_size: masked maps, or pictures, in a batch (default: as many as 2²⁰ pixels have pictures).
+        sure: the mean lead in confidence that lets a mask win against the majority (see ``rules.DoubleMask``); 0 asks nothing.
 
     A patch touches the features that see a pixel of it: a box of cells. Masks are boxes of cells that cover every such
     box; a pixel counts as hidden by a mask when no cell outside of it sees the pixel. That every place of the patch is
@@ -55,14 +56,15 @@ class PatchCURE(ViewDefense):
         stride: PerAxis = None,
         maps: bool = True,
         batch_size: int | None = None,
+        sure: float = 0.0,
     ):
         if not isinstance(model, SharedFront):
             raise InputError("patchcure needs a network with a shared front: shared-bagnet or shared-vit")
         super().__init__(model, None, batch_size)
         self.front: SharedFront = model
-        self.threats, self.maps = checked_threats(threat), maps
+        self.threats, self.maps, self.sure = checked_threats(threat), maps, checked_sure(sure)
         self.masks, self.stride = per_axis(masks, "masks"), per_axis(stride, "stride")
-        self.theorem = DoubleMask().theorem
+        self.theorem = DoubleMask(self.sure).theorem
         self._covers: dict[tuple[int, int], Bool[Tensor, "L M"]] = {}
         self._cells: dict[tuple[int, int], MaskPairs] = {}
         self._costs: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -72,6 +74,7 @@ class PatchCURE(ViewDefense):
         return {
             "masks": self.masks and list(self.masks),
             "stride": self.stride and list(self.stride),
+            "sure": self.sure,
             "maps": self.maps,
             "threat": threats if len(threats) > 1 else threats[0],
         }
@@ -89,7 +92,7 @@ class PatchCURE(ViewDefense):
         return found
 
     def rule(self, image_size: tuple[int, int]) -> DoubleMask:
-        return DoubleMask()
+        return DoubleMask(self.sure)
 
     def values(
         self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance
@@ -191,7 +194,7 @@ class _OnFeatures:
     def __init__(self, defense: PatchCURE, image_size: tuple[int, int], batch_size: int):
         self.cells, self.batch_size = defense._cells[image_size], batch_size
         self.model = _Back(defense.front)
-        self.label = defense.label
+        self.label, self.sure = defense.label, defense.sure
 
     def views_of(self, grid: tuple[int, int]) -> MaskPairs:
         return self.cells

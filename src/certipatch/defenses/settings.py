@@ -139,6 +139,7 @@ class PatchCURESettings(Settings):
     masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
     stride: PerAxis | tuple[PerAxis, PerAxis] | None = None
     patch: Side = 5
+    sure: float = Field(default=0.0, ge=0, lt=1)
     maps: bool = False
 
 
