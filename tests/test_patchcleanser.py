@@ -338,3 +338,24 @@ def test_pictures_that_do_not_fit():
 def test_settings_are_plain_values():
     for made in (cp.PatchCleanser, cp.MinorityReports):
         assert json.dumps(made(Thirds().eval(), THREAT, masks=(2, 4)).settings())
+
+
+@pytest.mark.parametrize("sure", [-0.1, 1.0, math.nan, True, "0.3"])
+def test_how_sure_a_mask_must_be_is_a_lead(sure):
+    with pytest.raises(InputError, match="sure is a lead in confidence"):
+        cp.PatchCleanser(Thirds().eval(), THREAT, sure=sure)
+
+
+def test_a_mask_that_is_not_sure_does_not_win():
+    """Masks hide a dim bright spot: what is left is answered otherwise under all second masks, with a small lead."""
+    x = torch.full((1, 2, *SIZE), 0.3)
+    x[:, :, 1:3, 1:3] = 0.9  # makes the first third the brightest
+    x[:, :, 8:, :] = 0.302
+    network = Thirds(sharpness=25.0)
+    network.weight.copy_(torch.eye(3))
+    paper, asks = (cp.PatchCleanser(network.eval(), THREAT, masks=3, fill=0.3, sure=sure) for sure in (0.0, 0.3))
+    assert paper.predict(x).tolist() == [2]
+    assert asks.predict(x).tolist() == [0]
+    assert "mean lead of 0.3" in asks.theorem
+    for defense in (paper, asks):
+        assert not defense.certify(x, THREAT).certified.any()
