@@ -15,7 +15,7 @@ from certipatch.models import Cascade, ModelSettings, create
 from certipatch.models.cascade import BLEND
 from certipatch.models.quickest import quickest
 from certipatch.testing import check_defense
-from certipatch.views import MaskPairs, mask_set
+from certipatch.views import Columns, MaskPairs, mask_set
 
 THREAT = cp.PatchThreat(3)
 MEMBERS = ({"name": "conv", "widths": (4, 6)}, {"name": "conv", "widths": (6, 8)})
@@ -151,6 +151,16 @@ def test_what_it_refuses():
         create(ModelSettings(name="cascade", members=nulls, mirror=True), None, 3, 4, (12, 12))
     with pytest.raises(InputError, match="cannot be traced"):
         cp.IntervalBounds(trained()).certify(torch.rand(1, 3, 12, 12), THREAT)
+
+
+def test_logits_of_a_cascade_are_no_evidence():
+    """Rounding moves the logarithm of a small confidence by more than its share of the blend."""
+    columns = Columns(4, 4)
+    network = create(ModelSettings(name="cascade", members=MEMBERS), columns, 3, 4, (12, 12)).eval()
+    images = torch.rand(2, 3, 12, 12)
+    with pytest.raises(InputError, match="a cascade's confidences are bounded"):
+        cp.PatchGuard(network, THREAT, columns, evidence="logits").certify(images, THREAT)
+    assert cp.PatchGuard(network, THREAT, columns, evidence="confidence").certify(images, THREAT).label.shape == (2,)
 
 
 def test_settings_are_kept():

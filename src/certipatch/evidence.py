@@ -246,9 +246,13 @@ def _checked(
             changed = answer(torch.where(shown, probes, fill), view[None])
             measure(changed[:, 0], alone[:, position], f"view {int(view)} leaks: its answer depends on hidden pixels")
     floor = FLOORS.get(dtype, 1e-6)
+    steepness = getattr(model, "steepness", 1.0)  # of what the model does with confidences
+    if raw and steepness != 1:
+        raise InputError(
+            "model refused: a cascade's confidences are bounded, not their logarithms; choose other evidence"
+        )
     if raw:
         return Tolerance(atol=max(4 * worst, floor), rtol=floor)
     largest = alone.abs().max().item()  # a score hides how large its logits are, and with them their rounding
-    steepness = getattr(model, "steepness", 1.0)  # of what the model does with confidences
     rounding = max(2 * worst, floor * max(1.0, largest))  # |Δ softmax| ≤ max |Δ logit| / 2
     return Tolerance(atol=steepness * rounding, rtol=floor)

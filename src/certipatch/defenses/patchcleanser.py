@@ -167,13 +167,12 @@ class _Look:
         while True:
             good = (self.answers == label) & (self.gaps > 2 * self.error[:, None])
             holds = (good | ~self.known)[:, self.table].all(2)  # (B, M): has not failed
-            proven = (good & self.known)[:, self.table].all(2)
             if self.defense.sure:
                 lead = (self.gaps - 2 * self.error[:, None]).masked_fill(~self.known, 1.0)  # a lead is at most 1
-                surely = sureness(lead[:, self.table]) > self.defense.sure
-                holds, proven = holds & surely, proven & surely
+                holds &= sureness(lead[:, self.table]) > self.defense.sure
             wanted = (holds[:, one] | holds[:, other]) & ~self.known
             if covers is not None:
+                proven = holds & self.known[:, self.table].all(2)
                 lost = ~(covers & holds[:, None]).any(2).all(1)
                 won = (covers & proven[:, None]).any(2).all(1)
                 wanted &= ~(lost | won)[:, None]

@@ -38,9 +38,13 @@ def quickest(
     way, without measurement, or torch as it is where that cannot be had. The networks of a cascade run as is best for its first.
     """
     if isinstance(network, Cascade):
-        name, _ = quickest(network.parts[0], pictures, number, only)
-        ways = [quickest(part, pictures, number, name)[1] or part for part in network.parts]
-        return name, None if name == AS_IT_IS else partial(network.asked, ways)
+        first, *others = network.parts
+        name, run = quickest(first, pictures, number, only)
+        if run is None:
+            return name, None
+        return name, partial(
+            network.asked, [run, *(quickest(part, pictures, number, name)[1] or part for part in others)]
+        )
     no_choice = pictures.device.type != "cpu" or isinstance(network, OnnxNetwork)
     if only == AS_IT_IS or no_choice or not any(True for _ in network.parameters()):
         return AS_IT_IS, None

@@ -140,7 +140,8 @@ def leads(evidence: Shaped[Tensor, "B V K"], label: Int64[Tensor, " B"]) -> Floa
 
 def best_leads(evidence: Shaped[Tensor, "B V K"]) -> Float64[Tensor, "B V"]:
     """How far the best class of every view leads the next."""
-    top = evidence.double().clamp(-HUGE, HUGE).topk(2, 2).values
+    values = evidence if evidence.is_floating_point() else evidence.double()
+    top = values.topk(2, 2).values.double().clamp(-HUGE, HUGE)
     return top[..., 0] - top[..., 1]
 
 
