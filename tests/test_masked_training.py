@@ -445,6 +445,23 @@ def test_recipes_train_any_network(changes, tmp_path):
     assert len(masks_of(defense, card.image_size)) == 9
 
 
+def test_plain_pictures_at_the_end_are_neither_turned_nor_mixed(tmp_path):
+    data = write_parquet(tmp_path / "data")
+    strong = {"shift": 2, "flip": True, "rotate": 10, "scale": 0.2, "colour": 0.3}
+    runs = {
+        "plain": {"augment": {"shift": 2, "flip": True}, "masking": CLIMBING},
+        "at once": {"augment": strong, "masking": CLIMBING | {"mix": 0.4}, "plain_from": 0},
+        "half way": {"augment": strong, "masking": CLIMBING | {"mix": 0.4}, "plain_from": 0.5},
+        "never": {"augment": strong, "masking": CLIMBING | {"mix": 0.4}},
+    }
+    weights = {}
+    for name, changes in runs.items():
+        recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | {"epochs": 2} | changes), [f"data={data}"])
+        weights[name] = train(recipe, tmp_path / name).sha256
+    assert weights["plain"] == weights["at once"]
+    assert len(set(weights.values())) == 3
+
+
 class Stop(Exception):
     pass
 
@@ -511,7 +528,7 @@ def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity()
 def test_shipped_recipes_are_read():
     names = ("mnist-double-mask", "mnist-double-mask-144", "cifar10-double-mask", "imagenette-double-mask")
     names += ("imagenette-double-mask-random",)
-    parts = ("random", "narrow", "narrow-mixed", "narrow-refined", "wide", "mixed", "refined", "cascade")
+    parts = ("random", "narrow", "narrow-long", "narrow-mixed", "narrow-refined", "wide", "mixed", "refined", "cascade")
     names += tuple(f"cifar10-double-mask-{part}" for part in parts)
     for name, masks in zip(names, (36, 144, 49, 16, 16, *len(parts) * [49]), strict=True):
         recipe = read(cp_recipe(name))

@@ -225,6 +225,7 @@ class MaskLoss:
         precision: in which gradients of pictures are taken: that of ``module``.
         memory: the masks of each picture, for the strategy ``climbing``; turned to the batch before each call.
         classes: K, where pictures are mixed.
+        mixed_until: the share of the training up to which they are.
     """
 
     def __init__(
@@ -237,15 +238,16 @@ class MaskLoss:
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
         memory: Memory | None = None,
         classes: int = 0,
+        mixed_until: float = 1.0,
     ):
         self.network, self.module, self.masks, self.asked, self.fill = network, module, masks, asked, fill
-        self.precision, self.memory, self.classes = precision, memory, classes
+        self.precision, self.memory, self.classes, self.mixed_until = precision, memory, classes, mixed_until
         self.encoding = getattr(network, "encoding", "picture")
 
     def __call__(
         self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], share: float, draw: torch.Generator
     ) -> Float[Tensor, ""]:
-        if self.asked.mix:
+        if self.asked.mix and share < self.mixed_until:
             images, targets = mixed(images, F.one_hot(targets, self.classes).float(), self.asked.mix, draw)
         if self.asked.strategy == "climbing" and share >= self.asked.climbing_from:
             return self.cross_entropy(self.climbing(images, targets, draw), targets)

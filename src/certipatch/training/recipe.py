@@ -174,6 +174,11 @@ class Augment(BaseModel):
     colour: float = Field(default=0.0, ge=0, lt=1)
     """0.2: brightness, contrast and saturation up to 1.2 times as strong or as weak, each drawn for each picture."""
 
+    @property
+    def plain(self) -> "Augment":
+        """The same without those changes that no picture to be answered has."""
+        return self.model_copy(update={"rotate": 0.0, "scale": 0.0, "colour": 0.0})
+
 
 class Recipe(Described):
     """A training, from data to a certified defense on disk."""
@@ -200,6 +205,9 @@ class Recipe(Described):
     masking: MaskTraining | None = None
     """Training under masks, instead of ``objective``, for the defenses that lay masks over pictures."""
     augment: Augment = Augment()
+    plain_from: float = Field(default=1.0, ge=0, le=1)
+    """Share of the training after which pictures are only shifted, mirrored and cropped: not turned, scaled, recoloured or
+    mixed, as those that are to be answered are not."""
     epochs: int = Field(ge=0, le=10_000)
     """0: what it starts with, as it is, as an ensemble of trained models."""
     batch_size: int = Field(default=128, ge=1, le=65_536)

@@ -121,10 +121,11 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             epoch_of_order = epoch
         chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
         draw = _generator(recipe.seed, step, 2)
-        changes = draw_changes(len(chosen), size, recipe.augment, draw)
+        augment = recipe.augment if step < recipe.plain_from * total else recipe.augment.plain
+        changes = draw_changes(len(chosen), size, augment, draw)
         images = changes.of(every[chosen]).float().div_(255)
-        if recipe.augment.colour:
-            images = recoloured(images, recipe.augment.colour, draw)
+        if augment.colour:
+            images = recoloured(images, augment.colour, draw)
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         if memory is not None:
             memory.turn_to(chosen, changes, chunk)
@@ -265,4 +266,4 @@ def _masked(
         )
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
-    return MaskLoss(network, module, Masks(levels, fabric.device), asked, fill, fabric.autocast, memory, classes)
+    return MaskLoss(network, module, Masks(levels, fabric.device), asked, fill, fabric.autocast, memory, classes, recipe.plain_from)
