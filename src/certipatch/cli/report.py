@@ -27,4 +27,4 @@ def report(
     from certipatch.cli.rebuild import rebuild
 
     path = rebuild(run, data, model)
-    typer.echo(f"report     {path}  ({path.stat().st_size / 1e6:.1f} MB)")
+    typer.echo(f"report     {path}  ({path.stat().st_size / 1e6:.2g} MB)")
