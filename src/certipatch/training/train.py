@@ -121,7 +121,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             epoch_of_order = epoch
         chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
         draw = _generator(recipe.seed, step, 2)
-        augment = recipe.augment if step < recipe.plain_from * total else recipe.augment.plain
+        share = step / total
+        augment = recipe.augment if share < recipe.plain_from else recipe.augment.plain
         changes = draw_changes(len(chosen), size, augment, draw)
         images = changes.of(every[chosen]).float().div_(255)
         if augment.colour:
@@ -131,9 +132,9 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             memory.turn_to(chosen, changes, chunk)
         images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
         for group in stepped.param_groups:
-            group["lr"] = recipe.learning_rate * group.get("scale", 1.0) * _rate(recipe, step / total)
+            group["lr"] = recipe.learning_rate * group.get("scale", 1.0) * _rate(recipe, share)
         stepped.zero_grad(set_to_none=True)
-        loss = weight * loss_of(images, targets[chosen][chunk].to(fabric.device), step / total, draw)
+        loss = weight * loss_of(images, targets[chosen][chunk].to(fabric.device), share, draw)
         fabric.backward(loss)
         if memory is not None:
             memory.meet(fabric)
@@ -266,4 +267,5 @@ def _masked(
         )
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
-    return MaskLoss(network, module, Masks(levels, fabric.device), asked, fill, fabric.autocast, memory, classes, recipe.plain_from)
+    masks, until = Masks(levels, fabric.device), recipe.plain_from
+    return MaskLoss(network, module, masks, asked, fill, fabric.autocast, memory, classes, until)
