@@ -11,14 +11,16 @@ from torch import nn
 import certipatch as cp
 from certipatch.errors import InputError
 from certipatch.evidence import check_model
-from certipatch.models import Cascade, ModelSettings, create
+from certipatch.models import Cascade, Filled, ModelSettings, create
 from certipatch.models.cascade import BLEND
 from certipatch.models.quickest import quickest
 from certipatch.testing import check_defense
+from certipatch.training.masking import laid_over
 from certipatch.views import Columns, MaskPairs, mask_set
 
 THREAT = cp.PatchThreat(3)
 MEMBERS = ({"name": "conv", "widths": (4, 6)}, {"name": "conv", "widths": (6, 8)})
+NULLS = ({"name": "conv", "widths": (4, 6), "null_encoding": True}, MEMBERS[1])
 
 
 class Reads(nn.Module):
@@ -100,12 +102,12 @@ def test_gradients_are_finite_everywhere():
     assert (pictures.grad[:, 0, 1] != 0).any(1).float().mean() > 0.3
 
 
-def trained(**sizes) -> Cascade:
+def trained(members=MEMBERS, **sizes) -> Cascade:
     torch.manual_seed(0)
-    network = create(ModelSettings(name="cascade", members=MEMBERS, **sizes), None, 3, 4, (12, 12)).eval()
+    network = create(ModelSettings(name="cascade", members=members, **sizes), None, 3, 4, (12, 12)).eval()
     with torch.no_grad():
         for part in network.parts:
-            part.head.weight *= 100
+            getattr(part, "network", part).head.weight *= 100
     return network
 
 
@@ -120,23 +122,40 @@ def test_the_model_check_and_its_tolerance():
     assert check_model(cp.PatchCleanser(network, THREAT, masks=3).model, views, images).atol < tolerance.atol / 10
 
 
-def test_certificates_hold_and_faster_ways_answer_alike():
+def test_networks_of_filled_pictures_beside_those_of_null_encoded_ones():
+    network, images = trained(NULLS, mirror=True), torch.rand(6, 3, 12, 12)
+    first, filled = network.parts
+    assert (network.encoding, first.encoding, filled.network.encoding) == ("null", "null", "picture")
+    hidden = mask_set([THREAT], (12, 12), (3, 3), None)[:6]
+    shown, painted = (laid_over(encoding, images, hidden, 0.5) for encoding in ("null", "picture"))
+    torch.testing.assert_close(filled(shown), filled.network(painted))
+    mean = first(shown) + first(shown.flip(3)) + filled.network(painted) + filled.network(painted.flip(3))
+    network.confident = 1.0
+    torch.testing.assert_close(network(shown).exp(), (mean / 4).softmax(1), atol=1e-4, rtol=0)
+    filled.network.fill, per_channel = (0.1, 0.2, 0.3), laid_over("picture", images, hidden, (0.1, 0.2, 0.3))
+    torch.testing.assert_close(Filled(filled.network)(shown), filled.network(per_channel))
+
+
+@pytest.mark.parametrize("members", [MEMBERS, NULLS], ids=["filled", "NULL-encoded"])
+def test_certificates_hold_and_faster_ways_answer_alike(members):
     images = torch.rand(8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
     images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    network = trained(mirror=True)
-    network.confident = float(lead(network.parts[0](images)).median())
+    network = trained(members, mirror=True)
+    nothing = torch.zeros(8, 12, 12, dtype=torch.bool)
+    shown = laid_over(network.encoding, images, nothing)
+    network.confident = float(lead(network.parts[0](shown).detach()).median())
     defense = cp.PatchCleanser(network, THREAT, masks=3, fill=0.5)
     tried = check_defense(defense, images, THREAT, slack=1e-3, trials=4)
     assert tried.certified > 20
     for way in ("channels last", "onnxruntime"):
-        name, run = quickest(network, images[:2], 1000, way)
+        name, run = quickest(network, shown[:2], 1000, way)
         if name == way:
             assert run is not None
-            torch.testing.assert_close(run(images), network(images), atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(run(shown), network(shown), atol=1e-3, rtol=1e-3)
         else:
             pytest.importorskip("onnxruntime")
             raise AssertionError(name)
-    assert quickest(network, images[:2], 1, None) == ("torch", None)
+    assert quickest(network, shown[:2], 1, None) == ("torch", None)
 
 
 def test_what_it_refuses():
@@ -146,9 +165,11 @@ def test_what_it_refuses():
         create(ModelSettings(name="cascade", members=MEMBERS, widths=(4,)), None, 3, 4, (12, 12))
     with pytest.raises(InputError, match="the cascade has members"):
         create(ModelSettings(name="cascade"), None, 3, 4, (12, 12))
-    nulls = ({"name": "resnet18", "widths": (4, 4), "depth": 1},) * 2
     with pytest.raises(InputError, match="mirrors whole pictures"):
-        create(ModelSettings(name="cascade", members=nulls, mirror=True), None, 3, 4, (12, 12))
+        create(ModelSettings(name="cascade", members=MEMBERS, mirror=True), Columns(4, 4), 3, 4, (12, 12))
+    mixed = (MEMBERS[0], {"name": "resnet18", "widths": (4, 4), "depth": 1})
+    with pytest.raises(InputError, match="read pictures in the same way"):
+        create(ModelSettings(name="cascade", members=mixed), Columns(4, 4), 3, 4, (12, 12))
     with pytest.raises(InputError, match="cannot be traced"):
         cp.IntervalBounds(trained()).certify(torch.rand(1, 3, 12, 12), THREAT)
 

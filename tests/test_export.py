@@ -15,7 +15,7 @@ from certipatch.errors import InputError
 from certipatch.export import AsGraph, to_onnx
 from certipatch.export.rules import graph
 from certipatch.models import Cascade, ModelSettings
-from certipatch.views.render import render
+from certipatch.views.render import null, render
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 onnx = pytest.importorskip("onnx", reason="needs onnx")
@@ -72,7 +72,7 @@ def network(views: vw.Views | None, **settings) -> torch.nn.Module:
     hooks = [head.register_forward_hook(centre) for head in heads]
     index = None if views is None else torch.arange(views.number(SIZE))
     shown = (
-        pictures(20, 0)
+        whole(found)
         if index is None or found.encoding == "all-views"
         else render(found.encoding, pictures(20, 0), views, index).flatten(0, 1)
     )
@@ -89,15 +89,22 @@ def pictures(count: int, seed: int) -> torch.Tensor:
     return (coarse + 0.1 * torch.rand(count, 1, *SIZE, generator=generator)).clamp(0, 1)
 
 
+def whole(found: torch.nn.Module) -> torch.Tensor:
+    """Twenty pictures of which nothing is hidden, as a network reads them."""
+    shown = pictures(20, 0)
+    return null(shown, torch.ones(1, *SIZE, dtype=torch.bool))[:, 0] if found.encoding == "null" else shown
+
+
 VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
 CONV = {"name": "conv", "widths": (8, 8)}
 THREAT = cp.PatchThreat(2)
 
 
-def cascade() -> Cascade:
+def cascade(null_encoding: bool | None = None) -> Cascade:
     """Of two networks; the first is confident about half of the pictures."""
-    found = Cascade([network(None, **CONV), network(None, name="conv", widths=(4, 8))], mirror=True).eval()
-    best = found.parts[0](pictures(20, 0)).softmax(1).topk(2, 1).values
+    first = network(None, **CONV, null_encoding=null_encoding)
+    found = Cascade([first, network(None, name="conv", widths=(4, 8))], mirror=True).eval()
+    best = first(whole(first)).softmax(1).topk(2, 1).values
     found.confident = float((best[:, 0] - best[:, 1]).median())
     return found
 
@@ -121,6 +128,7 @@ def composed(name: str) -> defenses.Defense:
             network(None, name="shared-vit", dim=8, local=1, depth=1, heads=2), THREAT, masks=2),
         "double masking of a ViT": lambda: PatchCleanser(network(None, **VIT), THREAT, masks=2),
         "double masking of a cascade": lambda: PatchCleanser(cascade(), THREAT, masks=3, sure=0.2),
+        "double masking of a NULL-encoded cascade": lambda: PatchCleanser(cascade(True), THREAT, masks=3, sure=0.2),
         "minority reports": lambda: MinorityReports(network(None, **CONV), THREAT, masks=3, threshold=0.35),
         "undefended": lambda: Undefended(network(None, **CONV)),
     }[name]()  # fmt: skip
@@ -128,7 +136,8 @@ def composed(name: str) -> defenses.Defense:
 
 @pytest.mark.parametrize("name", ["votes of a ViT", "cropped columns", "cropped blocks", "cropped cross", "NULL-encoded",
                                   "local logits", "detection", "double masking", "double masking of a ViT",
-                                  "double masking of a cascade", "shared front", "minority reports", "undefended"])  # fmt: skip
+                                  "double masking of a cascade", "double masking of a NULL-encoded cascade", "shared front",
+                                  "minority reports", "undefended"])  # fmt: skip
 def test_graphs_answer_as_the_defense(name):
     defense = composed(name)
     images = pictures(40, 1)
@@ -150,7 +159,14 @@ CARD = {"name": "mine", "defense": "undefended", "model": CONV, "image_size": SI
 
 @pytest.mark.parametrize(
     "name",
-    ["shared front", "double masking of a shared ViT", "double masking of a cascade", "votes of a ViT", "detection"],
+    [
+        "shared front",
+        "double masking of a shared ViT",
+        "double masking of a cascade",
+        "double masking of a NULL-encoded cascade",
+        "votes of a ViT",
+        "detection",
+    ],
 )
 def test_further_defenses_as_files(name, tmp_path):
     defense = composed(name)

@@ -12,7 +12,7 @@ from certipatch.models.cnn import CNN
 from certipatch.models.conv import ConvNet, CrossConvNet
 from certipatch.models.crop import CropNet
 from certipatch.models.efficientnet import EfficientNetLite
-from certipatch.models.ensemble import Ensemble
+from certipatch.models.ensemble import Ensemble, Filled
 from certipatch.models.mlp import MLP
 from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
@@ -33,6 +33,7 @@ __all__ = [
     "CrossNet",
     "EfficientNetLite",
     "Ensemble",
+    "Filled",
     "ModelSettings",
     "ResNet18",
     "SharedBagNet",
@@ -105,6 +106,8 @@ class ModelSettings(BaseModel):
     """Of a conv network, EfficientNet or cascade: mirror images, too, give an answer; the mean counts."""
     temperature: float | None = Field(default=None, gt=0, le=100)
     """Of a conv network: what its logits are divided by, once it is trained."""
+    null_encoding: bool | None = None
+    """Of a conv network of whole pictures: hidden pixels are zeros in twice the channels, which no pixel is."""
     patch: int | None = Field(default=None, ge=1, le=64)
     """Of a ViT: side of a token in pixels."""
     dim: int | None = Field(default=None, ge=1, le=1280)

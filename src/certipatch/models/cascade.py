@@ -31,7 +31,7 @@ class Cascade(Ensemble):
 
     def __init__(self, parts: Sequence[nn.Module], confident: float = 0.6, mirror: bool = False):
         super().__init__(parts)
-        if mirror and self.encoding != "picture":
+        if mirror and self.encoding not in ("picture", "null"):
             raise InputError("a cascade mirrors whole pictures; its networks read others")
         self.confident, self.mirror, self.skips = confident, mirror, True
 

@@ -13,7 +13,7 @@ from certipatch.views import Bands, Blocks, Columns, Cross, RandomViews, Rows, V
 
 
 class ConvNet(nn.Module):
-    """Logits of small pictures: whole, cropped to a band or block, or NULL-encoded random views.
+    """Logits of small pictures: whole, cropped to a band or block, or NULL-encoded.
 
     Args:
         views: the bands or blocks that it reads one at a time, cropped, with their position as channels; random views,
@@ -29,6 +29,7 @@ class ConvNet(nn.Module):
             which shows the same pixels; for networks that learned from pictures of both kinds.
         temperature: once trained, logits are divided by it; below 1 confidences are sharper, which robust masking and
             thresholds count on. To be chosen on held-out pictures.
+        null_encoding: whole pictures are read as ``[x, 1 − x]``, with zeros for hidden pixels, a value that no pixel has.
 
     ``forward`` maps what is read (N, C + positions, h, w) to logits (N, K).
     """
@@ -44,6 +45,7 @@ class ConvNet(nn.Module):
         depth: int = 2,
         mirror: bool = False,
         temperature: float = 1.0,
+        null_encoding: bool = False,
     ):
         super().__init__()
         if depth < 2:
@@ -51,12 +53,14 @@ class ConvNet(nn.Module):
         self.views, self.width, self.mirror, self.temperature = views, image_size[1], mirror, temperature
         self.encoding = "picture" if views is None else "crop"
         size, channels = image_size, in_channels
+        if null_encoding and views is not None:
+            raise InputError("null_encoding is for whole pictures; leave it out, or views")
         if isinstance(views, Bands):
             length = image_size[0] if views.name == "columns" else image_size[1]
             size, channels = (length, views.width), in_channels + 1
         elif isinstance(views, Blocks):
             size, channels = (views.width, views.width), in_channels + 2
-        elif isinstance(views, RandomViews):
+        elif isinstance(views, RandomViews) or null_encoding:
             self.encoding, channels = "null", 2 * in_channels
         elif views is not None:
             raise InputError(f"the conv network reads bands, blocks or whole pictures, not {views.settings()['name']}")

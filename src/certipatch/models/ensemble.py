@@ -1,27 +1,52 @@
 """Several networks that answer together (Lakshminarayanan et al. 2017, of logits): errors that they do not share cancel."""
 
 from collections.abc import Sequence
+from typing import final
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from certipatch.errors import InputError
+from certipatch.views.render import Fill, constant
+
+
+@final
+class Filled(nn.Module):
+    """A network of filled pictures that is shown NULL-encoded ones: pixels that are zeros in all channels get its ``fill``.
+
+    ``forward`` maps ``[x, 1 − x]`` (N, 2C, H, W) to logits (N, K).
+    """
+
+    encoding = "null"
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.fills = network, _fill(network)
+
+    def forward(self, views: Float[Tensor, "N C2 H W"]) -> Float[Tensor, "N K"]:
+        seen, rest = views.chunk(2, dim=1)
+        return self.network(seen + constant(seen, self.fills) * (1 - seen - rest))
 
 
 class Ensemble(nn.Module):
     """The mean of the logits of networks that read the same, as separately trained ones (start: one model for each).
 
     Args:
-        parts: the networks; all read the same ``encoding``, and masks of the same ``fill``.
+        parts: the networks; all read the same ``encoding``, and masks of the same ``fill``. Where one of them reads
+            NULL-encoded pictures, those of filled ones get them as such.
 
     ``forward`` maps what they read (N, C, H, W) to logits (N, K). Errors: InputError where they read something else.
     """
 
     def __init__(self, parts: Sequence[nn.Module]):
         super().__init__()
-        read = {(getattr(part, "encoding", "null"), getattr(part, "fill", 0.5)) for part in parts}
-        if len(read) > 1:
+        read = {getattr(part, "encoding", "null") for part in parts}
+        if "null" in read and read <= {"null", "picture", "fill"}:
+            parts = [part if getattr(part, "encoding", "null") == "null" else Filled(part) for part in parts]
+        ways = {(getattr(part, "encoding", "null"), _fill(part)) for part in parts}
+        if len(ways) > 1:
             raise InputError("the members of an ensemble must read pictures in the same way, with masks of one fill")
-        ((self.encoding, self.fill),) = read
+        ((self.encoding, self.fill),) = ways
         self.parts = nn.ModuleList(parts)
 
     def forward(self, views):  # torch.fx calls it with a proxy, which has no shape to check
@@ -30,3 +55,7 @@ class Ensemble(nn.Module):
         for part in others:
             answer = answer + part(views)
         return answer / len(self.parts)
+
+
+def _fill(network: nn.Module) -> Fill:
+    return getattr(network, "fill", 0.5)

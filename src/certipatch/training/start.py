@@ -5,7 +5,7 @@ from torch import nn
 from certipatch.defenses import card as cards
 from certipatch.defenses import locate
 from certipatch.errors import InputError
-from certipatch.models import CrossConvNet, CrossNet, EfficientNetLite, Ensemble
+from certipatch.models import CrossConvNet, CrossNet, EfficientNetLite, Ensemble, Filled
 from certipatch.models.adapters import open_model
 
 PRETRAINED = "imagenet-lite"  # of somebody else's models the only one that a recipe may name: it runs no code of theirs
@@ -36,7 +36,7 @@ def start_from(start: Start, network: nn.Module, classes: tuple[str, ...]) -> No
             f"start: the recipe's network has {len(network.parts)} parts, but {len(start)} models are given"
         )
     for name, part in zip(start, network.parts, strict=True):
-        _copy(name, part)
+        _copy(name, part.network if isinstance(part, Filled) else part)
     return None
 
 
