@@ -128,6 +128,8 @@ def composed(name: str) -> defenses.Defense:
             network(None, name="shared-vit", dim=8, local=1, depth=1, heads=2), THREAT, masks=2),
         "double masking of a ViT": lambda: PatchCleanser(network(None, **VIT), THREAT, masks=2),
         "double masking of a cascade": lambda: PatchCleanser(cascade(), THREAT, masks=3, sure=0.2),
+        "double masking with finer masks": lambda: PatchCleanser(
+            network(None, **CONV), THREAT, masks=2, finer=2, confident=0.4),
         "double masking of a NULL-encoded cascade": lambda: PatchCleanser(cascade(True), THREAT, masks=3, sure=0.2),
         "minority reports": lambda: MinorityReports(network(None, **CONV), THREAT, masks=3, threshold=0.35),
         "undefended": lambda: Undefended(network(None, **CONV)),
@@ -136,8 +138,8 @@ def composed(name: str) -> defenses.Defense:
 
 @pytest.mark.parametrize("name", ["votes of a ViT", "cropped columns", "cropped blocks", "cropped cross", "NULL-encoded",
                                   "local logits", "detection", "double masking", "double masking of a ViT",
-                                  "double masking of a cascade", "double masking of a NULL-encoded cascade", "shared front",
-                                  "minority reports", "undefended"])  # fmt: skip
+                                  "double masking of a cascade", "double masking with finer masks",
+                                  "double masking of a NULL-encoded cascade", "shared front", "minority reports", "undefended"])  # fmt: skip
 def test_graphs_answer_as_the_defense(name):
     defense = composed(name)
     images = pictures(40, 1)
@@ -164,6 +166,7 @@ CARD = {"name": "mine", "defense": "undefended", "model": CONV, "image_size": SI
         "double masking of a shared ViT",
         "double masking of a cascade",
         "double masking of a NULL-encoded cascade",
+        "double masking with finer masks",
         "votes of a ViT",
         "detection",
     ],

@@ -412,6 +412,8 @@ TINY = {
 }
 
 
+FINER = TINY["settings"] | {"finer": 2, "confident": 0.4}
+NULL = TINY["model"] | {"null_encoding": True}
 SHARED = {"name": "shared-bagnet", "widths": [8, 8, 8, 8, 8]}
 VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
 
@@ -425,9 +427,10 @@ VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
         {"masking": {"strategy": "greedy", "tries": 2}, "precision": "bf16-mixed", "epochs": 1},
         {"masking": CLIMBING, "precision": "bf16-mixed", "epochs": 2},
         {"masking": CLIMBING | {"searched": 0.2, "coarse": [2]}, "epochs": 2},
+        {"masking": CLIMBING | {"finer": 0.5}, "epochs": 2, "model": NULL, "settings": FINER},
         {"defense": "minority-reports", "masking": {"strategy": "random"}, "epochs": 1},
     ],
-    ids=["conv", "vit", "shared front", "tries", "climbing", "searched", "minority reports"],
+    ids=["conv", "vit", "shared front", "tries", "climbing", "searched", "finer masks", "minority reports"],
 )
 def test_recipes_train_any_network(changes, tmp_path):
     data = write_parquet(tmp_path / "data")
@@ -442,7 +445,31 @@ def test_recipes_train_any_network(changes, tmp_path):
     if not changes:
         assert right.double().mean() > 0.8
         assert (right & found.certified).any()
-    assert len(masks_of(defense, card.image_size)) == 9
+    assert [len(masks) for masks in masks_of(defense, card.image_size)] == ([9, 36] if "settings" in changes else [9])
+
+
+def test_some_batches_learn_under_finer_masks_in_the_end():
+    torch.manual_seed(0)
+    network = models.ConvNet(None, 2, 3, SIZE, (8, 8), null_encoding=True)
+    larger, small = levels(2)[0], mask_set([THREAT], SIZE, (2, 2), None, (2, 2))
+    memory = Memory(8, larger)
+    memory.turn_to(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))
+    asked, masks = MaskTraining(strategy="climbing", finer=0.4, finer_from=0.5), (Masks([larger]), Masks([small]))
+    loss = MaskLoss(network, network, masks[0], asked, 0.5, memory=memory, finer=masks[1])
+    shown, batches = [], []
+    network.register_forward_hook(lambda module, given, answer: shown.append(given[0].detach()))
+    for step in range(60):
+        loss(images(8), torch.arange(8) % 3, 0.4 if step < 20 else 0.6, torch.Generator().manual_seed(step)).backward()
+        hidden = (shown[-1] == 0).all(1)
+        fits = [
+            ((one[:, None] | one) == hidden[:, None, None]).flatten(3).all(3).any(2).any(1).all()
+            for one in (larger, small)
+        ]
+        assert sum(map(bool, fits)) == 1
+        batches.append(bool(fits[1]))
+    assert not any(batches[:20])
+    assert 8 <= sum(batches) <= 24
+    assert torch.isfinite(memory.centres).all()
 
 
 def test_plain_pictures_at_the_end_are_neither_turned_nor_mixed(tmp_path):
@@ -472,12 +499,14 @@ class Stop(Exception):
         ("adamw", TINY["masking"]),
         ("muon", {"draws": 2, "draws_from": 0.5, "label_smoothing": 0.1}),
         ("adam", CLIMBING),
+        ("adam", CLIMBING | {"finer": 0.5, "finer_from": 0.3}),
     ],
-    ids=["greedy", "draws", "climbing"],
+    ids=["greedy", "draws", "climbing", "finer masks"],
 )
 def test_a_stopped_training_ends_with_the_same_weights(optimizer, masking, tmp_path):
     data = write_parquet(tmp_path / "data")
     changes = {"epochs": 3, "optimizer": optimizer, "masking": masking, "augment": {"shift": 2, "flip": True}}
+    changes |= {"settings": FINER} if "finer" in masking else {}
     recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | changes), [f"data={data}"])
     whole = train(recipe, tmp_path / "whole")
 
@@ -520,6 +549,7 @@ def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity()
                              ({"masking": {"strategy": "greedy", "searched": 0.5}}, "belong to strategy: climbing"),
                              ({"masking": {"strategy": "greedy", "coarse": [2], "tries": 3}}, "coarse to fine or by tries"),
                              ({"masking": {"climbing_from": 0.5}}, "belong to strategy: climbing"),
+                             ({"masking": {"finer": 0.5}}, "for a defense with finer masks"),
                              ({"masking": {"strategy": "best"}}, "'random', 'greedy' or 'climbing'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Recipe(**fields | changes)
@@ -534,7 +564,7 @@ def test_shipped_recipes_are_read():
         recipe = read(cp_recipe(name))
         size = (28, 28) if name.startswith("mnist") else (32, 32) if name.startswith("cifar") else (224, 224)
         defense = defenses.PatchCleanser(nn.Identity(), recipe.threat, masks=recipe.settings["masks"])
-        assert len(masks_of(defense, size)) == masks
+        assert len(masks_of(defense, size)[0]) == masks
 
 
 def cp_recipe(name: str):

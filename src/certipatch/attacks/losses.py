@@ -105,8 +105,10 @@ def _(defense: RandomizedAblation, images: Tensor, generator: Generator) -> Tens
 
 @leads.register
 def _(defense: PatchCleanser, images: Tensor, generator: Generator) -> Tensor:
-    """Through double masking: every mask alone, and with one second mask, drawn anew at each step."""
-    return masked_leads(defense.model, defense.views_of((images.shape[2], images.shape[3])), images, generator)
+    """Through double masking: every mask alone, and with one second mask, drawn anew at each step. The larger of two sizes."""
+    size = (images.shape[2], images.shape[3])
+    larger = defense.larger(size)
+    return masked_leads(defense.model, larger[0] if larger else defense.views_of(size), images, generator)
 
 
 @leads.register

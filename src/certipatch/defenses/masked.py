@@ -113,14 +113,18 @@ class MaskDefense(ViewDefense):
 
 
 def covering_masks(
-    threats: tuple[PatchThreat, ...], image_size: tuple[int, int], masks: Any, stride: tuple[int, int] | None
+    threats: tuple[PatchThreat, ...],
+    image_size: tuple[int, int],
+    masks: Any,
+    stride: tuple[int, int] | None,
+    parts: tuple[int, int] = (1, 1),
 ) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
     """Masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats.
 
     Errors: InputError where some place is covered by none, with the number of masks that would do.
     """
     if not isinstance(masks, Tensor):
-        masks = mask_set(threats, image_size, masks, stride)
+        masks = mask_set(threats, image_size, masks, stride, parts)
     rows = []
     for threat in threats:
         relation = sees(PixelSets(~masks), threat, image_size)
@@ -153,10 +157,10 @@ def per_axis(value: Any, what: str) -> tuple[int, int] | None:
     return pair[0], pair[1]
 
 
-def checked_sure(sure: Any) -> float:
+def checked_sure(sure: Any, what: str = "sure") -> float:
     """A lead in confidence, in [0, 1). InputError on anything else."""
     if isinstance(sure, bool) or not isinstance(sure, int | float) or not 0 <= sure < 1:
-        raise InputError(f"sure is a lead in confidence, at least 0 and less than 1, not {sure!r}")
+        raise InputError(f"{what} is a lead in confidence, at least 0 and less than 1, not {sure!r}")
     return float(sure)
 
 

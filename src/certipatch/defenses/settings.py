@@ -127,10 +127,13 @@ class MaskSettings(Settings):
 
 
 class PatchCleanserSettings(MaskSettings):
-    """PatchCleanser. Without ``maps`` it stops as soon as the verdict is known. Only masks so ``sure`` win."""
+    """PatchCleanser. Without ``maps`` it stops as soon as the verdict is known. Only masks so ``sure`` win. Masks that are
+    ``finer`` are looked at where what is said under the others is not so ``confident``."""
 
     sure: float = Field(default=0.0, ge=0, lt=1)
     maps: bool = False
+    finer: PerAxis | tuple[PerAxis, PerAxis] | None = None
+    confident: float = Field(default=0.5, ge=0, lt=1)
 
 
 class PatchCURESettings(Settings):

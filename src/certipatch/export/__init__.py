@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certipatch import evidence as ev
-from certipatch.defenses import Card, Defense, IntervalBounds, PatchCURE, Undefended
+from certipatch.defenses import Card, Defense, IntervalBounds, PatchCleanser, PatchCURE, Undefended
 from certipatch.defenses.around import Sheet
 from certipatch.defenses.base import ViewDefense
+from certipatch.defenses.patchcleanser import gaps
 from certipatch.errors import InputError
 from certipatch.export.network import logits
 from certipatch.export.rules import graph
@@ -69,6 +70,8 @@ class AsGraph(nn.Module):
                 if isinstance(module, SharedViT | Cascade):
                     module.skips = False  # what it skips depends on the picture; without that it gives the same answers
         scores = logits(self.model, views, image_size, channels)
+        larger = defense.larger(image_size) if isinstance(defense, PatchCleanser) else None
+        scores_larger = logits(self.model, larger[0], image_size, channels) if larger else None
         with torch.inference_mode():
             classes = scores(probe).shape[2]
         rule = defense.rule(image_size)
@@ -77,7 +80,12 @@ class AsGraph(nn.Module):
         def answer(images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
             found = scores(images)
             if isinstance(rule, DoubleMask):  # it has no use for errors
-                return answer_of(ev.scores(found), None)
+                seen = ev.scores(found)
+                if isinstance(defense, PatchCleanser) and larger and scores_larger:
+                    first = ev.scores(scores_larger(images))[:, larger[1]]
+                    enough = gaps(first) >= defense.confident
+                    seen = torch.where(enough[..., None], first, (seen + first) / 2)
+                return answer_of(seen, None)
             values, _, error = defense.values(found, tolerance)
             return answer_of(values, error)
 

@@ -21,6 +21,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from certipatch.defenses import PatchCleanser
 from certipatch.errors import InputError
 from certipatch.training.augment import Changes, mixed
 from certipatch.training.recipe import MaskTraining
@@ -41,13 +42,14 @@ def laid_over(
     return torch.where(hidden[:, None], constant(images, fill), images)
 
 
-def masks_of(defense: Any, image_size: tuple[int, int]) -> Bool[Tensor, "M H W"]:
-    """The masks that a defense lays over pictures, True where they hide."""
+def masks_of(defense: Any, image_size: tuple[int, int]) -> list[Bool[Tensor, "_ H W"]]:
+    """The masks that a defense lays over pictures, True where they hide; with finer ones, those are the second set."""
     found = defense.views_of(image_size)
     if isinstance(found, MaskPairs):
-        return found.masks
+        larger = defense.larger(image_size) if isinstance(defense, PatchCleanser) else None
+        return [*([larger[0].masks] if larger else []), found.masks]
     assert isinstance(found, PixelSets)
-    return ~found.visible(image_size)[1:]  # the first view shows everything
+    return [~found.visible(image_size)[1:]]  # the first view shows everything
 
 
 def finer(coarse: Bool[Tensor, "M H W"], fine: Bool[Tensor, "N H W"]) -> Int64[Tensor, "M c"]:
@@ -226,6 +228,7 @@ class MaskLoss:
         memory: the masks of each picture, for the strategy ``climbing``; turned to the batch before each call.
         classes: K, where pictures are mixed.
         mixed_until: the share of the training up to which they are.
+        finer: the masks that some batches learn under, where the recipe asks for that.
     """
 
     def __init__(
@@ -239,8 +242,10 @@ class MaskLoss:
         memory: Memory | None = None,
         classes: int = 0,
         mixed_until: float = 1.0,
+        finer: Masks | None = None,
     ):
         self.network, self.module, self.masks, self.asked, self.fill = network, module, masks, asked, fill
+        self.larger, self.finer = masks, finer
         self.precision, self.memory, self.classes, self.mixed_until = precision, memory, classes, mixed_until
         self.encoding = getattr(network, "encoding", "picture")
 
@@ -249,6 +254,8 @@ class MaskLoss:
     ) -> Float[Tensor, ""]:
         if self.asked.mix and share < self.mixed_until:
             images, targets = mixed(images, F.one_hot(targets, self.classes).float(), self.asked.mix, draw)
+        if self.finer is not None and share >= self.asked.finer_from:
+            self._turn_to(self.finer if torch.rand(1, generator=draw) < self.asked.finer else self.larger)
         if self.asked.strategy == "climbing" and share >= self.asked.climbing_from:
             return self.cross_entropy(self.climbing(images, targets, draw), targets)
         if self.asked.strategy == "greedy" and share >= self.asked.greedy_from:
@@ -256,6 +263,12 @@ class MaskLoss:
         else:
             pairs = self.drawn(images, targets, self.asked.draws if share >= self.asked.draws_from else 1, draw)
         return self.cross_entropy(self.shown(images, pairs), targets)
+
+    def _turn_to(self, masks: Masks) -> None:
+        """Lay these from now on; where those of a picture are remembered, the nearest."""
+        self.masks = masks
+        if self.memory is not None:
+            self.memory.of_masks = _centres(masks.levels[-1].cpu()).float()
 
     def shown(self, images: Float[Tensor, "B C H W"], pairs: Int64[Tensor, "B 2"]) -> Float[Tensor, "B C2 H W"]:
         """Pictures under two masks each."""

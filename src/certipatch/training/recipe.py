@@ -131,6 +131,10 @@ class MaskTraining(BaseModel):
     """Of ``climbing``: share of the training after which masks move along the gradient; before it they are random."""
     searched: float = Field(default=0.0, ge=0, le=1)
     """Of ``climbing``: share of the pictures of each step whose two masks are searched for as ``greedy`` does."""
+    finer: float = Field(default=0.0, ge=0, le=1)
+    """Share of the batches that learn under the ``finer`` masks of the defense; the others learn under the larger ones."""
+    finer_from: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training after which they do; before it all learn under the larger ones."""
     draws: int = Field(default=1, ge=1, le=64)
     """Of random masks: how many pairs are drawn for a picture, of which it learns from the one of largest loss."""
     draws_from: float = Field(default=0.0, ge=0, le=1)
@@ -251,6 +255,8 @@ class Recipe(Described):
             raise ValueError("interval stands instead of objective; leave one out")
         if self.masking is not None and (self.interval is not None or asked != Objective()):
             raise ValueError("masking stands instead of objective and interval; leave them out")
+        if self.masking is not None and self.masking.finer and not self.settings.get("finer"):
+            raise ValueError("masking.finer is for a defense with finer masks; use settings.finer=2")
         if self.masking is not None and self.defense not in MASKED:
             raise ValueError(f"training under masks is for {', '.join(MASKED)}, not {self.defense}")
         if self.halving is not None and self.interval is None:

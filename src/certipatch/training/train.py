@@ -90,9 +90,9 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     start.freeze(recipe.frozen, network)
     optimizer = _optimizer(recipe, trained)
     train_count = len(every) - recipe.holdout
-    finest = None if recipe.masking is None else masks_of(cards.build(blank, network), size)
+    sets = [] if recipe.masking is None else masks_of(cards.build(blank, network), size)
     climbing = recipe.masking is not None and recipe.masking.strategy == "climbing"
-    memory = Memory(train_count, finest) if climbing and finest is not None else None
+    memory = Memory(train_count, sets[0]) if climbing else None
     remembered = None if memory is None else memory.centres
     first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity, remembered)
     _check_same_start(fabric, first, out)
@@ -101,8 +101,8 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     loss_of: Callable[[Tensor, Tensor, float, torch.Generator], Tensor]
     if recipe.interval is not None:
         loss_of = module
-    elif finest is not None:
-        loss_of = _masked(recipe, finest, network, module, fabric, memory, len(blank.classes))
+    elif sets:
+        loss_of = _masked(recipe, sets, network, module, fabric, memory, len(blank.classes))
     else:
         loss_of = view_loss(recipe, blank, network, module, fabric.device)
     if fabric.device.type != "cpu" and every.numel() <= ON_THE_DEVICE:
@@ -249,7 +249,7 @@ def _schedule(share: float, warmup: float) -> float:
 
 def _masked(
     recipe: Recipe,
-    finest: Bool[Tensor, "M H W"],
+    sets: list[Bool[Tensor, "_ H W"]],
     network: nn.Module,
     module: nn.Module,
     fabric: Fabric,
@@ -257,7 +257,7 @@ def _masked(
     classes: int,
 ) -> MaskLoss:
     """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
-    asked, settings = recipe.masking, recipe.settings
+    asked, settings, finest = recipe.masking, recipe.settings, sets[0]
     assert asked is not None
     threat, (height, width) = PatchThreat(settings["patch"]), finest.shape[1:]
     levels = [*(mask_set([threat], (height, width), (k, k)) for k in asked.coarse), finest]
@@ -268,4 +268,5 @@ def _masked(
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
     masks, until = Masks(levels, fabric.device), recipe.plain_from
-    return MaskLoss(network, module, masks, asked, fill, fabric.autocast, memory, classes, until)
+    finer = Masks(sets[1:], fabric.device) if asked.finer else None
+    return MaskLoss(network, module, masks, asked, fill, fabric.autocast, memory, classes, until, finer)

@@ -60,7 +60,7 @@ def masked_held_out(under: MaskLoss, images: Tensor, targets: Tensor, device: to
     every two masks, and longer than learning does."""
     if len(images) == 0:
         return {}
-    hidden = under.masks.hidden(under.masks.random(len(images), torch.Generator().manual_seed(0)))
+    hidden = under.larger.hidden(under.larger.random(len(images), torch.Generator().manual_seed(0)))
     right = torch.zeros(2, dtype=torch.int64)
     for part, own, two in zip(images.split(250), targets.split(250), hidden.split(250), strict=True):
         part = part.to(device).float().div(255)

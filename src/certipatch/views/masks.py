@@ -106,23 +106,31 @@ def pair_table(masks: int) -> Int64[Tensor, "M M"]:
     return table
 
 
-def axis_masks(length: int, patch: int, masks: int | None, stride: int | None = None) -> tuple[int, list[int]]:
+def axis_masks(
+    length: int, patch: int, masks: int | None, stride: int | None = None, parts: int = 1
+) -> tuple[int, list[int]]:
     """Width and starts of the masks along one axis that cover a run of ``patch`` pixels anywhere.
 
     Args:
         length, patch: pixels of the axis and of the patch, patch ≤ length.
         masks: how many masks at most; None for as many as ``stride`` needs.
         stride: pixels from mask to mask; None for the smallest that so many masks allow.
+        parts: how many smaller masks stand in the place of each, within it: they cover what it covers.
 
     Without both, 6 masks; with both the masks may be too few: there are as many starts as are needed.
     """
     step = stride or -(-(length - patch + 1) // (masks or MASKS))
     width = min(patch + step - 1, length)
     needed = -(-(length - width) // step) + 1
-    return width, sorted({min(i * step, length - width) for i in range(needed)})
+    starts = {min(i * step, length - width) for i in range(needed)}
+    step = -(-(width - patch + 1) // parts)
+    inner = patch + step - 1
+    return inner, sorted({start + min(i * step, width - inner) for start in starts for i in range(parts)})
 
 
-def window_masks(image_size: Pair, patch: Pair, masks: Pair | None, stride: Pair | None) -> Bool[Tensor, "M H W"]:
+def window_masks(
+    image_size: Pair, patch: Pair, masks: Pair | None, stride: Pair | None, parts: Pair = (1, 1)
+) -> Bool[Tensor, "M H W"]:
     """Rectangular masks that cover a rectangle of ``patch`` (h, w) pixels anywhere: rows of masks x columns of masks.
 
     Errors: InputError where so many masks at such a stride do not cover, with the number that would.
@@ -130,12 +138,13 @@ def window_masks(image_size: Pair, patch: Pair, masks: Pair | None, stride: Pair
     sides = []
     for axis, (length, side) in enumerate(zip(image_size, patch, strict=True)):
         number, step = masks and masks[axis], stride and stride[axis]
-        width, starts = axis_masks(length, side, number, step)
-        if number is not None and number < len(starts):
+        needed = len(axis_masks(length, side, number, step)[1])
+        if number is not None and number < needed:
             raise InputError(
                 f"mask set does not cover {patch[0]}×{patch[1]} patches: {number} masks at a stride of {step} leave some of "
-                f"{length} pixels out; use k ≥ {len(starts)} masks per axis, or a larger stride"
+                f"{length} pixels out; use k ≥ {needed} masks per axis, or a larger stride"
             )
+        width, starts = axis_masks(length, side, number, step, parts[axis])
         sides.append((length, width, starts))
     _check_number(len(sides[0][2]) * len(sides[1][2]))
     rows, columns = (runs(*side) for side in sides)
@@ -143,13 +152,17 @@ def window_masks(image_size: Pair, patch: Pair, masks: Pair | None, stride: Pair
 
 
 def mask_set(
-    threats: Sequence[PatchThreat], image_size: Pair, masks: Pair | None = None, stride: Pair | None = None
+    threats: Sequence[PatchThreat],
+    image_size: Pair,
+    masks: Pair | None = None,
+    stride: Pair | None = None,
+    parts: Pair = (1, 1),
 ) -> Bool[Tensor, "M H W"]:
     """Masks of which, for each threat and each choice of the attacker, one hides all that the attacker repaints.
 
     ``masks`` and ``stride`` are for rows and columns; without both there are 6 masks per axis. Every shape is covered as
     its bounding box, each with windows of its own unless it fits into another's. Against several patches a mask is the
-    union of as many windows.
+    union of as many windows. With ``parts`` each window is divided into so many smaller ones per axis.
 
     Errors: InputError where a threat does not fit the picture, or masks and stride do not cover.
     """
@@ -157,7 +170,7 @@ def mask_set(
     for count in sorted({threat.count for threat in threats}):
         every = {(len(m), len(m[0])) for t in threats if t.count == count for m in t.masks(image_size)}
         boxes = sorted(b for b in every if not any(o != b and o[0] >= b[0] and o[1] >= b[1] for o in every))
-        windows = torch.cat([window_masks(image_size, box, masks, stride) for box in boxes])
+        windows = torch.cat([window_masks(image_size, box, masks, stride, parts) for box in boxes])
         _check_number(comb(len(windows), count))
         chosen = list(combinations(range(len(windows)), min(count, len(windows))))
         found.append(torch.stack([windows[list(members)].any(0) for members in chosen]))

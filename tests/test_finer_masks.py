@@ -1,0 +1,166 @@
+"""PatchCleanser with masks of two sizes: the table of the finer ones as reference, an exhaustive adversary, refusals."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_patchcleanser import SIZE, THREAT, Thirds, pictures
+
+import certipatch as cp
+from certipatch import evidence as ev
+from certipatch import rules
+from certipatch.defenses.patchcleanser import gaps, within
+from certipatch.errors import InputError
+from certipatch.testing import check_defense
+from certipatch.views import MaskPairs, mask_set
+from certipatch.views.masks import axis_masks, pair_table
+
+
+def looked_at(defense, x):
+    """The table of pairs of finer masks, cell by cell: what the two larger masks say if confidently, else the mean."""
+    size = (x.shape[2], x.shape[3])
+    larger, finer = (mask_set([THREAT], size, defense.masks, None, parts) for parts in ((1, 1), defense.finer))
+    of = [next(i for i, one in enumerate(larger) if not (mask & ~one).any()) for mask in finer]
+    coarse, fine = (ev.scores(ev.logits(defense.model, MaskPairs(masks), x)) for masks in (larger, finer))
+    coarse_at, table = pair_table(len(larger)), pair_table(len(finer))
+    for a, b in itertools.combinations_with_replacement(range(len(finer)), 2):
+        first, cell = coarse[:, coarse_at[of[a], of[b]]], table[a, b]
+        enough = gaps(first) >= defense.confident
+        fine[:, cell] = torch.where(enough[:, None], first, (first + fine[:, cell]) / 2)
+    return fine
+
+
+@pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize(
+    ("masks", "finer", "confident", "sure"),
+    [(2, 2, 0.3, 0.0), ((1, 2), (5, 2), 0.9, 0.2), (3, 1, 0.5, 0.0), (2, 3, 0.0, 0.0)],
+)
+def test_cell_by_cell(masks, finer, confident, sure, maps):
+    x = torch.cat([pictures(), torch.rand(9, 2, *SIZE, generator=torch.Generator().manual_seed(3))])
+    network = Thirds(sharpness=8.0).eval()
+    defense = cp.PatchCleanser(network, THREAT, masks=masks, finer=finer, confident=confident, sure=sure, maps=maps)
+    evidence = defense.evidence(x)
+    found, table = defense.certificate(evidence, THREAT), looked_at(defense, x)
+    relation = defense.relation(THREAT, SIZE)
+    full = rules.DoubleMask(sure).certify(table, relation.rows, error=evidence.error)
+    assert torch.equal(found.label, full.label)
+    assert torch.equal(defense.predict(x), full.label)
+    assert torch.equal(found.certified, full.certified)
+    assert found.certified.any()
+    known = ~evidence.unsure
+    assert torch.allclose(evidence.values[known], table[known], rtol=0, atol=1e-6)
+    if maps:
+        margin = full.margin[:, relation.row_of]
+        assert torch.equal(found.margin > 0, margin > 0)
+    assert (evidence.passes <= defense.forward_passes(SIZE)).all()
+    if confident == 0.0:  # the larger ones alone decide
+        assert (evidence.passes <= defense.larger(SIZE)[0].number(SIZE)).all()
+
+
+def test_certificates_hold_against_pasted_patches():
+    network = Thirds(sharpness=8.0).eval()
+    for maps, confident in itertools.product((True, False), (0.2, 0.9)):
+        defense = cp.PatchCleanser(network, THREAT, masks=2, finer=2, confident=confident, maps=maps)
+        tried = check_defense(defense, pictures(), THREAT, slack=1e-5, trials=8)
+        assert tried.certified > 50
+        assert tried.changed > 10
+
+
+def test_finer_masks_certify_what_larger_ones_do_not():
+    x, network = pictures(18), Thirds(sharpness=8.0).eval()
+    certified = {}
+    for finer in (None, 5):
+        defense = cp.PatchCleanser(network, THREAT, masks=2, finer=finer, confident=0.5)
+        certified[finer] = defense.certify(x, THREAT).certified.sum()
+    assert certified[5] > certified[None]
+
+
+class AtTheLimit(torch.nn.Module):
+    """Leads ``confident`` by ``off`` where everything is hidden, and says another class where something is to be seen."""
+
+    def __init__(self, off: float):
+        super().__init__()
+        self.off = off
+
+    def forward(self, x):
+        hidden = (x == 0.5).float().mean((1, 2, 3))  # of pictures that have no such pixel
+        lead = torch.where(hidden > 0.99, 0.5 + self.off, -0.9)
+        first = (1 + lead) / 2
+        return torch.stack([first, 1 - first], 1).log()
+
+
+@pytest.mark.parametrize(("off", "label", "certified"), [(-1e-3, 1, True), (0.0, None, False), (1e-3, 0, True)])
+def test_within_rounding_of_confident_both_ways_must_agree(off, label, certified):
+    x = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    defense = cp.PatchCleanser(AtTheLimit(off).eval(), THREAT, masks=1, finer=2, confident=0.5, maps=True)
+    found = defense.certify(x, THREAT)
+    assert found.certified.item() == certified
+    assert label in (None, found.label.item())  # at the limit rounding may take either, and nothing is claimed
+
+
+@given(st.integers(0, 2**32))
+def test_an_attacker_who_owns_all_but_one_row_does_not_change_the_answer(seed):
+    """All that a patch under one finer mask can touch is repainted at random, in both tables, for small sets of masks."""
+    generator = torch.Generator().manual_seed(seed)
+    of = torch.tensor([0, 0, 1, 1])
+    larger, finer = pair_table(2), pair_table(4)
+    first, second = torch.triu_indices(4, 4)
+    up = larger[of[first], of[second]]
+
+    def blended(coarse, fine):
+        seen = coarse[:, up]
+        return torch.where((gaps(seen) >= 0.3)[..., None], seen, (seen + fine) / 2)
+
+    def drawn(count, views):
+        scores = torch.rand(count, views, 3, generator=generator, dtype=torch.float64) ** 2
+        scores[..., 0] += torch.rand(count, 1, generator=generator, dtype=torch.float64)
+        return scores / scores.sum(-1, keepdim=True)
+
+    coarse, fine = drawn(1, 3), drawn(1, 10)
+    row = int(torch.randint(4, (1,), generator=generator))
+    sees = torch.ones(1, 10, dtype=torch.bool)
+    sees[0, finer[row]] = False
+    verdict = rules.DoubleMask().certify(blended(coarse, fine), sees)
+    if not verdict.certified.item():
+        return
+    other_coarse, other_fine = drawn(300, 3), drawn(300, 10)
+    for kept, mine, theirs in ((larger[of[row]], coarse, other_coarse), (finer[row], fine, other_fine)):
+        theirs[:, kept] = mine[:, kept]
+    assert (rules.DoubleMask().predict(blended(other_coarse, other_fine)) == verdict.label).all()
+
+
+def test_what_is_within():
+    for threats in ([THREAT], [cp.PatchThreat((2, 5)), THREAT], [cp.PatchThreat(2, count=2)]):
+        larger, finer = (mask_set(threats, SIZE, (2, 3), None, parts) for parts in ((1, 1), (2, 3)))
+        table = within(finer, larger)
+        pairs, hidden = MaskPairs(finer), ~MaskPairs(larger).visible(SIZE, table)
+        assert not (~pairs.visible(SIZE) & ~hidden).any()
+        if len(larger) == 6:
+            assert len(table.unique()) == len(larger) * (len(larger) + 1) // 2
+            assert finer.sum((1, 2)).max() < larger.sum((1, 2)).min()
+
+
+@given(st.integers(1, 40), st.data())
+def test_parts_cover_what_a_mask_covers(length, data):
+    patch, parts = data.draw(st.integers(1, length)), data.draw(st.integers(1, 6))
+    masks = data.draw(st.integers(1, 8))
+    whole, starts = axis_masks(length, patch, masks)
+    width, inner = axis_masks(length, patch, masks, None, parts)
+    assert all(any(t <= place and place + patch <= t + width for t in inner) for place in range(length - patch + 1))
+    assert all(any(t <= i and i + width <= t + whole for t in starts) for i in inner)
+    assert len(inner) <= parts * len(starts)
+
+
+def test_refusals_and_settings():
+    network = Thirds().eval()
+    with pytest.raises(InputError, match="give their number as masks"):
+        cp.PatchCleanser(network, THREAT, masks=mask_set([THREAT], SIZE), finer=2)
+    with pytest.raises(InputError, match="confident is a lead in confidence"):
+        cp.PatchCleanser(network, THREAT, masks=2, finer=2, confident=1.0)
+    with pytest.raises(InputError, match="parts of finer masks are a whole number"):
+        cp.PatchCleanser(network, THREAT, finer=0)
+    settings = cp.PatchCleanser(network, THREAT, masks=2, finer=2).settings()
+    assert (settings["finer"], settings["confident"]) == ([2, 2], 0.5)
+    assert "finer" not in cp.PatchCleanser(network, THREAT, masks=2).settings()
