@@ -139,7 +139,8 @@ def composed(name: str) -> defenses.Defense:
 @pytest.mark.parametrize("name", ["votes of a ViT", "cropped columns", "cropped blocks", "cropped cross", "NULL-encoded",
                                   "local logits", "detection", "double masking", "double masking of a ViT",
                                   "double masking of a cascade", "double masking with finer masks",
-                                  "double masking of a NULL-encoded cascade", "shared front", "minority reports", "undefended"])  # fmt: skip
+                                  "double masking of a NULL-encoded cascade", "shared front", "minority reports",
+                                  "undefended"])  # fmt: skip
 def test_graphs_answer_as_the_defense(name):
     defense = composed(name)
     images = pictures(40, 1)
