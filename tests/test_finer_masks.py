@@ -1,6 +1,7 @@
 """PatchCleanser with masks of two sizes: the table of the finer ones as reference, an exhaustive adversary, refusals."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from test_patchcleanser import SIZE, THREAT, Thirds, pictures
 import certipatch as cp
 from certipatch import evidence as ev
 from certipatch import rules
-from certipatch.defenses.patchcleanser import gaps, within
+from certipatch.defenses.patchcleanser import _FinerLook, divisions, gaps, within
 from certipatch.errors import InputError
 from certipatch.testing import check_defense
 from certipatch.views import MaskPairs, mask_set
@@ -19,23 +20,25 @@ from certipatch.views.masks import axis_masks, pair_table
 
 
 def looked_at(defense, x):
-    """The table of pairs of finer masks, cell by cell: what the two larger masks say if confidently, else the mean."""
+    """The table of pairs of the smallest masks, cell by cell: what the largest say confidently that hide as much."""
     size = (x.shape[2], x.shape[3])
-    larger, finer = (mask_set([THREAT], size, defense.masks, None, parts) for parts in ((1, 1), defense.finer))
-    of = [next(i for i, one in enumerate(larger) if not (mask & ~one).any()) for mask in finer]
-    coarse, fine = (ev.scores(ev.logits(defense.model, MaskPairs(masks), x)) for masks in (larger, finer))
-    coarse_at, table = pair_table(len(larger)), pair_table(len(finer))
-    for a, b in itertools.combinations_with_replacement(range(len(finer)), 2):
-        first, cell = coarse[:, coarse_at[of[a], of[b]]], table[a, b]
-        enough = gaps(first) >= defense.confident
-        fine[:, cell] = torch.where(enough[:, None], first, (first + fine[:, cell]) / 2)
-    return fine
+    sizes = [
+        mask_set([THREAT], size, defense.masks, None, defense.divisions[:n]) for n in range(len(defense.divisions) + 1)
+    ]
+    said = [ev.scores(ev.logits(defense.model, MaskPairs(masks), x)) for masks in sizes]
+    found, table = said[-1], pair_table(len(sizes[-1]))
+    for masks, scores, confident in reversed(list(zip(sizes, said, defense.confident, strict=False))):
+        of = [next(i for i, one in enumerate(masks) if not (mask & ~one).any()) for mask in sizes[-1]]
+        for a, b in itertools.combinations_with_replacement(range(len(of)), 2):
+            first = scores[:, pair_table(len(masks))[of[a], of[b]]]
+            found[:, table[a, b]] = torch.where((gaps(first) >= confident)[:, None], first, found[:, table[a, b]])
+    return found
 
 
 @pytest.mark.parametrize("maps", [True, False])
 @pytest.mark.parametrize(
     ("masks", "finer", "confident", "sure"),
-    [(2, 2, 0.3, 0.0), ((1, 2), (5, 2), 0.9, 0.2), (3, 1, 0.5, 0.0), (2, 3, 0.0, 0.0)],
+    [(2, 2, 0.3, 0.0), ((1, 2), (5, 2), 0.9, 0.2), (3, 1, 0.5, 0.0), (2, 3, 0.0, 0.0), (1, 4, (0.8, 0.4), 0.1)],
 )
 def test_cell_by_cell(masks, finer, confident, sure, maps):
     x = torch.cat([pictures(), torch.rand(9, 2, *SIZE, generator=torch.Generator().manual_seed(3))])
@@ -56,13 +59,13 @@ def test_cell_by_cell(masks, finer, confident, sure, maps):
         assert torch.equal(found.margin > 0, margin > 0)
     assert (evidence.passes <= defense.forward_passes(SIZE)).all()
     if confident == 0.0:  # the larger ones alone decide
-        assert (evidence.passes <= defense.larger(SIZE)[0].number(SIZE)).all()
+        assert (evidence.passes <= defense.sizes(SIZE)[0].number(SIZE)).all()
 
 
 def test_certificates_hold_against_pasted_patches():
     network = Thirds(sharpness=8.0).eval()
-    for maps, confident in itertools.product((True, False), (0.2, 0.9)):
-        defense = cp.PatchCleanser(network, THREAT, masks=2, finer=2, confident=confident, maps=maps)
+    for maps, finer, confident in ((True, 2, 0.2), (False, 2, 0.9), (True, 4, (0.8, 0.5))):
+        defense = cp.PatchCleanser(network, THREAT, masks=2, finer=finer, confident=confident, maps=maps)
         tried = check_defense(defense, pictures(), THREAT, slack=1e-5, trials=8)
         assert tried.certified > 50
         assert tried.changed > 10
@@ -100,6 +103,22 @@ def test_within_rounding_of_confident_both_ways_must_agree(off, label, certified
     assert label in (None, found.label.item())  # at the limit rounding may take either, and nothing is claimed
 
 
+def test_claims_of_several_sizes_must_all_agree():
+    """Rounding of 0.1: under the largest masks class 0 is at its limit, under the next class 1; the smallest say 0 surely."""
+    x = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    defense = cp.PatchCleanser(Thirds().eval(), THREAT, masks=1, finer=4, confident=(0.5, 0.3), maps=True)
+    defense.tolerance(x)
+    for next_to, doubtful in ((torch.tensor([0.65, 0.35]), False), (torch.tensor([0.35, 0.65]), True)):
+        look = _FinerLook(defense, x, ev.Tolerance(0.1, 0.0))
+        answers = iter([torch.tensor([0.75, 0.25]), next_to, torch.tensor([0.95, 0.05])])
+        look.looked = lambda pairs, picture, view, said=answers: next(said).expand(len(view), 2)
+        look.ask(torch.ones_like(look.known))
+        found = look.evidence()
+        assert bool(found.unsure.all()) == doubtful
+        lead = gaps(found.values)
+        torch.testing.assert_close(lead, torch.full_like(lead, 0.3), atol=1e-5, rtol=0)  # the least that it may be
+
+
 @given(st.integers(0, 2**32))
 def test_an_attacker_who_owns_all_but_one_row_does_not_change_the_answer(seed):
     """All that a patch under one finer mask can touch is repainted at random, in both tables, for small sets of masks."""
@@ -111,7 +130,7 @@ def test_an_attacker_who_owns_all_but_one_row_does_not_change_the_answer(seed):
 
     def blended(coarse, fine):
         seen = coarse[:, up]
-        return torch.where((gaps(seen) >= 0.3)[..., None], seen, (seen + fine) / 2)
+        return torch.where((gaps(seen) >= 0.3)[..., None], seen, fine)
 
     def drawn(count, views):
         scores = torch.rand(count, views, 3, generator=generator, dtype=torch.float64) ** 2
@@ -133,7 +152,7 @@ def test_an_attacker_who_owns_all_but_one_row_does_not_change_the_answer(seed):
 
 def test_what_is_within():
     for threats in ([THREAT], [cp.PatchThreat((2, 5)), THREAT], [cp.PatchThreat(2, count=2)]):
-        larger, finer = (mask_set(threats, SIZE, (2, 3), None, parts) for parts in ((1, 1), (2, 3)))
+        larger, finer = (mask_set(threats, SIZE, (2, 3), None, parts) for parts in ([], [(2, 3)]))
         table = within(finer, larger)
         pairs, hidden = MaskPairs(finer), ~MaskPairs(larger).visible(SIZE, table)
         assert not (~pairs.visible(SIZE) & ~hidden).any()
@@ -144,13 +163,13 @@ def test_what_is_within():
 
 @given(st.integers(1, 40), st.data())
 def test_parts_cover_what_a_mask_covers(length, data):
-    patch, parts = data.draw(st.integers(1, length)), data.draw(st.integers(1, 6))
+    patch, parts = data.draw(st.integers(1, length)), data.draw(st.lists(st.integers(1, 4), max_size=3))
     masks = data.draw(st.integers(1, 8))
     whole, starts = axis_masks(length, patch, masks)
     width, inner = axis_masks(length, patch, masks, None, parts)
     assert all(any(t <= place and place + patch <= t + width for t in inner) for place in range(length - patch + 1))
     assert all(any(t <= i and i + width <= t + whole for t in starts) for i in inner)
-    assert len(inner) <= parts * len(starts)
+    assert len(inner) <= math.prod(parts) * len(starts)
 
 
 def test_refusals_and_settings():
@@ -161,6 +180,10 @@ def test_refusals_and_settings():
         cp.PatchCleanser(network, THREAT, masks=2, finer=2, confident=1.0)
     with pytest.raises(InputError, match="parts of finer masks are a whole number"):
         cp.PatchCleanser(network, THREAT, finer=0)
-    settings = cp.PatchCleanser(network, THREAT, masks=2, finer=2).settings()
-    assert (settings["finer"], settings["confident"]) == ([2, 2], 0.5)
+    with pytest.raises(InputError, match="one for each of 2 larger sizes"):
+        cp.PatchCleanser(network, THREAT, masks=2, finer=4, confident=[0.5])
+    assert divisions((4, 2)) == [(2, 2), (2, 1)]
+    assert divisions((1, 6)) == [(1, 2), (1, 3)]
+    settings = cp.PatchCleanser(network, THREAT, masks=2, finer=4).settings()
+    assert (settings["finer"], settings["confident"]) == ([4, 4], [0.5, 0.5])
     assert "finer" not in cp.PatchCleanser(network, THREAT, masks=2).settings()

@@ -451,11 +451,11 @@ def test_recipes_train_any_network(changes, tmp_path):
 def test_some_batches_learn_under_finer_masks_in_the_end():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8), null_encoding=True)
-    larger, small = levels(2)[0], mask_set([THREAT], SIZE, (2, 2), None, (2, 2))
+    larger, small = levels(2)[0], mask_set([THREAT], SIZE, (2, 2), None, [(2, 2)])
     memory = Memory(8, larger)
     memory.turn_to(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))
     asked, masks = MaskTraining(strategy="climbing", finer=0.4, finer_from=0.5), (Masks([larger]), Masks([small]))
-    loss = MaskLoss(network, network, masks[0], asked, 0.5, memory=memory, finer=masks[1])
+    loss = MaskLoss(network, network, masks[0], asked, 0.5, memory=memory, finer=masks[1:])
     shown, batches = [], []
     network.register_forward_hook(lambda module, given, answer: shown.append(given[0].detach()))
     for step in range(60):

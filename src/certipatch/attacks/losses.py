@@ -105,10 +105,9 @@ def _(defense: RandomizedAblation, images: Tensor, generator: Generator) -> Tens
 
 @leads.register
 def _(defense: PatchCleanser, images: Tensor, generator: Generator) -> Tensor:
-    """Through double masking: every mask alone, and with one second mask, drawn anew at each step. The larger of two sizes."""
-    size = (images.shape[2], images.shape[3])
-    larger = defense.larger(size)
-    return masked_leads(defense.model, larger[0] if larger else defense.views_of(size), images, generator)
+    """Through double masking: every mask alone, and with one second mask, drawn anew at each step; the largest masks."""
+    pairs = defense.sizes((images.shape[2], images.shape[3]))[0]
+    return masked_leads(defense.model, pairs, images, generator)
 
 
 @leads.register

@@ -117,7 +117,7 @@ def covering_masks(
     image_size: tuple[int, int],
     masks: Any,
     stride: tuple[int, int] | None,
-    parts: tuple[int, int] = (1, 1),
+    parts: Sequence[tuple[int, int]] = (),
 ) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
     """Masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats.
 

@@ -36,10 +36,10 @@ class PatchCleanser(MaskDefense):
             nothing was proven until then.
         batch_size: masked pictures per forward pass (default: 2²⁰ pixels).
         sure: the mean lead in confidence that lets a mask win against the majority (see ``rules.DoubleMask``); 0 asks nothing.
-        finer: parts per axis that each of the masks is divided into, d or (rows, columns); each covers a share of the places.
-            Double masking is then theirs, and what is said under larger ones is taken for all within, where that is
-            confident.
-        confident: the lead in confidence from which it is; below it the mean of the two confidences counts.
+        finer: parts per axis that each of the masks is divided into, d or (rows, columns), by one prime factor after another,
+            such as 4 by halves twice. Double masking is then that of the smallest, and what is said under larger ones is taken
+            for all within, where that is confident.
+        confident: the lead in confidence from which it is; one number, or one for each size of masks but the smallest.
 
     First all one-mask pictures are looked at, then rows of disagreers until they fail, then pairs in the order of their
     one-mask confidence, the weakest first; a pair is looked at once, and not at all where both its masks have failed.
@@ -49,8 +49,8 @@ class PatchCleanser(MaskDefense):
     cover the threat is checked with ``sees``; certificates for other threats keep the label, and have margin −inf where
     no mask covers.
 
-    What stands for two of the ``finer`` masks comes from pictures that hide both, whole: a patch within one of them changes
-    nothing of its row, and the theorem holds as it is. Where the lead is within rounding of ``confident``, both ways must
+    What stands for two of the smallest masks comes from pictures that hide both, whole: a patch within one of them changes
+    nothing of its row, and the theorem holds as it is. Where a lead is within rounding of ``confident``, both ways must
     agree.
     """
 
@@ -67,39 +67,40 @@ class PatchCleanser(MaskDefense):
         batch_size: int | None = None,
         sure: float = 0.0,
         finer: PerAxis = None,
-        confident: float = 0.5,
+        confident: float | Sequence[float] = 0.5,
     ):
         super().__init__(model, threat, masks, stride, fill, batch_size)
         self.maps, self.sure = maps, checked_sure(sure)
-        self.finer, self.confident = per_axis(finer, "parts of finer masks"), checked_sure(confident, "confident")
+        self.finer = per_axis(finer, "parts of finer masks")
+        self.divisions = divisions(self.finer or (1, 1))
+        leads = list(confident) if isinstance(confident, Sequence) else [confident] * len(self.divisions)
+        self.confident = tuple(checked_sure(lead, "confident") for lead in leads)
+        if len(leads) != len(self.divisions):
+            raise InputError(
+                f"confident is a lead, or one for each of {len(self.divisions)} larger sizes of masks, not {confident}"
+            )
         if self.finer and isinstance(masks, Tensor):
             raise InputError("finer divides masks per axis; give their number as masks, not masks of your own")
         self.theorem = DoubleMask(self.sure).theorem
         self._covers: dict[tuple[int, int], Bool[Tensor, "L M"]] = {}
-        self._larger: dict[tuple[int, int], tuple[MaskPairs, Int64[Tensor, " V"]]] = {}
+        self._sizes: dict[tuple[int, int], list[MaskPairs]] = {}
 
     def settings(self) -> dict[str, Any]:
-        finer = {"finer": list(self.finer), "confident": self.confident} if self.finer else {}
+        finer = {"finer": list(self.finer), "confident": list(self.confident)} if self.divisions else {}
         return super().settings() | {"sure": self.sure, "maps": self.maps} | finer
 
     def views_of(self, image_size: tuple[int, int]) -> MaskPairs:
         if image_size not in self._views:
-            masks, self._covers[image_size] = self.covering(image_size)
-            if self.finer:
-                larger = MaskPairs(masks)
-                masks, self._covers[image_size] = covering_masks(
-                    self.threats, image_size, self.masks, self.stride, self.finer
-                )
-                self._larger[image_size] = larger, within(masks, larger.masks)
-            self._views[image_size] = MaskPairs(masks)
-        found = self._views[image_size]
-        assert isinstance(found, MaskPairs)
-        return found
+            sizes = [self.divisions[:number] for number in range(len(self.divisions) + 1)]
+            found = [covering_masks(self.threats, image_size, self.masks, self.stride, parts) for parts in sizes]
+            self._sizes[image_size] = [MaskPairs(masks) for masks, _ in found]
+            self._views[image_size], self._covers[image_size] = self._sizes[image_size][-1], found[-1][1]
+        return self._sizes[image_size][-1]
 
-    def larger(self, image_size: tuple[int, int]) -> tuple[MaskPairs, Int64[Tensor, " V"]] | None:
-        """With ``finer``: the pairs of larger masks, and which of them hides what each pair of the finer ones does."""
+    def sizes(self, image_size: tuple[int, int]) -> list[MaskPairs]:
+        """Pairs of masks of every size, the largest first; the last are the views."""
         self.views_of(image_size)
-        return self._larger.get(image_size)
+        return self._sizes[image_size]
 
     def rule(self, image_size: tuple[int, int]) -> DoubleMask:
         return DoubleMask(self.sure)
@@ -114,12 +115,11 @@ class PatchCleanser(MaskDefense):
         return self._looked_at(images, certify=True).evidence()
 
     def forward_passes(self, image_size: tuple[int, int]) -> int:
-        larger = self.larger(image_size)
-        return self.number_of_views(image_size) + (larger[0].number(image_size) if larger else 0)
+        return sum(pairs.number(image_size) for pairs in self.sizes(image_size))
 
     def _looked_at(self, images: Float[Tensor, "B C H W"], certify: bool) -> "_Look":
         ev.check_images(images)
-        look = (_FinerLook if self.finer else _Look)(self, images, self.tolerance(images))
+        look = (_FinerLook if self.divisions else _Look)(self, images, self.tolerance(images))
         look.at_single_masks()
         look.at_disagreers()
         if certify:
@@ -219,54 +219,77 @@ class _Look:
 
 
 class _FinerLook(_Look):
-    """With finer masks: larger ones are looked at first, and finer ones where those are not confident."""
+    """With masks of several sizes: the largest are looked at first, and smaller ones where those are not confident."""
 
     def __init__(self, defense: PatchCleanser, images: Float[Tensor, "B C H W"], tolerance: ev.Tolerance):
         super().__init__(defense, images, tolerance)
-        found = defense.larger(self.size)
-        assert found is not None
-        self.larger, self.within = found[0], found[1].to(images.device)
-        self.known_larger = torch.zeros((len(images), self.larger.number(self.size)), dtype=torch.bool).to(
-            images.device
-        )
-        self.scores_larger: Float[Tensor, "B U K"] = torch.zeros(0)
-        self.doubtful = torch.zeros_like(self.known)
+        self.sizes = defense.sizes(self.size)
+        self.around = [within(self.views.masks, pairs.masks).to(images.device) for pairs in self.sizes[:-1]]
+        self.around.append(torch.arange(self.known.shape[1], device=images.device))
+        self.seen = [
+            torch.zeros((len(images), pairs.number(self.size))).bool().to(images.device) for pairs in self.sizes[:-1]
+        ]
+        self.seen.append(self.known)
+        self.claimed = torch.full_like(self.answers, -1)
+        """The class that rounding might have taken for a cell, from larger masks; −2 where it might have been several."""
+        self.least = torch.full_like(self.gaps, torch.inf)
+        """The lead that it would have had then."""
 
     def evidence(self) -> Evidence:
         found = super().evidence()
         assert found.unsure is not None
-        return replace(found, unsure=found.unsure | self.doubtful)
+        doubtful = (self.claimed != -1) & self.known
+        if not bool(doubtful.any()):
+            return found
+        share = (self.least / self.gaps.clamp(min=1e-12)).clamp(max=1)[
+            ..., None
+        ]  # of the scores, the rest spread evenly
+        weaker = (share * found.values + (1 - share) / found.values.shape[2]).to(found.values.dtype)
+        values = torch.where((doubtful & (self.least < self.gaps))[..., None], weaker, found.values)
+        return replace(found, values=values, unsure=found.unsure | (doubtful & (self.claimed != self.answers)))
 
     def ask(self, wanted: Bool[Tensor, "B V"]) -> None:
-        picture, view = (wanted & ~self.known).nonzero().T
-        if len(picture) == 0:
-            return
-        asked = torch.zeros_like(self.known_larger)
-        asked[picture, self.within[view]] = True
-        owner, pair = (asked & ~self.known_larger).nonzero().T
-        if len(owner):
-            self._larger(owner, pair)
-        picture, view = (wanted & ~self.known).nonzero().T
-        if len(picture) == 0:
-            return
-        finer, larger = self.looked(self.views, picture, view), self.scores_larger[picture, self.within[view]]
-        both = (finer + larger) / 2
-        near = gaps(larger) >= self.defense.confident - 2 * self.error[picture]  # rounding might take the larger alone
-        self.doubtful[picture, view] = near & (predictions(both[None])[0] != predictions(larger[None])[0])
-        weaker = near & (gaps(larger) < gaps(both))
-        self.keep(picture, view, torch.where(weaker[:, None], larger, both))
+        for number, (pairs, around, seen) in enumerate(zip(self.sizes, self.around, self.seen, strict=True)):
+            picture, view = (wanted & ~self.known).nonzero().T
+            asked = torch.zeros_like(seen)
+            asked[picture, around[view]] = True
+            picture, view = (asked & ~seen).nonzero().T
+            if len(picture) == 0:
+                continue
+            scores = self.looked(pairs, picture, view)
+            if seen is self.known:
+                self.keep(picture, view, scores)
+            else:
+                seen[picture, view] = True
+                self._take(number, picture, view, scores)
 
-    def _larger(self, picture: Int64[Tensor, " n"], pair: Int64[Tensor, " n"]) -> None:
-        """Look at pairs of larger masks, and take what is said confidently for all that is within."""
-        scores = self.looked(self.larger, picture, pair)
-        if len(self.scores_larger) == 0:
-            shape = (*self.known_larger.shape, scores.shape[1])
-            self.scores_larger = torch.zeros(shape, dtype=scores.dtype, device=scores.device)
-        self.scores_larger[picture, pair], self.known_larger[picture, pair] = scores, True
-        confident = torch.zeros_like(self.known_larger)
-        confident[picture, pair] = gaps(scores) >= self.defense.confident + 2 * self.error[picture]
-        owner, view = confident[:, self.within].nonzero().T
-        self.keep(owner, view, self.scores_larger[owner, self.within[view]])
+    def _take(
+        self, size: int, picture: Int64[Tensor, " n"], view: Int64[Tensor, " n"], scores: Float[Tensor, "n K"]
+    ) -> None:
+        """Of what larger masks say what is confident, for all cells within."""
+        over = gaps(scores) - self.defense.confident[size]
+        numbers = torch.full(self.seen[size].shape, -1, device=picture.device)
+        numbers[picture, view] = torch.arange(len(picture), device=picture.device)
+        numbers = numbers[:, self.around[size]].masked_fill(self.known, -1)
+        owner, cell = (numbers >= 0).nonzero().T
+        said, rounding = numbers[owner, cell], 2 * self.error[owner]
+        enough = over[said] >= rounding
+        self.keep(owner[enough], cell[enough], scores[said[enough]])
+        near = (over[said] >= -rounding) & ~enough
+        owner, cell, said = owner[near], cell[near], said[near]
+        claim, before = predictions(scores[None])[0][said], self.claimed[owner, cell]
+        self.claimed[owner, cell] = torch.where((before == -1) | (before == claim), claim, -2)
+        self.least[owner, cell] = torch.minimum(self.least[owner, cell], gaps(scores)[said])
+
+
+def divisions(parts: tuple[int, int]) -> list[tuple[int, int]]:
+    """Prime factors of the parts along rows and columns, one pair after another: (4, 2) → [(2, 2), (2, 1)]."""
+    found, rest = [], list(parts)
+    while rest != [1, 1]:
+        factors = [next((f for f in range(2, number + 1) if number % f == 0), 1) for number in rest]
+        found.append((factors[0], factors[1]))
+        rest = [number // factor for number, factor in zip(rest, factors, strict=True)]
+    return found
 
 
 def gaps(scores: Float[Tensor, "*n K"]) -> Float64[Tensor, "*n"]:

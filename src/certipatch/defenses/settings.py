@@ -9,6 +9,7 @@ from certipatch.rules.clopper_pearson import MAX_SAMPLES
 Side = Annotated[int, Field(ge=1, le=4096)]
 PerAxis = Annotated[int, Field(ge=1, le=256)]
 Fill = Annotated[float, Field(ge=0, le=1)]
+Lead = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ViewSettings(BaseModel):
@@ -133,7 +134,7 @@ class PatchCleanserSettings(MaskSettings):
     sure: float = Field(default=0.0, ge=0, lt=1)
     maps: bool = False
     finer: PerAxis | tuple[PerAxis, PerAxis] | None = None
-    confident: float = Field(default=0.5, ge=0, lt=1)
+    confident: Lead | tuple[Lead, ...] = 0.5
 
 
 class PatchCURESettings(Settings):

@@ -16,7 +16,7 @@ from certipatch import evidence as ev
 from certipatch.defenses import Card, Defense, IntervalBounds, PatchCleanser, PatchCURE, Undefended
 from certipatch.defenses.around import Sheet
 from certipatch.defenses.base import ViewDefense
-from certipatch.defenses.patchcleanser import gaps
+from certipatch.defenses.patchcleanser import gaps, within
 from certipatch.errors import InputError
 from certipatch.export.network import logits
 from certipatch.export.rules import graph
@@ -70,8 +70,11 @@ class AsGraph(nn.Module):
                 if isinstance(module, SharedViT | Cascade):
                     module.skips = False  # what it skips depends on the picture; without that it gives the same answers
         scores = logits(self.model, views, image_size, channels)
-        larger = defense.larger(image_size) if isinstance(defense, PatchCleanser) else None
-        scores_larger = logits(self.model, larger[0], image_size, channels) if larger else None
+        sizes, confident = [], ()
+        if isinstance(defense, PatchCleanser):
+            sizes, confident = defense.sizes(image_size)[:-1], defense.confident
+        around = [within(views.masks, pairs.masks) for pairs in sizes]
+        larger = [logits(self.model, pairs, image_size, channels) for pairs in sizes]
         with torch.inference_mode():
             classes = scores(probe).shape[2]
         rule = defense.rule(image_size)
@@ -81,10 +84,9 @@ class AsGraph(nn.Module):
             found = scores(images)
             if isinstance(rule, DoubleMask):  # it has no use for errors
                 seen = ev.scores(found)
-                if isinstance(defense, PatchCleanser) and larger and scores_larger:
-                    first = ev.scores(scores_larger(images))[:, larger[1]]
-                    enough = gaps(first) >= defense.confident
-                    seen = torch.where(enough[..., None], first, (seen + first) / 2)
+                for number in reversed(range(len(sizes))):
+                    first = ev.scores(larger[number](images))[:, around[number]]
+                    seen = torch.where((gaps(first) >= confident[number])[..., None], first, seen)
                 return answer_of(seen, None)
             values, _, error = defense.values(found, tolerance)
             return answer_of(values, error)

@@ -43,11 +43,12 @@ def laid_over(
 
 
 def masks_of(defense: Any, image_size: tuple[int, int]) -> list[Bool[Tensor, "_ H W"]]:
-    """The masks that a defense lays over pictures, True where they hide; with finer ones, those are the second set."""
+    """The masks that a defense lays over pictures, True where they hide; of several sizes, the largest first."""
+    if isinstance(defense, PatchCleanser):
+        return [pairs.masks for pairs in defense.sizes(image_size)]
     found = defense.views_of(image_size)
     if isinstance(found, MaskPairs):
-        larger = defense.larger(image_size) if isinstance(defense, PatchCleanser) else None
-        return [*([larger[0].masks] if larger else []), found.masks]
+        return [found.masks]
     assert isinstance(found, PixelSets)
     return [~found.visible(image_size)[1:]]  # the first view shows everything
 
@@ -228,7 +229,7 @@ class MaskLoss:
         memory: the masks of each picture, for the strategy ``climbing``; turned to the batch before each call.
         classes: K, where pictures are mixed.
         mixed_until: the share of the training up to which they are.
-        finer: the masks that some batches learn under, where the recipe asks for that.
+        finer: the smaller masks that some batches learn under, where the recipe asks for that; all sizes equally often.
     """
 
     def __init__(
@@ -242,7 +243,7 @@ class MaskLoss:
         memory: Memory | None = None,
         classes: int = 0,
         mixed_until: float = 1.0,
-        finer: Masks | None = None,
+        finer: Sequence[Masks] = (),
     ):
         self.network, self.module, self.masks, self.asked, self.fill = network, module, masks, asked, fill
         self.larger, self.finer = masks, finer
@@ -254,8 +255,9 @@ class MaskLoss:
     ) -> Float[Tensor, ""]:
         if self.asked.mix and share < self.mixed_until:
             images, targets = mixed(images, F.one_hot(targets, self.classes).float(), self.asked.mix, draw)
-        if self.finer is not None and share >= self.asked.finer_from:
-            self._turn_to(self.finer if torch.rand(1, generator=draw) < self.asked.finer else self.larger)
+        if self.finer and share >= self.asked.finer_from:
+            drawn = torch.rand(1, generator=draw).item() / self.asked.finer
+            self._turn_to(self.finer[int(drawn * len(self.finer))] if drawn < 1 else self.larger)
         if self.asked.strategy == "climbing" and share >= self.asked.climbing_from:
             return self.cross_entropy(self.climbing(images, targets, draw), targets)
         if self.asked.strategy == "greedy" and share >= self.asked.greedy_from:

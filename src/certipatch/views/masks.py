@@ -107,7 +107,7 @@ def pair_table(masks: int) -> Int64[Tensor, "M M"]:
 
 
 def axis_masks(
-    length: int, patch: int, masks: int | None, stride: int | None = None, parts: int = 1
+    length: int, patch: int, masks: int | None, stride: int | None = None, parts: Sequence[int] = ()
 ) -> tuple[int, list[int]]:
     """Width and starts of the masks along one axis that cover a run of ``patch`` pixels anywhere.
 
@@ -115,7 +115,7 @@ def axis_masks(
         length, patch: pixels of the axis and of the patch, patch ≤ length.
         masks: how many masks at most; None for as many as ``stride`` needs.
         stride: pixels from mask to mask; None for the smallest that so many masks allow.
-        parts: how many smaller masks stand in the place of each, within it: they cover what it covers.
+        parts: how many smaller masks stand in the place of each, within it, and cover what it covers; then of each of those.
 
     Without both, 6 masks; with both the masks may be too few: there are as many starts as are needed.
     """
@@ -123,13 +123,16 @@ def axis_masks(
     width = min(patch + step - 1, length)
     needed = -(-(length - width) // step) + 1
     starts = {min(i * step, length - width) for i in range(needed)}
-    step = -(-(width - patch + 1) // parts)
-    inner = patch + step - 1
-    return inner, sorted({start + min(i * step, width - inner) for start in starts for i in range(parts)})
+    for part in parts:
+        step = -(-(width - patch + 1) // part)
+        inner = patch + step - 1
+        starts = {start + min(i * step, width - inner) for start in starts for i in range(part)}
+        width = inner
+    return width, sorted(starts)
 
 
 def window_masks(
-    image_size: Pair, patch: Pair, masks: Pair | None, stride: Pair | None, parts: Pair = (1, 1)
+    image_size: Pair, patch: Pair, masks: Pair | None, stride: Pair | None, parts: Sequence[Pair] = ()
 ) -> Bool[Tensor, "M H W"]:
     """Rectangular masks that cover a rectangle of ``patch`` (h, w) pixels anywhere: rows of masks x columns of masks.
 
@@ -144,7 +147,7 @@ def window_masks(
                 f"mask set does not cover {patch[0]}×{patch[1]} patches: {number} masks at a stride of {step} leave some of "
                 f"{length} pixels out; use k ≥ {needed} masks per axis, or a larger stride"
             )
-        width, starts = axis_masks(length, side, number, step, parts[axis])
+        width, starts = axis_masks(length, side, number, step, [part[axis] for part in parts])
         sides.append((length, width, starts))
     _check_number(len(sides[0][2]) * len(sides[1][2]))
     rows, columns = (runs(*side) for side in sides)
@@ -156,13 +159,14 @@ def mask_set(
     image_size: Pair,
     masks: Pair | None = None,
     stride: Pair | None = None,
-    parts: Pair = (1, 1),
+    parts: Sequence[Pair] = (),
 ) -> Bool[Tensor, "M H W"]:
     """Masks of which, for each threat and each choice of the attacker, one hides all that the attacker repaints.
 
     ``masks`` and ``stride`` are for rows and columns; without both there are 6 masks per axis. Every shape is covered as
     its bounding box, each with windows of its own unless it fits into another's. Against several patches a mask is the
-    union of as many windows. With ``parts`` each window is divided into so many smaller ones per axis.
+    union of as many windows. With ``parts`` each window is divided into so many smaller ones per axis, one
+    division after another.
 
     Errors: InputError where a threat does not fit the picture, or masks and stride do not cover.
     """
