@@ -86,7 +86,7 @@ class PatchCleanser(MaskDefense):
         self._sizes: dict[tuple[int, int], list[MaskPairs]] = {}
 
     def settings(self) -> dict[str, Any]:
-        finer = {"finer": list(self.finer), "confident": list(self.confident)} if self.divisions else {}
+        finer = {"finer": list(self.finer), "confident": list(self.confident)} if self.finer and self.divisions else {}
         return super().settings() | {"sure": self.sure, "maps": self.maps} | finer
 
     def views_of(self, image_size: tuple[int, int]) -> MaskPairs:

@@ -70,10 +70,10 @@ class AsGraph(nn.Module):
                 if isinstance(module, SharedViT | Cascade):
                     module.skips = False  # what it skips depends on the picture; without that it gives the same answers
         scores = logits(self.model, views, image_size, channels)
-        sizes, confident = [], ()
+        sizes, confident, around = [], (), []
         if isinstance(defense, PatchCleanser):
-            sizes, confident = defense.sizes(image_size)[:-1], defense.confident
-        around = [within(views.masks, pairs.masks) for pairs in sizes]
+            *sizes, smallest = defense.sizes(image_size)
+            confident, around = defense.confident, [within(smallest.masks, pairs.masks) for pairs in sizes]
         larger = [logits(self.model, pairs, image_size, channels) for pairs in sizes]
         with torch.inference_mode():
             classes = scores(probe).shape[2]
