@@ -159,11 +159,11 @@ def test_certificates_hold_and_faster_ways_answer_alike(members):
 
 
 def test_what_it_refuses():
-    with pytest.raises(InputError, match="the ensemble has members"):
+    with pytest.raises(InputError, match="network ensemble has members"):
         create(ModelSettings(name="ensemble", members=MEMBERS, confident=0.5), None, 3, 4, (12, 12))
-    with pytest.raises(InputError, match="the cascade has members"):
+    with pytest.raises(InputError, match="network cascade has members"):
         create(ModelSettings(name="cascade", members=MEMBERS, widths=(4,)), None, 3, 4, (12, 12))
-    with pytest.raises(InputError, match="the cascade has members"):
+    with pytest.raises(InputError, match="network cascade has members"):
         create(ModelSettings(name="cascade"), None, 3, 4, (12, 12))
     with pytest.raises(InputError, match="mirrors whole pictures"):
         create(ModelSettings(name="cascade", members=MEMBERS, mirror=True), Columns(4, 4), 3, 4, (12, 12))

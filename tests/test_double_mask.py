@@ -33,6 +33,11 @@ def hidden_by(covering, masks):
     return [i not in covering and j not in covering for i, j in pairs(masks)]
 
 
+def masks_of(views):
+    """M of M(M+1)/2 views, or of those and the whole picture."""
+    return (math.isqrt(8 * views + 1) - 1) // 2
+
+
 def tables(generator, relation, classes):
     """Tables of seven pictures: any, nearly one class, one class with one row or pair wrong, tied scores, real scores."""
     views = relation.shape[1]
@@ -50,8 +55,8 @@ def tables(generator, relation, classes):
 def any_table(generator, evidence, owned):
     """Attacks on a table: one class everywhere, one class in every row, and whatever."""
     views, classes = evidence.shape
-    masks = (math.isqrt(8 * views + 1) - 1) // 2
-    first = torch.tensor([i for i, _ in pairs(masks)])
+    masks = masks_of(views)
+    first = torch.tensor([i for i, _ in pairs(masks)] + [0] * (views - len(pairs(masks))))
     everywhere = torch.arange(classes)[:, None].expand(-1, views)
     by_row = torch.randint(0, classes, (120, masks), generator=generator)[:, first]
     noise = torch.randint(0, classes, (120, views), generator=generator)
@@ -63,18 +68,20 @@ def any_table(generator, evidence, owned):
 
 @pytest.mark.parametrize(("masks", "classes"), [(1, 2), (2, 2), (2, 3), (3, 3), (4, 3)])
 @pytest.mark.parametrize("sure", [0.0, 0.9])
-def test_brute_force(masks, classes, sure):
+@pytest.mark.parametrize("whole", [False, True])
+def test_brute_force(masks, classes, sure, whole):
+    rule = DoubleMask(sure, whole)
     tried = check_rule(
-        DoubleMask(sure), views=len(pairs(masks)), classes=classes, evidence=tables, attacks=any_table, trials=32
+        rule, views=len(pairs(masks)) + whole, classes=classes, evidence=tables, attacks=any_table, trials=32
     )
     assert tried.certified > 80
     assert masks == 1 or tried.changed > 80
 
 
-def literal_label(table, masks, classes, is_sure=lambda d: True):
-    """Algorithm 1, line by line, and only sure masks win. ``table[i, j]`` with i ≤ j."""
+def literal_label(table, masks, classes, is_sure=lambda d: True, whole=None):
+    """Algorithm 1, line by line, and only sure masks win. ``table[i, j]`` with i ≤ j; ``whole`` instead of the majority."""
     alone = [table[i, i] for i in range(masks)]
-    majority = max(range(classes), key=lambda k: (alone.count(k), -k))
+    majority = max(range(classes), key=lambda k: (alone.count(k), -k)) if whole is None else whole
     for d in range(masks):
         if alone[d] != majority and all(table[min(d, j), max(d, j)] == alone[d] for j in range(masks)) and is_sure(d):
             return alone[d]
@@ -82,39 +89,43 @@ def literal_label(table, masks, classes, is_sure=lambda d: True):
 
 
 @pytest.mark.parametrize(("masks", "classes"), [(1, 2), (2, 2), (2, 3), (3, 2), (1, 4)])
-def test_every_table_against_every_attack(masks, classes):
+@pytest.mark.parametrize("whole", [False, True])
+def test_every_table_against_every_attack(masks, classes, whole):
     """All tables, all sets of covering masks, all attacks on what no covering mask protects: the certificate is right,
-    and where less than half of the masks cover it is exact."""
-    every = list(product(range(classes), repeat=len(pairs(masks))))
-    labels = DoubleMask().predict(one_hot(every, classes)).tolist()
-    assert labels == [literal_label(dict(zip(pairs(masks), t, strict=True)), masks, classes) for t in every]
+    and where less than half of the masks cover, or the whole picture decides, it is exact."""
+    rule, names = DoubleMask(whole=whole), [*pairs(masks), *["whole"] * whole]
+    every = list(product(range(classes), repeat=len(names)))
+    labels = rule.predict(one_hot(every, classes)).tolist()
+    said = [dict(zip(names, t, strict=True)) for t in every]
+    assert labels == [literal_label(t, masks, classes, whole=t.get("whole")) for t in said]
     for covering in product((False, True), repeat=masks):
         protecting = [c for c in range(masks) if covering[c]]
-        owned = hidden_by(protecting, masks)
-        verdict = DoubleMask().certify(one_hot(every, classes), torch.tensor([owned]))
+        owned = hidden_by(protecting, masks) + [True] * whole
+        verdict = rule.certify(one_hot(every, classes), torch.tensor([owned]))
         assert verdict.label.tolist() == labels
         reached = {}
         for table, label in zip(every, labels, strict=True):
             reached.setdefault(tuple(a for a, o in zip(table, owned, strict=True) if not o), set()).add(label)
         for table, label, margin in zip(every, labels, verdict.margin[:, 0].tolist(), strict=True):
             able = reached[tuple(a for a, o in zip(table, owned, strict=True) if not o)] != {label}
-            full = dict(zip(pairs(masks), table, strict=True))
+            full = dict(zip(names, table, strict=True))
             rows = [{full[min(c, j), max(c, j)] for j in range(masks)} == {label} for c in protecting]
             assert (margin > 0) == any(rows)
             assert not (margin > 0 and able)
-            if 2 * len(protecting) < masks:
+            if whole or 2 * len(protecting) < masks:
                 assert (margin > 0) != able
 
 
 @st.composite
 def cases(draw):
     masks, classes, batch, locations = (draw(st.integers(*r)) for r in ((1, 7), (2, 5), (0, 4), (1, 5)))
+    views = len(pairs(masks)) + draw(st.booleans())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    scores = torch.randint(0, 3, (batch, len(pairs(masks)), classes), generator=generator).double()
+    scores = torch.randint(0, 3, (batch, views, classes), generator=generator).double()
     scores[:, :, draw(st.integers(0, classes - 1))] += draw(st.sampled_from([0.0, 1.0, 2.0, 2.5]))
     if draw(st.booleans()):
         scores = scores.long()
-    relation = torch.rand(locations, len(pairs(masks)), generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.5]))
+    relation = torch.rand(locations, views, generator=generator) < draw(st.sampled_from([0.0, 0.1, 0.5]))
     unsure = torch.rand(scores.shape[:2], generator=generator) < 0.05 if draw(st.booleans()) else None
     return masks, scores, relation, unsure
 
@@ -122,23 +133,25 @@ def cases(draw):
 @given(cases(), st.sampled_from([0.0, 0.3, 1.0, 2.5]))
 def test_against_the_literal_reference(case, sure):
     masks, scores, relation, unsure = case
-    verdict = DoubleMask(sure).certify(scores, relation, unsure)
+    pictured = scores.shape[1] > len(pairs(masks))
+    verdict = DoubleMask(sure, pictured).certify(scores, relation, unsure)
     classes, whole = scores.shape[2], not scores.is_floating_point()
     for b, table in enumerate(scores.tolist()):
-        answers = {
-            p: max(range(classes), key=lambda k: (row[k], -k)) for p, row in zip(pairs(masks), table, strict=True)
-        }
+        said = [max(range(classes), key=lambda k: (row[k], -k)) for row in table]
+        answers, table = dict(zip(pairs(masks), said, strict=False)), table[: len(pairs(masks))]
         rows = [[(min(c, j), max(c, j)) for j in range(masks)] for c in range(masks)]
         tops = {p: sorted(row)[-1] - sorted(row)[-2] for p, row in zip(pairs(masks), table, strict=True)}
         means = [math.fsum(tops[p] for p in row) / masks for row in rows]
         near = sure and any(abs(mean - sure) < 1e-6 for mean in means)  # a sum in another order decides otherwise
-        y = literal_label(answers, masks, classes, lambda d, means=means: means[d] >= sure)
+        instead = said[-1] if pictured else None
+        y = literal_label(answers, masks, classes, lambda d, means=means: means[d] >= sure, instead)
         if near:
             continue
         assert verdict.label[b] == y
         for place, owned in enumerate(relation.tolist()):
             taken = [o or (unsure is not None and u) for o, u in
                      zip(owned, unsure[b].tolist() if unsure is not None else owned, strict=True)]  # fmt: skip
+            owned, taken = owned[: len(table)], taken[: len(table)]  # whoever has the whole picture
             lead = {
                 p: -math.inf
                 if t and not o
@@ -157,8 +170,8 @@ def test_against_the_literal_reference(case, sure):
 
 @given(cases(), st.floats(0, 2), st.sampled_from([0.0, 0.3, 1.0]))
 def test_doubt_only_costs(case, off, sure):
-    _, scores, relation, unsure = case
-    rule = DoubleMask(sure)
+    masks, scores, relation, unsure = case
+    rule = DoubleMask(sure, scores.shape[1] > len(pairs(masks)))
     verdict = rule.certify(scores, relation)
     for worse in (
         rule.certify(scores, relation, error=torch.full((len(scores),), off, dtype=torch.float64)),
@@ -210,15 +223,25 @@ def test_tables_that_do_not_fit():
     assert empty.margin.shape == (0, 2)
 
 
+def test_the_whole_picture_decides_where_no_mask_wins():
+    rule = DoubleMask(whole=True)
+    assert rule.predict(one_hot([[1, 1, 1, 0]], 3)).tolist() == [1]  # all masks against the whole picture
+    assert rule.predict(one_hot([[1, 0, 1, 2]], 3)).tolist() == [2]  # none survives, whatever the majority says
+    assert rule.predict(one_hot([[1, 0, 0, 0]], 3)).tolist() == [0]
+    with pytest.raises(ValueError, match="M\\(M\\+1\\)/2"):
+        rule.predict(one_hot([[1, 1, 1]], 3))
+
+
 @pytest.mark.parametrize("covering", [(0,), (1,), (0, 2)])
-def test_z3_no_table_escapes(covering):
+@pytest.mark.parametrize("whole", [False, True])
+def test_z3_no_table_escapes(covering, whole):
     """Three masks, three classes: every clean and every attacked table with the same protected pairs, as free integers,
-    with free leads, and any demand on the sum of a mask's leads, none too."""
+    with free leads, and any demand on the sum of a mask's leads, none too; and any answers to the whole picture."""
     masks, classes = 3, 3
     clean = {p: z3.Int(f"e{p}") for p in pairs(masks)}
     free = {p: z3.Int(f"f{p}") for p in pairs(masks)}
     leads = [{p: z3.Real(f"{name}{p}") for p in pairs(masks)} for name in ("d", "g")]
-    sure = z3.Real("sure")
+    sure, wholes = z3.Real("sure"), [z3.Int("clean whole"), z3.Int("free whole")]
     owned = dict(zip(pairs(masks), hidden_by(covering, masks), strict=True))
 
     def at(table, i, j):
@@ -227,23 +250,23 @@ def test_z3_no_table_escapes(covering):
     def is_sure(lead, d):
         return z3.Sum([at(lead, d, j) for j in range(masks)]) >= sure
 
-    def label(table, lead):
+    def label(table, lead, pictured):
         alone = [table[i, i] for i in range(masks)]
         count = [z3.Sum([z3.If(a == k, 1, 0) for a in alone]) for k in range(classes)]
         result = z3.If(z3.And(count[0] >= count[1], count[0] >= count[2]), 0, z3.If(count[1] >= count[2], 1, 2))
-        majority = result
+        otherwise = result = pictured if whole else result
         for d in reversed(range(masks)):
             stays = z3.And([at(table, d, j) == alone[d] for j in range(masks)])
-            result = z3.If(z3.And(alone[d] != majority, stays, is_sure(lead, d)), alone[d], result)
+            result = z3.If(z3.And(alone[d] != otherwise, stays, is_sure(lead, d)), alone[d], result)
         return result
 
     y, solver = z3.Int("y"), z3.Solver()
-    solver.add([z3.And(v >= 0, v < classes) for v in [*clean.values(), *free.values(), y]])
+    solver.add([z3.And(v >= 0, v < classes) for v in [*clean.values(), *free.values(), *wholes, y]])
     solver.add([clean[p] == free[p] for p in pairs(masks) if not owned[p]])
     solver.add([leads[0][p] == leads[1][p] for p in pairs(masks) if not owned[p]])
     solver.add(z3.Or([z3.And([*(at(clean, c, j) == y for j in range(masks)), is_sure(leads[0], c)]) for c in covering]))
     assert solver.check() == z3.sat
-    solver.add(z3.Or(label(clean, leads[0]) != y, label(free, leads[1]) != y))
+    solver.add(z3.Or(label(clean, leads[0], wholes[0]) != y, label(free, leads[1], wholes[1]) != y))
     assert solver.check() == z3.unsat
 
 

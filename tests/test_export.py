@@ -14,7 +14,7 @@ from certipatch.defenses import MinorityReports, PatchCleanser, PatchCURE, Undef
 from certipatch.errors import InputError
 from certipatch.export import AsGraph, to_onnx
 from certipatch.export.rules import graph
-from certipatch.models import Cascade, ModelSettings
+from certipatch.models import Cascade, Specialists, ModelSettings
 from certipatch.views.render import null, render
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
@@ -109,6 +109,11 @@ def cascade(null_encoding: bool | None = None) -> Cascade:
     return found
 
 
+def specialists() -> Specialists:
+    """A cascade for masked pictures, and another network for whole ones."""
+    return Specialists([cascade(), network(None, name="conv", widths=(8, 8))]).eval()
+
+
 def composed(name: str) -> defenses.Defense:
     """Defenses of all encodings and rules."""
     columns, cross = vw.Columns(3, 2), vw.Cross(3, 2)
@@ -130,6 +135,8 @@ def composed(name: str) -> defenses.Defense:
         "double masking of a cascade": lambda: PatchCleanser(cascade(), THREAT, masks=3, sure=0.2),
         "double masking with finer masks": lambda: PatchCleanser(
             network(None, **CONV), THREAT, masks=2, finer=2, confident=0.4),
+        "double masking and the whole picture": lambda: PatchCleanser(
+            specialists(), THREAT, masks=2, finer=2, confident=0.4, whole=True),
         "double masking of a NULL-encoded cascade": lambda: PatchCleanser(cascade(True), THREAT, masks=3, sure=0.2),
         "minority reports": lambda: MinorityReports(network(None, **CONV), THREAT, masks=3, threshold=0.35),
         "undefended": lambda: Undefended(network(None, **CONV)),
@@ -139,6 +146,7 @@ def composed(name: str) -> defenses.Defense:
 @pytest.mark.parametrize("name", ["votes of a ViT", "cropped columns", "cropped blocks", "cropped cross", "NULL-encoded",
                                   "local logits", "detection", "double masking", "double masking of a ViT",
                                   "double masking of a cascade", "double masking with finer masks",
+                                  "double masking and the whole picture",
                                   "double masking of a NULL-encoded cascade", "shared front", "minority reports",
                                   "undefended"])  # fmt: skip
 def test_graphs_answer_as_the_defense(name):
@@ -168,6 +176,7 @@ CARD = {"name": "mine", "defense": "undefended", "model": CONV, "image_size": SI
         "double masking of a cascade",
         "double masking of a NULL-encoded cascade",
         "double masking with finer masks",
+        "double masking and the whole picture",
         "votes of a ViT",
         "detection",
     ],
@@ -183,10 +192,12 @@ def test_further_defenses_as_files(name, tmp_path):
 
 
 @pytest.mark.parametrize("rule", [rules.Median(), rules.TrimmedMean(2, lo=-0.5), rules.DoubleMask(), rules.DoubleMask(0.5),
+                                  rules.DoubleMask(0.2, whole=True),
                                   rules.RobustMask(torch.eye(10).bool(), 0.4, 1.0)], ids=lambda r: type(r).__name__)  # fmt: skip
 def test_rules_as_graphs(rule):
-    evidence = torch.randn(200, 10, 3, generator=torch.Generator().manual_seed(3))
-    (label,) = graph(rule, 10, 3)(evidence, None)
+    views = 10 + getattr(rule, "whole", False)
+    evidence = torch.randn(200, views, 3, generator=torch.Generator().manual_seed(3))
+    (label,) = graph(rule, views, 3)(evidence, None)
     assert torch.equal(label, rule.predict(evidence))
 
 

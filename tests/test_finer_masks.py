@@ -12,8 +12,9 @@ from test_patchcleanser import SIZE, THREAT, Thirds, pictures
 import certipatch as cp
 from certipatch import evidence as ev
 from certipatch import rules
-from certipatch.defenses.patchcleanser import _FinerLook, divisions, gaps, within
+from certipatch.defenses.patchcleanser import _FinerLook, divisions, within
 from certipatch.errors import InputError
+from certipatch.rules.double_mask import best_leads
 from certipatch.testing import check_defense
 from certipatch.views import MaskPairs, mask_set
 from certipatch.views.masks import axis_masks, pair_table
@@ -31,7 +32,7 @@ def looked_at(defense, x):
         of = [next(i for i, one in enumerate(masks) if not (mask & ~one).any()) for mask in sizes[-1]]
         for a, b in itertools.combinations_with_replacement(range(len(of)), 2):
             first = scores[:, pair_table(len(masks))[of[a], of[b]]]
-            found[:, table[a, b]] = torch.where((gaps(first) >= confident)[:, None], first, found[:, table[a, b]])
+            found[:, table[a, b]] = torch.where((best_leads(first) >= confident)[:, None], first, found[:, table[a, b]])
     return found
 
 
@@ -59,7 +60,7 @@ def test_cell_by_cell(masks, finer, confident, sure, maps):
         assert torch.equal(found.margin > 0, margin > 0)
     assert (evidence.passes <= defense.forward_passes(SIZE)).all()
     if confident == 0.0:  # the larger ones alone decide
-        assert (evidence.passes <= defense.sizes(SIZE)[0].number(SIZE)).all()
+        assert (evidence.passes <= defense.largest(SIZE).number(SIZE)).all()
 
 
 def test_certificates_hold_against_pasted_patches():
@@ -111,11 +112,11 @@ def test_claims_of_several_sizes_must_all_agree():
     for next_to, doubtful in ((torch.tensor([0.65, 0.35]), False), (torch.tensor([0.35, 0.65]), True)):
         look = _FinerLook(defense, x, ev.Tolerance(0.1, 0.0))
         answers = iter([torch.tensor([0.75, 0.25]), next_to, torch.tensor([0.95, 0.05])])
-        look.looked = lambda pairs, picture, view, said=answers: next(said).expand(len(view), 2)
+        look.looked = lambda model, pairs, picture, view, said=answers: next(said).expand(len(view), 2)
         look.ask(torch.ones_like(look.known))
         found = look.evidence()
         assert bool(found.unsure.all()) == doubtful
-        lead = gaps(found.values)
+        lead = best_leads(found.values)
         torch.testing.assert_close(lead, torch.full_like(lead, 0.3), atol=1e-5, rtol=0)  # the least that it may be
 
 
@@ -130,7 +131,7 @@ def test_an_attacker_who_owns_all_but_one_row_does_not_change_the_answer(seed):
 
     def blended(coarse, fine):
         seen = coarse[:, up]
-        return torch.where((gaps(seen) >= 0.3)[..., None], seen, fine)
+        return torch.where((best_leads(seen) >= 0.3)[..., None], seen, fine)
 
     def drawn(count, views):
         scores = torch.rand(count, views, 3, generator=generator, dtype=torch.float64) ** 2

@@ -68,7 +68,7 @@ def test_the_full_table_says_the_same(threat, masks, stride, sure, maps):
     assert torch.equal(found.label, full.label)
     assert torch.equal(found.certified, full.certified)
     assert torch.equal(defense.predict(x), full.label)
-    assert (found.margin <= margin + 1e-9).all()
+    assert (found.margin <= margin + 1e-6).all()  # float32 in batches of other sizes
     if maps:  # every margin of a certified place, and which places are certified
         assert torch.equal(found.margin > 0, margin > 0)
         assert torch.allclose(found.margin[margin > 0], margin[margin > 0], rtol=0, atol=1e-6)

@@ -105,9 +105,14 @@ def _(defense: RandomizedAblation, images: Tensor, generator: Generator) -> Tens
 
 @leads.register
 def _(defense: PatchCleanser, images: Tensor, generator: Generator) -> Tensor:
-    """Through double masking: every mask alone, and with one second mask, drawn anew at each step; the largest masks."""
-    pairs = defense.sizes((images.shape[2], images.shape[3]))[0]
-    return masked_leads(defense.model, pairs, images, generator)
+    """Through double masking: every mask alone, and with one second mask, drawn anew at each step; the largest masks. And
+    the whole picture, where that decides."""
+    pairs = defense.largest((images.shape[2], images.shape[3]))
+    whole = None
+    if defense.whole:
+        every = PixelSets(torch.ones_like(pairs.masks[:1]))
+        whole = lead_of(view_logits(defense.unmasked, every, images)[:, 0].float())
+    return masked_leads(defense.model, pairs, images, generator, whole)
 
 
 @leads.register
@@ -118,16 +123,20 @@ def _(defense: PatchCURE, images: Tensor, generator: Generator) -> Tensor:
 
 
 def masked_leads(
-    model: nn.Module, pairs: Views, maps: Float[Tensor, "N C H W"], generator: Generator
+    model: nn.Module,
+    pairs: Views,
+    maps: Float[Tensor, "N C H W"],
+    generator: Generator,
+    whole: Float[Tensor, "N K"] | None = None,
 ) -> Float[Tensor, "N K"]:
-    """Leads under double masking of pictures, or of the maps that a network reads."""
+    """Leads under double masking of pictures, or of the maps that a network reads; ``whole`` are those in the whole picture."""
     number = number_of_masks(pairs.number((maps.shape[2], maps.shape[3])))
     table, every = pair_table(number), torch.arange(number)
     second = (every + torch.randint(1, max(2, number), (number,), generator=generator)) % number
     index = torch.cat([table[every, every], table[every, second]])
     logits = view_logits(model, pairs, maps, index).float()
     alone, paired = lead_of(logits.flatten(0, 1)).view(logits.shape).split(number, 1)
-    return twice_masked(alone, paired)
+    return twice_masked(alone, paired, whole)
 
 
 @leads.register
@@ -274,16 +283,20 @@ def unseen(whole: Float[Tensor, "N K"], masked: Float[Tensor, "N W K"], threshol
 @rule_leads.register
 def _(rule: DoubleMask, evidence: Tensor) -> Tensor:
     """Double masking, from the full table of pairs."""
-    table = pair_table(number_of_masks(evidence.shape[1])).to(evidence.device)
-    ahead = lead_of(evidence.flatten(0, 1)).view(evidence.shape)[:, table]
-    return twice_masked(ahead.diagonal(dim1=1, dim2=2).movedim(-1, 1), ahead.amax(2))
+    said = lead_of(evidence.flatten(0, 1)).view(evidence.shape)
+    ahead = said[:, rule.table(evidence)]
+    alone = ahead.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+    return twice_masked(alone, ahead.amax(2), said[:, -1] if rule.whole else None)
 
 
-def twice_masked(alone: Float[Tensor, "N M K"], paired: Float[Tensor, "N M K"]) -> Float[Tensor, "N K"]:
-    """Leads under double masking: k has the majority of masks, and no mask that disagrees passes.
+def twice_masked(
+    alone: Float[Tensor, "N M K"], paired: Float[Tensor, "N M K"], whole: Float[Tensor, "N K"] | None = None
+) -> Float[Tensor, "N K"]:
+    """Leads under double masking: k has the majority of masks, or the whole picture, and no mask that disagrees passes.
 
     alone: k's lead under each mask. paired: its largest lead under that mask and a second one; above 0 a disagreer that
     says something else fails. The masks that are hardest to turn count, the weakest links of the attack.
     """
     hardest = torch.maximum(alone, paired).topk(min(3, alone.shape[1]), 1, largest=False).values.mean(1)
-    return torch.minimum(alone.median(1).values, hardest) + LEAK * alone.mean(1)
+    otherwise = alone.median(1).values if whole is None else whole
+    return torch.minimum(otherwise, hardest) + LEAK * alone.mean(1)

@@ -164,6 +164,13 @@ def checked_sure(sure: Any, what: str = "sure") -> float:
     return float(sure)
 
 
+def checked_whole(whole: Any) -> bool:
+    """True or False. InputError on anything else."""
+    if not isinstance(whole, bool):
+        raise InputError(f"whole is true or false, not {whole!r}")
+    return whole
+
+
 def checked_fill(fill: Any) -> Fill:
     """One value in [0, 1], or a tuple of one per channel. InputError on anything else."""
     values = tuple(fill) if isinstance(fill, tuple | list) else (fill,)

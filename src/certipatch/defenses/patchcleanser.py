@@ -10,10 +10,18 @@ from torch import Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence
-from certipatch.defenses.masked import MaskDefense, PerAxis, checked_sure, covering_masks, per_axis
+from certipatch.defenses.masked import (
+    BehindMasks,
+    MaskDefense,
+    PerAxis,
+    checked_sure,
+    checked_whole,
+    covering_masks,
+    per_axis,
+)
 from certipatch.errors import InputError
 from certipatch.rules import DoubleMask
-from certipatch.rules.double_mask import predictions, sureness
+from certipatch.rules.double_mask import best_leads, predictions, sureness
 from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs
 from certipatch.views.masks import pair_table
@@ -40,9 +48,11 @@ class PatchCleanser(MaskDefense):
             such as 4 by halves twice. Double masking is then that of the smallest, and what is said under larger ones is taken
             for all within, where that is confident.
         confident: the lead in confidence from which it is; one number, or one for each size of masks but the smallest.
+        whole: whether the answer where no mask wins is that to the whole picture, not the majority's; the model's own, or
+            where it has one that of its network ``whole``, which may be one that has learned for accuracy alone.
 
-    First all one-mask pictures are looked at, then rows of disagreers until they fail, then pairs in the order of their
-    one-mask confidence, the weakest first; a pair is looked at once, and not at all where both its masks have failed.
+    First the whole picture is looked at, where that is asked for, and all one-mask pictures, then rows of those that disagree with
+    the whole picture or the majority until they fail, then pairs in the order of their one-mask confidence, the weakest first; a pair is looked at once, and not at all where both its masks have failed.
     Labels, and which places are certified, are those of the full table of M(M+1)/2.
 
     The masks are cut out of the picture that the attacker paints, before anything that the model does to it. That they
@@ -68,9 +78,12 @@ class PatchCleanser(MaskDefense):
         sure: float = 0.0,
         finer: PerAxis = None,
         confident: float | Sequence[float] = 0.5,
+        whole: bool = False,
     ):
         super().__init__(model, threat, masks, stride, fill, batch_size)
-        self.maps, self.sure = maps, checked_sure(sure)
+        self.maps, self.sure, self.whole = maps, checked_sure(sure), checked_whole(whole)
+        own = getattr(model, "whole", None)
+        self.unmasked = BehindMasks(own if isinstance(own, nn.Module) else model, fill)
         self.finer = per_axis(finer, "parts of finer masks")
         self.divisions = divisions(self.finer or (1, 1))
         leads = list(confident) if isinstance(confident, Sequence) else [confident] * len(self.divisions)
@@ -84,26 +97,36 @@ class PatchCleanser(MaskDefense):
         self.theorem = DoubleMask(self.sure).theorem
         self._covers: dict[tuple[int, int], Bool[Tensor, "L M"]] = {}
         self._sizes: dict[tuple[int, int], list[MaskPairs]] = {}
+        self._around: dict[tuple[int, int], list[Int64[Tensor, " V"]]] = {}
 
     def settings(self) -> dict[str, Any]:
         finer = {"finer": list(self.finer), "confident": list(self.confident)} if self.finer and self.divisions else {}
-        return super().settings() | {"sure": self.sure, "maps": self.maps} | finer
+        return super().settings() | {"sure": self.sure, "maps": self.maps, "whole": self.whole} | finer
 
     def views_of(self, image_size: tuple[int, int]) -> MaskPairs:
         if image_size not in self._views:
             sizes = [self.divisions[:number] for number in range(len(self.divisions) + 1)]
             found = [covering_masks(self.threats, image_size, self.masks, self.stride, parts) for parts in sizes]
-            self._sizes[image_size] = [MaskPairs(masks) for masks, _ in found]
-            self._views[image_size], self._covers[image_size] = self._sizes[image_size][-1], found[-1][1]
-        return self._sizes[image_size][-1]
+            *larger, (smallest, self._covers[image_size]) = found
+            self._sizes[image_size] = [MaskPairs(masks) for masks, _ in larger]
+            self._around[image_size] = [within(smallest, masks) for masks, _ in larger]
+            self._views[image_size] = MaskPairs(smallest, self.whole)
+        views = self._views[image_size]
+        assert isinstance(views, MaskPairs)
+        return views
 
-    def sizes(self, image_size: tuple[int, int]) -> list[MaskPairs]:
-        """Pairs of masks of every size, the largest first; the last are the views."""
+    def larger(self, image_size: tuple[int, int]) -> list[tuple[MaskPairs, Int64[Tensor, " V"]]]:
+        """Pairs of masks of every size but the smallest, the largest first, and which of them is around each of the smallest."""
         self.views_of(image_size)
-        return self._sizes[image_size]
+        return list(zip(self._sizes[image_size], self._around[image_size], strict=True))
+
+    def largest(self, image_size: tuple[int, int]) -> MaskPairs:
+        """Pairs of the masks that are looked at first."""
+        views = self.views_of(image_size)
+        return MaskPairs(views.masks) if not self.divisions else self._sizes[image_size][0]
 
     def rule(self, image_size: tuple[int, int]) -> DoubleMask:
-        return DoubleMask(self.sure)
+        return DoubleMask(self.sure, self.whole)
 
     def values(self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance) -> tuple[Tensor, None, Tensor]:
         return ev.scores(logits), None, _error(tolerance, logits)
@@ -115,11 +138,17 @@ class PatchCleanser(MaskDefense):
         return self._looked_at(images, certify=True).evidence()
 
     def forward_passes(self, image_size: tuple[int, int]) -> int:
-        return sum(pairs.number(image_size) for pairs in self.sizes(image_size))
+        return self.number_of_views(image_size) + sum(pairs.number(image_size) for pairs, _ in self.larger(image_size))
+
+    def to(self, device: str | torch.device) -> "PatchCleanser":
+        self.unmasked.to(device)
+        super().to(device)
+        return self
 
     def _looked_at(self, images: Float[Tensor, "B C H W"], certify: bool) -> "_Look":
         ev.check_images(images)
         look = (_FinerLook if self.divisions else _Look)(self, images, self.tolerance(images))
+        look.at_whole()
         look.at_single_masks()
         look.at_disagreers()
         if certify:
@@ -147,16 +176,22 @@ class _Look:
         """What is known; views that were not looked at are unsure: the attacker may have them."""
         return Evidence(self.scores, ~self.known, self.size, self.error, passes=self.passes)
 
-    def ask(self, wanted: Bool[Tensor, "B V"]) -> None:
+    def ask(self, wanted: Bool[Tensor, "B v"]) -> None:
         """Look at the wanted views of every picture that are not known yet, in full batches."""
-        picture, view = (wanted & ~self.known).nonzero().T
+        picture, view = self.left(wanted)
         if len(picture):
-            self.keep(picture, view, self.looked(self.views, picture, view))
+            self.keep(picture, view, self.looked(self.defense.model, self.views, picture, view))
 
-    def looked(self, views: MaskPairs, picture: Int64[Tensor, " n"], view: Int64[Tensor, " n"]) -> Float[Tensor, "n K"]:
-        """Confidences in what some pictures show under pairs of masks; counted as passes."""
-        defense = self.defense
-        logits = ev.logits_of(defense.model, views, self.images, picture, view.cpu(), defense.batch_size)
+    def left(self, wanted: Bool[Tensor, "B v"]) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
+        """Pictures and their views, of the first v, that are wanted and not known yet."""
+        picture, view = (wanted & ~self.known[:, : wanted.shape[1]]).nonzero().T
+        return picture, view
+
+    def looked(
+        self, model: nn.Module, views: MaskPairs, picture: Int64[Tensor, " n"], view: Int64[Tensor, " n"]
+    ) -> Float[Tensor, "n K"]:
+        """A network's confidences in what some pictures show under pairs of masks; counted as passes."""
+        logits = ev.logits_of(model, views, self.images, picture, view.cpu(), self.defense.batch_size)
         if not bool(torch.isfinite(logits).all()):
             raise InputError("the model's answers are not finite; a certificate needs finite logits")
         self.passes += picture.bincount(minlength=len(self.passes))
@@ -167,8 +202,15 @@ class _Look:
         if len(self.scores) == 0:
             self.scores = torch.zeros((*self.known.shape, scores.shape[1]), dtype=scores.dtype, device=scores.device)
         self.scores[picture, view] = scores
-        self.answers[picture, view], self.gaps[picture, view] = predictions(scores[None])[0], gaps(scores)
+        self.answers[picture, view], self.gaps[picture, view] = predictions(scores[None])[0], best_leads(scores)
         self.known[picture, view] = True
+
+    def at_whole(self) -> None:
+        """The whole picture, where the rule asks for it."""
+        if self.defense.whole:
+            every = torch.arange(len(self.images), device=self.images.device)
+            view = torch.full_like(every, self.known.shape[1] - 1)
+            self.keep(every, view, self.looked(self.defense.unmasked, self.views, every, view))
 
     def at_single_masks(self) -> None:
         """The first round."""
@@ -177,10 +219,11 @@ class _Look:
         self.ask(wanted)
 
     def at_disagreers(self) -> None:
-        """The second round: every disagreer with the majority until a pair fails it, likely failures first."""
+        """The second round: every disagreer with the majority, or the whole picture, until a pair fails it, likely failures
+        first."""
         alone, sure = self.answers[:, self.table.diagonal()], self.gaps[:, self.table.diagonal()]
         counts = nn.functional.one_hot(alone, self.scores.shape[2]).sum(1)
-        left = alone != counts.argmax(1, keepdim=True)
+        left = alone != (self.answers[:, -1] if self.defense.whole else counts.argmax(1))[:, None]
         differs = alone[:, :, None] != alone[:, None]  # second masks that alone say otherwise, the sure ones first
         order = (differs * (1 + sure)[:, None]).argsort(dim=2, descending=True, stable=True)
         first, step = 0, 1
@@ -198,14 +241,14 @@ class _Look:
         label = self.defense.label(self.evidence())[:, None]
         one, other = torch.triu_indices(len(self.table), len(self.table)).to(self.images.device)
         alone = torch.where(self.answers == label, self.gaps, -self.gaps)[:, self.table.diagonal()]
-        weakness, step = alone[:, one] + alone[:, other], 4
+        weakness, step, known = alone[:, one] + alone[:, other], 4, self.known[:, : len(one)]
         while True:
             good = (self.answers == label) & (self.gaps > 2 * self.error[:, None])
             holds = (good | ~self.known)[:, self.table].all(2)  # (B, M): has not failed
             if self.defense.sure:
                 lead = (self.gaps - 2 * self.error[:, None]).masked_fill(~self.known, 1.0)  # a lead is at most 1
                 holds &= sureness(lead[:, self.table]) > self.defense.sure
-            wanted = (holds[:, one] | holds[:, other]) & ~self.known
+            wanted = (holds[:, one] | holds[:, other]) & ~known
             if covers is not None:
                 proven = holds & self.known[:, self.table].all(2)
                 lost = ~(covers & holds[:, None]).any(2).all(1)
@@ -223,13 +266,8 @@ class _FinerLook(_Look):
 
     def __init__(self, defense: PatchCleanser, images: Float[Tensor, "B C H W"], tolerance: ev.Tolerance):
         super().__init__(defense, images, tolerance)
-        self.sizes = defense.sizes(self.size)
-        self.around = [within(self.views.masks, pairs.masks).to(images.device) for pairs in self.sizes[:-1]]
-        self.around.append(torch.arange(self.known.shape[1], device=images.device))
-        self.seen = [
-            torch.zeros((len(images), pairs.number(self.size))).bool().to(images.device) for pairs in self.sizes[:-1]
-        ]
-        self.seen.append(self.known)
+        self.larger = [(pairs, around.to(images.device)) for pairs, around in defense.larger(self.size)]
+        self.seen = [torch.zeros_like(self.known[:, : pairs.number(self.size)]) for pairs, _ in self.larger]
         self.claimed = torch.full_like(self.answers, -1)
         """The class that rounding might have taken for a cell, from larger masks; −2 where it might have been several."""
         self.least = torch.full_like(self.gaps, torch.inf)
@@ -248,29 +286,25 @@ class _FinerLook(_Look):
         values = torch.where((doubtful & (self.least < self.gaps))[..., None], weaker, found.values)
         return replace(found, values=values, unsure=found.unsure | (doubtful & (self.claimed != self.answers)))
 
-    def ask(self, wanted: Bool[Tensor, "B V"]) -> None:
-        for number, (pairs, around, seen) in enumerate(zip(self.sizes, self.around, self.seen, strict=True)):
-            picture, view = (wanted & ~self.known).nonzero().T
+    def ask(self, wanted: Bool[Tensor, "B v"]) -> None:
+        for number, ((pairs, around), seen) in enumerate(zip(self.larger, self.seen, strict=True)):
+            picture, view = self.left(wanted)
             asked = torch.zeros_like(seen)
             asked[picture, around[view]] = True
             picture, view = (asked & ~seen).nonzero().T
-            if len(picture) == 0:
-                continue
-            scores = self.looked(pairs, picture, view)
-            if seen is self.known:
-                self.keep(picture, view, scores)
-            else:
+            if len(picture):
                 seen[picture, view] = True
-                self._take(number, picture, view, scores)
+                self._take(number, picture, view, self.looked(self.defense.model, pairs, picture, view))
+        super().ask(wanted)
 
     def _take(
         self, size: int, picture: Int64[Tensor, " n"], view: Int64[Tensor, " n"], scores: Float[Tensor, "n K"]
     ) -> None:
         """Of what larger masks say what is confident, for all cells within."""
-        over = gaps(scores) - self.defense.confident[size]
+        over, around = best_leads(scores) - self.defense.confident[size], self.larger[size][1]
         numbers = torch.full(self.seen[size].shape, -1, device=picture.device)
         numbers[picture, view] = torch.arange(len(picture), device=picture.device)
-        numbers = numbers[:, self.around[size]].masked_fill(self.known, -1)
+        numbers = numbers[:, around].masked_fill(self.known[:, : len(around)], -1)
         owner, cell = (numbers >= 0).nonzero().T
         said, rounding = numbers[owner, cell], 2 * self.error[owner]
         enough = over[said] >= rounding
@@ -279,7 +313,7 @@ class _FinerLook(_Look):
         owner, cell, said = owner[near], cell[near], said[near]
         claim, before = predictions(scores[None])[0][said], self.claimed[owner, cell]
         self.claimed[owner, cell] = torch.where((before == -1) | (before == claim), claim, -2)
-        self.least[owner, cell] = torch.minimum(self.least[owner, cell], gaps(scores)[said])
+        self.least[owner, cell] = torch.minimum(self.least[owner, cell], best_leads(scores)[said])
 
 
 def divisions(parts: tuple[int, int]) -> list[tuple[int, int]]:
@@ -290,12 +324,6 @@ def divisions(parts: tuple[int, int]) -> list[tuple[int, int]]:
         found.append((factors[0], factors[1]))
         rest = [number // factor for number, factor in zip(rest, factors, strict=True)]
     return found
-
-
-def gaps(scores: Float[Tensor, "*n K"]) -> Float64[Tensor, "*n"]:
-    """How far the largest leads the next."""
-    top = scores.double().topk(2, -1).values
-    return top[..., 0] - top[..., 1]
 
 
 def within(finer: Bool[Tensor, "M H W"], larger: Bool[Tensor, "N H W"]) -> Int64[Tensor, " V"]:

@@ -194,7 +194,7 @@ class _OnFeatures:
     def __init__(self, defense: PatchCURE, image_size: tuple[int, int], batch_size: int):
         self.cells, self.batch_size = defense._cells[image_size], batch_size
         self.model = _Back(defense.front)
-        self.label, self.sure = defense.label, defense.sure
+        self.label, self.sure, self.whole = defense.label, defense.sure, False
 
     def views_of(self, grid: tuple[int, int]) -> MaskPairs:
         return self.cells

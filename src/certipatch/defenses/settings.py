@@ -129,12 +129,14 @@ class MaskSettings(Settings):
 
 class PatchCleanserSettings(MaskSettings):
     """PatchCleanser. Without ``maps`` it stops as soon as the verdict is known. Only masks so ``sure`` win. Masks that are
-    ``finer`` are looked at where what is said under the others is not so ``confident``."""
+    ``finer`` are looked at where what is said under the others is not so ``confident``. Where no mask wins, the ``whole`` picture
+    decides instead of the majority."""
 
     sure: float = Field(default=0.0, ge=0, lt=1)
     maps: bool = False
     finer: PerAxis | tuple[PerAxis, PerAxis] | None = None
     confident: Lead | tuple[Lead, ...] = 0.5
+    whole: bool = False
 
 
 class PatchCURESettings(Settings):

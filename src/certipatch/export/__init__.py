@@ -16,7 +16,6 @@ from certipatch import evidence as ev
 from certipatch.defenses import Card, Defense, IntervalBounds, PatchCleanser, PatchCURE, Undefended
 from certipatch.defenses.around import Sheet
 from certipatch.defenses.base import ViewDefense
-from certipatch.defenses.patchcleanser import gaps, within
 from certipatch.errors import InputError
 from certipatch.export.network import logits
 from certipatch.export.rules import graph
@@ -24,8 +23,10 @@ from certipatch.models import Cascade, SharedViT
 from certipatch.models.adapters.onnx import OnnxNetwork
 from certipatch.models.quickest import as_program
 from certipatch.rules import DoubleMask
+from certipatch.rules.double_mask import best_leads
 from certipatch.threats import PatchThreat
 from certipatch.versions import versions
+from certipatch.views import MaskPairs, PixelSets
 
 __all__ = ["AsGraph", "to_onnx"]
 
@@ -64,17 +65,21 @@ class AsGraph(nn.Module):
         defense.check(probe)
         tolerance = defense.tolerance(probe)
         self.model = defense.every_pair(image_size) if isinstance(defense, PatchCURE) else defense.model
-        if any(isinstance(module, SharedViT | Cascade) for module in self.model.modules()):
-            self.model = copy.deepcopy(self.model)
-            for module in self.model.modules():
+        self.unmasked = defense.unmasked if isinstance(defense, PatchCleanser) and defense.whole else None
+        if any(isinstance(module, SharedViT | Cascade) for module in self.modules()):
+            self.model, self.unmasked = copy.deepcopy((self.model, self.unmasked))
+            for module in self.modules():
                 if isinstance(module, SharedViT | Cascade):
                     module.skips = False  # what it skips depends on the picture; without that it gives the same answers
-        scores = logits(self.model, views, image_size, channels)
-        sizes, confident, around = [], (), []
+        sizes, confident, whole = [], (), None
         if isinstance(defense, PatchCleanser):
-            *sizes, smallest = defense.sizes(image_size)
-            confident, around = defense.confident, [within(smallest.masks, pairs.masks) for pairs in sizes]
-        larger = [logits(self.model, pairs, image_size, channels) for pairs in sizes]
+            assert isinstance(views, MaskPairs)
+            sizes, confident = defense.larger(image_size), defense.confident
+            if self.unmasked is not None:
+                every = PixelSets(torch.ones(1, *image_size, dtype=torch.bool))
+                whole, views = logits(self.unmasked, every, image_size, channels), MaskPairs(views.masks)
+        scores = logits(self.model, views, image_size, channels)
+        larger = [(logits(self.model, pairs, image_size, channels), around) for pairs, around in sizes]
         with torch.inference_mode():
             classes = scores(probe).shape[2]
         rule = defense.rule(image_size)
@@ -84,10 +89,10 @@ class AsGraph(nn.Module):
             found = scores(images)
             if isinstance(rule, DoubleMask):  # it has no use for errors
                 seen = ev.scores(found)
-                for number in reversed(range(len(sizes))):
-                    first = ev.scores(larger[number](images))[:, around[number]]
-                    seen = torch.where((gaps(first) >= confident[number])[..., None], first, seen)
-                return answer_of(seen, None)
+                for (of_larger, around), enough in reversed(list(zip(larger, confident, strict=True))):
+                    first = ev.scores(of_larger(images))[:, around]
+                    seen = torch.where((best_leads(first) >= enough)[..., None], first, seen)
+                return answer_of(seen if whole is None else torch.cat([seen, ev.scores(whole(images))], 1), None)
             values, _, error = defense.values(found, tolerance)
             return answer_of(values, error)
 

@@ -80,17 +80,18 @@ def _least(windows: Windows | JointWindows) -> Callable[[Float64[Tensor, "B V K"
 
 
 def _double_mask(rule: DoubleMask, views: int, classes: int) -> Graph:
-    pairs, every = pair_table(number_of_masks(views)), torch.arange(classes)
+    pairs, every = pair_table(number_of_masks(views - rule.whole)), torch.arange(classes)
 
     def answer(values: Shaped[Tensor, "B V K"], error: Tensor | None) -> Answers:
-        table = values.argmax(2)[:, pairs]
+        said = values.argmax(2)
+        table = said[:, pairs]
         alone = table.diagonal(dim1=1, dim2=2)
-        majority = (alone[:, :, None] == every).double().sum(1).argmax(1)
-        passes = (alone != majority[:, None]) & (table == alone[:, :, None]).all(2)
+        otherwise = said[:, -1] if rule.whole else (alone[:, :, None] == every).double().sum(1).argmax(1)
+        passes = (alone != otherwise[:, None]) & (table == alone[:, :, None]).all(2)
         if rule.sure:
             passes &= sureness(best_leads(values)[:, pairs]) >= rule.sure
         first = passes.int().argmax(1, keepdim=True)
-        return (torch.where(passes.any(1), alone.gather(1, first)[:, 0], majority),)
+        return (torch.where(passes.any(1), alone.gather(1, first)[:, 0], otherwise),)
 
     return answer
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from certipatch.errors import InputError
@@ -17,6 +17,7 @@ from certipatch.models.mlp import MLP
 from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.resnet import ResNet18
 from certipatch.models.shared_front import SharedBagNet, SharedFront, SharedViT
+from certipatch.models.specialists import Specialists
 from certipatch.models.strip import CrossNet, StripNet
 from certipatch.models.vit import ViT
 from certipatch.views import Bands, Blocks, Cross, RandomViews, Views
@@ -40,6 +41,7 @@ __all__ = [
     "SharedFront",
     "SharedViT",
     "SmallBagNet",
+    "Specialists",
     "StripNet",
     "ViT",
     "create",
@@ -62,6 +64,7 @@ NETWORKS = {
     "shared-vit": SharedViT,
     "ensemble": Ensemble,
     "cascade": Cascade,
+    "specialists": Specialists,
 }
 LOCAL = ("bagnet", "small-bagnet")  # networks of local logits, whose views are their receptive fields
 MEMBERS = ("conv", "resnet18", "mlp", "cnn", "efficientnet-lite0")  # networks whose answers may be averaged
@@ -87,6 +90,7 @@ class ModelSettings(BaseModel):
         "shared-vit",
         "ensemble",
         "cascade",
+        "specialists",
     ]
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(default=None, min_length=1, max_length=8)
     depth: int | None = Field(default=None, ge=1, le=32)
@@ -119,17 +123,17 @@ class ModelSettings(BaseModel):
     local: int | None = Field(default=None, ge=1, le=32)
     """Of a shared ViT: blocks of its front; ``depth`` are those behind."""
     members: tuple["ModelSettings", ...] | None = Field(default=None, min_length=2, max_length=8)
-    """Of an ensemble or a cascade: its networks."""
+    """Of an ensemble, a cascade or specialists: its networks."""
     confident: float | None = Field(default=None, gt=0, le=1)
     """Of a cascade: the lead in confidence from which the first network's answer is enough."""
 
-    @field_validator("members")
-    @classmethod
-    def _averaged(cls, members: tuple["ModelSettings", ...] | None) -> tuple["ModelSettings", ...] | None:
-        for member in members or ():
-            if member.name not in MEMBERS:
-                raise ValueError(f"{member.name} cannot be a member of an ensemble; use {', '.join(MEMBERS)}")
-        return members
+    @model_validator(mode="after")
+    def _members(self) -> "ModelSettings":
+        known = (*MEMBERS, "ensemble", "cascade") if self.name == "specialists" else MEMBERS
+        for member in self.members or ():
+            if member.name not in known:
+                raise ValueError(f"{member.name} cannot be a member of a network {self.name}; use {', '.join(known)}")
+        return self
 
 
 def create(
@@ -142,11 +146,11 @@ def create(
     """The network that ``settings`` describe, with fresh weights. ValueError where it cannot read such views."""
     sizes = settings.model_dump(exclude={"name"}, exclude_none=True)
     try:
-        if settings.name in ("ensemble", "cascade"):
+        if settings.name in ("ensemble", "cascade", "specialists"):
             own = {"members", "confident", "mirror"} if settings.name == "cascade" else {"members"}
             if settings.members is None or not own >= set(sizes):
                 raise InputError(
-                    f"the {settings.name} has members, networks with a name and sizes each, and no sizes of its own"
+                    f"a network {settings.name} has members, networks with a name and sizes each, and no sizes of its own"
                 )
             parts = [create(member, views, in_channels, num_classes, image_size) for member in settings.members]
             del sizes["members"]

@@ -24,6 +24,7 @@ class DoubleMask(Rule):
         sure: how far the best class must lead the next, in the mean over the views of a mask, for that mask to win
             against the majority. 0 asks nothing, as the paper. A mask that hides what there is to see answers alike
             under every second mask, too, but seldom surely.
+        whole: whether one view more, the last, shows the whole picture. Its prediction then takes the majority's place.
 
     Evidence is about the picture under every mask and every two of them: V = M(M+1)/2 views, numbered as
     ``views.masks.pair_table`` says. A view predicts its largest entry, on a tie the smaller class; so 0/1 tables of
@@ -41,9 +42,13 @@ class DoubleMask(Rule):
     is y: without a passing disagreer the majority, with one the y that it predicts. If it is another class, then c is a
     disagreer, and passes.
 
+    Of the majority the proof uses nothing: any class may stand in its place, such as what a network says that sees the whole
+    picture, the attacker's patch included. So that network, of which nothing is certified, may be the most accurate one.
+
     A patch within mask c is hidden in all views of c, so c's views are nobody's. The condition is also necessary, as
     long as less than half of the masks cover the location: if no mask that covers it is so, the attacker makes all
-    others predict some z ≠ y alone, which is then the majority, and every pair that he owns; no disagreer passes.
+    others predict some z ≠ y alone, which is then the majority, and every pair that he owns; no disagreer passes. With
+    ``whole`` it is always: he makes that z, too.
 
     The margin is the smallest gap between y and another class over the views of c, for the best such c: of integers the
     difference plus 1 − [y > k], so that it is positive exactly where y is predicted. Where ``sure`` is asked for, it is
@@ -51,9 +56,11 @@ class DoubleMask(Rule):
 
     Departs from the paper: its certificate (Algorithm 2) asks the condition of every mask and of every pair; this asks
     it of one mask for each location, which is implied, certifies more where covers overlap, and says where it fails.
+    ``whole`` is ours.
     """
 
     sure: float = 0.0
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.sure < math.inf:
@@ -66,15 +73,18 @@ class DoubleMask(Rule):
 
     def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
         check_evidence(evidence)
-        table = pair_table(number_of_masks(evidence.shape[1])).to(evidence.device)
-        return double_masking(predictions(evidence)[:, table], evidence.shape[2], self.is_sure(evidence))
+        said, table = predictions(evidence), self.table(evidence)
+        return double_masking(said[:, table], evidence.shape[2], self.is_sure(evidence), said[:, -1] if self.whole else None)
+
+    def table(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, "M M"]:
+        """``pair_table`` of as many masks as there is evidence about. ValueError where there are no such tables."""
+        return pair_table(number_of_masks(evidence.shape[1] - self.whole)).to(evidence.device)
 
     def is_sure(self, evidence: Shaped[Tensor, "B V K"]) -> Bool[Tensor, "B M"] | None:
         """Which masks lead by ``sure`` in the mean over their views; None where that is not asked for."""
         if not self.sure:
             return None
-        table = pair_table(number_of_masks(evidence.shape[1])).to(evidence.device)
-        return sureness(best_leads(evidence)[:, table]) >= self.sure
+        return sureness(best_leads(evidence)[:, self.table(evidence)]) >= self.sure
 
     def certify(
         self,
@@ -85,8 +95,7 @@ class DoubleMask(Rule):
     ) -> Verdict:
         check_evidence(evidence)
         check_relation(evidence, sees, unsure, error)
-        masks = number_of_masks(evidence.shape[1])
-        table = pair_table(masks).to(evidence.device)
+        table = self.table(evidence)
         label = self.predict(evidence)
         covers = ~sees.to(evidence.device)[:, table].any(2)  # (L, M)
         margins = [torch.zeros((0, len(sees)), dtype=torch.float64, device=evidence.device)]
@@ -138,10 +147,10 @@ def leads(evidence: Shaped[Tensor, "B V K"], label: Int64[Tensor, " B"]) -> Floa
     return torch.minimum(*gaps)
 
 
-def best_leads(evidence: Shaped[Tensor, "B V K"]) -> Float64[Tensor, "B V"]:
+def best_leads(evidence: Shaped[Tensor, "*n K"]) -> Float64[Tensor, "*n"]:
     """How far the best class of every view leads the next."""
     values = evidence if evidence.is_floating_point() else evidence.double()
-    top = values.topk(2, 2).values.double().clamp(-HUGE, HUGE)
+    top = values.topk(2, -1).values.double().clamp(-HUGE, HUGE)
     return top[..., 0] - top[..., 1]
 
 
@@ -151,12 +160,17 @@ def sureness(rows: Float64[Tensor, "B M M"]) -> Float64[Tensor, "B M"]:
 
 
 def double_masking(
-    table: Int64[Tensor, "B M M"], classes: int, sure: Bool[Tensor, "B M"] | None = None
+    table: Int64[Tensor, "B M M"],
+    classes: int,
+    sure: Bool[Tensor, "B M"] | None = None,
+    otherwise: Int64[Tensor, " B"] | None = None,
 ) -> Int64[Tensor, " B"]:
-    """Labels from predictions under every two masks; on the diagonal those under one. Only ``sure`` masks win."""
+    """Labels from predictions under every two masks; on the diagonal those under one. Only ``sure`` masks win, and
+    ``otherwise``, by default the majority, where none does."""
     alone = table.diagonal(dim1=1, dim2=2)
-    majority = torch.nn.functional.one_hot(alone, classes).sum(1).argmax(1)
-    passes = (alone != majority[:, None]) & (table == alone[:, :, None]).all(2)
+    if otherwise is None:
+        otherwise = torch.nn.functional.one_hot(alone, classes).sum(1).argmax(1)
+    passes = (alone != otherwise[:, None]) & (table == alone[:, :, None]).all(2)
     passes &= True if sure is None else sure
     first = passes.int().argmax(1, keepdim=True)
-    return torch.where(passes.any(1), alone.gather(1, first)[:, 0], majority)
+    return torch.where(passes.any(1), alone.gather(1, first)[:, 0], otherwise)

@@ -251,6 +251,8 @@ class Recipe(Described):
             raise ValueError(f"training with interval bounds is for interval-bounds, not {self.defense}")
         if self.epochs == 0 and self.start is None:
             raise ValueError("epochs: 0 trains nothing; give at least 1, or trained models as start")
+        if self.model.name == "specialists" and self.epochs:
+            raise ValueError("specialists are trained one by one; give the trained models as start, with epochs: 0")
         if self.interval is not None and asked != Objective():
             raise ValueError("interval stands instead of objective; leave one out")
         if self.masking is not None and (self.interval is not None or asked != Objective()):

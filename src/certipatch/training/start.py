@@ -22,7 +22,8 @@ def identity(start: Start) -> str | list[str]:
 
 
 def start_from(start: Start, network: nn.Module, classes: tuple[str, ...]) -> None:
-    """Give a network, or those of a cross or an ensemble, the weights of trained models. InputError where they are others."""
+    """Give a network, or those of a cross, ensemble or specialists, the weights of trained models. InputError where they are
+    others."""
     if start == PRETRAINED:
         return _pretrained(network, classes)
     if isinstance(start, str):
@@ -31,13 +32,20 @@ def start_from(start: Start, network: nn.Module, classes: tuple[str, ...]) -> No
         raise InputError(
             f"start: several models are for an ensemble, or a cross of columns and rows; give one, not {', '.join(start)}"
         )
-    if len(start) != len(network.parts):
-        raise InputError(
-            f"start: the recipe's network has {len(network.parts)} parts, but {len(start)} models are given"
-        )
-    for name, part in zip(start, network.parts, strict=True):
-        _copy(name, part.network if isinstance(part, Filled) else part)
+    parts = _members(network)
+    if len(start) != len(parts):
+        raise InputError(f"start: the recipe's network has {len(parts)} parts, but {len(start)} models are given")
+    for name, part in zip(start, parts, strict=True):
+        _copy(name, part)
     return None
+
+
+def _members(network: nn.Module) -> list[nn.Module]:
+    """Networks that are trained one by one, in the order of the recipe; those of an ensemble within specialists one by one, too."""
+    if isinstance(network, Filled):
+        return [network.network]
+    nested = isinstance(network, CrossConvNet | CrossNet | Ensemble)
+    return [member for part in network.parts for member in _members(part)] if nested else [network]
 
 
 def _pretrained(network: nn.Module, classes: tuple[str, ...]) -> None:

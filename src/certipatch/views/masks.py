@@ -56,16 +56,20 @@ class MaskPairs(Views):
 
     Args:
         masks: bool (M, H, W), True where the mask hides the pixel.
+        whole: whether one view more, the last, shows the whole picture.
     """
 
-    def __init__(self, masks: Tensor):
+    def __init__(self, masks: Tensor, whole: bool = False):
         if masks.dtype != torch.bool or masks.ndim != 3 or masks.numel() == 0:
             raise InputError(
                 f"masks are a bool tensor (M, H, W) with at least one mask, not {masks.dtype} {tuple(masks.shape)}"
             )
         _check_number(len(masks))
-        self.masks = masks.detach().cpu().clone()
+        self.masks, self.whole = masks.detach().cpu().clone(), whole
+        self._hides = torch.cat([self.masks, torch.zeros_like(self.masks[:1])]) if whole else self.masks
         self._pairs = torch.triu_indices(len(masks), len(masks))
+        if whole:
+            self._pairs = torch.cat([self._pairs, torch.full((2, 1), len(masks))], 1)
 
     def number(self, image_size: tuple[int, int]) -> int:
         _check_size(image_size, self.masks)
@@ -74,10 +78,10 @@ class MaskPairs(Views):
     def visible(self, image_size: tuple[int, int], index: Int[Tensor, " v"] | None = None) -> Bool[Tensor, "v H W"]:
         self.number(image_size)
         one, other = self._pairs if index is None else self._pairs[:, index]
-        return ~(self.masks[one] | self.masks[other])
+        return ~(self._hides[one] | self._hides[other])
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "mask-pairs", "masks": self.masks.to(torch.uint8).tolist()}
+        return {"name": "mask-pairs", "masks": self.masks.to(torch.uint8).tolist(), "whole": self.whole}
 
 
 def _check_size(image_size: tuple[int, int], masks: Tensor) -> None:

@@ -1,0 +1,196 @@
+"""Double masking where the whole picture's answer takes the majority's place: reference, attacks, specialists, refusals."""
+
+import pytest
+import torch
+from test_patchcleanser import SIZE, THREAT, full_table, pictures
+from torch import nn
+from torch.nn import functional as F
+
+import certipatch as cp
+from certipatch import evidence as ev
+from certipatch import rules
+from certipatch.attacks import losses
+from certipatch.defenses import Card
+from certipatch.errors import InputError
+from certipatch.models import Filled, ModelSettings, Specialists, create
+from certipatch.testing import check_defense
+from certipatch.training.recipe import Recipe
+from certipatch.training.start import start_from
+from certipatch.views import MaskPairs, create as create_views, mask_set  # fmt: skip
+
+CONV = {"name": "conv", "widths": (8, 8)}
+NULL = CONV | {"null_encoding": True}
+
+
+class Brightest(nn.Module):
+    """Which third of the picture is brightest, with a weakness for one of them; masks are black."""
+
+    encoding, fill = "picture", 0.0
+
+    def __init__(self, weakness: int = 0):
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.eye(3)[weakness], requires_grad=False)
+
+    def forward(self, x):
+        return 40 * (F.adaptive_avg_pool2d(x.mean(1, keepdim=True), (3, 1)).flatten(1) + self.weight)
+
+
+def specialists() -> Specialists:
+    """Two networks that see things differently."""
+    return Specialists([Brightest(), Brightest(2)]).eval()
+
+
+def several() -> torch.Tensor:
+    """One bright third each, less and less clearly; and others with a spot in two of them, each of which a mask can hide."""
+    generator = torch.Generator().manual_seed(3)
+    unclear = torch.rand(15, 2, *SIZE, generator=generator) * 0.05
+    for i, picture in enumerate(unclear):
+        for k in {0, 1, 2} - {i % 3}:
+            place = 4 * k + 1, 1 if k == (i + 1) % 3 else 9
+            picture[:, place[0] : place[0] + 2, place[1] : place[1] + 2] = 0.9 + 0.1 * torch.rand((), generator=generator)
+    return torch.cat([pictures(), unclear])
+
+
+@pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize("sure", [0.0, 0.3])
+@pytest.mark.parametrize("network", [Brightest().eval(), specialists()], ids=["one", "two"])
+def test_the_full_table_says_the_same(network, sure, maps):
+    x = several()
+    defense = cp.PatchCleanser(network, THREAT, masks=3, sure=sure, maps=maps, whole=True)
+    evidence = defense.evidence(x)
+    found = defense.certificate(evidence, THREAT)
+    whole = ev.scores(getattr(network, "whole", network)(x))
+    table = torch.cat([full_table(defense, x), whole[:, None]], 1)
+    relation = defense.relation(THREAT, SIZE)
+    assert relation.rows[:, -1].all()  # the attacker has the whole picture wherever the patch lies
+    full = rules.DoubleMask(sure, True).certify(table, relation.rows, error=evidence.error)
+    assert torch.equal(found.label, full.label)
+    assert torch.equal(defense.predict(x), full.label)
+    assert torch.equal(found.certified, full.certified)
+    paper = cp.PatchCleanser(network, THREAT, masks=3, sure=sure, maps=maps).certify(x, THREAT)
+    assert torch.equal(found.certified, paper.certified)
+    assert torch.equal(found.label[paper.certified], paper.label[paper.certified])
+    assert (found.label != paper.label).any()
+    assert torch.equal(evidence.passes, (~evidence.unsure).sum(1))
+    assert (evidence.passes <= defense.forward_passes(SIZE)).all()
+
+
+def test_finer_masks_know_nothing_of_it():
+    x, network = several(), specialists()
+    given = {"masks": 2, "finer": 2, "confident": 0.3}
+    defense = cp.PatchCleanser(network, THREAT, **given, whole=True)
+    found, paper = defense.certify(x, THREAT), cp.PatchCleanser(network, THREAT, **given).certify(x, THREAT)
+    assert torch.equal(found.certified, paper.certified)
+    assert torch.equal(found.margin[paper.certified] > 0, paper.margin[paper.certified] > 0)
+    assert torch.equal(defense.predict(x), found.label)
+    no_mask_wins = (found.margin <= 0).all(1)
+    assert no_mask_wins.any()
+    assert torch.equal(found.label[no_mask_wins], network.whole(x).argmax(1)[no_mask_wins])
+
+
+@pytest.mark.parametrize("finer", [None, 2])
+def test_certificates_hold_against_pasted_patches(finer):
+    defense = cp.PatchCleanser(specialists(), THREAT, masks=3, finer=finer, confident=0.3, whole=True)
+    tried = check_defense(defense, several(), THREAT, slack=1e-5, trials=8)
+    assert tried.certified > 50
+    assert tried.changed > 10
+
+
+class Turned(nn.Module):
+    """The network of whole pictures is the attacker's: it says another class each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.masked, self.asked = Brightest(), 0
+        self.whole = Liar(self)
+
+    def forward(self, x):
+        return self.masked(x)
+
+
+class Liar(nn.Module):
+    def __init__(self, owner: Turned):
+        super().__init__()
+        self.owner = [owner]
+
+    def forward(self, x):
+        self.owner[0].asked += 1
+        return torch.eye(3)[torch.full((len(x),), self.owner[0].asked % 3)]
+
+
+def test_of_the_whole_picture_nothing_is_asked():
+    """Not even that it answers alike twice: certified labels stay, and others follow it."""
+    x, defense = several(), cp.PatchCleanser(Turned().eval(), THREAT, masks=3, whole=True)
+    answers = [defense.certify(x, THREAT) for _ in range(3)]
+    certified = answers[0].certified
+    assert certified.any()
+    assert all(torch.equal(one.certified, certified) for one in answers)
+    labels = torch.stack([one.label for one in answers])
+    assert (labels[:, certified] == labels[0, certified]).all()
+    assert (labels[:, ~certified] != labels[0, ~certified]).any()
+
+
+def test_attacks_go_through_the_whole_picture():
+    x = pictures(4).requires_grad_()
+    network = specialists()
+    defense = cp.PatchCleanser(network, THREAT, masks=3, whole=True)
+    leads = losses.leads(defense, x, torch.Generator().manual_seed(0))
+    assert leads.shape == (4, 3)
+    paper = losses.leads(cp.PatchCleanser(network, THREAT, masks=3), x, torch.Generator().manual_seed(0))
+    assert not torch.allclose(leads, paper)
+    evidence = torch.tensor([[[0.9, 0.1]] * 3 + [[0.2, 0.8]], [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.2, 0.8]]])
+    found = losses.rule_leads(rules.DoubleMask(whole=True), evidence)
+    assert torch.equal(found.argmax(1), rules.DoubleMask(whole=True).predict(evidence))
+
+
+def test_views():
+    views = MaskPairs(mask_set([THREAT], SIZE, (2, 2)), whole=True)
+    assert views.number(SIZE) == 11
+    assert views.visible(SIZE)[-1].all()
+    assert torch.equal(views.visible(SIZE)[:-1], MaskPairs(views.masks).visible(SIZE))
+    again = create_views(views.settings())
+    assert torch.equal(again.visible(SIZE), views.visible(SIZE))
+
+
+def test_specialists_start_from_networks_that_were_trained_one_by_one(tmp_path):
+    from certipatch.defenses import card as cards
+    from certipatch.defenses.weights import save_weights
+
+    masked = {"name": "cascade", "members": (NULL, CONV)}
+    settings = ModelSettings(name="specialists", members=(masked, CONV))
+    made = create(settings, None, 3, 4, SIZE).eval()
+    single = [create(ModelSettings(**one), None, 3, 4, SIZE).eval() for one in (NULL, CONV, CONV)]
+    for i, (network, of) in enumerate(zip(single, (NULL, CONV, CONV), strict=True)):
+        (folder := tmp_path / str(i)).mkdir()
+        sha = save_weights(folder, network, "float32")
+        cards.write(folder, Card(name=str(i), defense="undefended", model=of, image_size=SIZE, channels=3,
+                                 classes=tuple("abcd"), sha256=sha))  # fmt: skip
+    start_from(tuple(str(tmp_path / str(i)) for i in range(3)), made, tuple("abcd"))
+    x = torch.rand(5, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    encoded = torch.cat([x, 1 - x], 1)
+    assert isinstance(made.whole, Filled)
+    with torch.inference_mode():
+        torch.testing.assert_close(made.whole(encoded), single[2](x))
+        cascade = made.parts[0]
+        torch.testing.assert_close(cascade.parts[0](encoded), single[0](encoded))
+        torch.testing.assert_close(cascade.parts[1](encoded), single[1](x))
+        torch.testing.assert_close(made(encoded), cascade(encoded))
+    with pytest.raises(InputError, match="3 parts, but 2 models"):
+        start_from((str(tmp_path / "0"), str(tmp_path / "1")), made, tuple("abcd"))
+
+
+def test_refusals_and_settings():
+    network = Brightest().eval()
+    with pytest.raises(InputError, match="whole is true or false"):
+        cp.PatchCleanser(network, THREAT, whole=1)
+    assert cp.PatchCleanser(network, THREAT, whole=True).settings()["whole"] is True
+    with pytest.raises(InputError, match="specialists are two networks"):
+        Specialists([network] * 3)
+    with pytest.raises(ValueError, match="cannot be a member of a network cascade"):
+        ModelSettings(name="cascade", members=(CONV, {"name": "specialists", "members": (CONV, CONV)}))
+    two = {"name": "specialists", "members": (CONV, CONV)}
+    told = {"name": "mine", "data": "cifar10", "model": two, "defense": "patchcleanser"}
+    with pytest.raises(ValueError, match="specialists are trained one by one"):
+        Recipe(**told, settings={"whole": True}, epochs=3)
+    with pytest.raises(ValueError, match=r"patchcleanser with settings\.whole=true"):
+        Recipe(**told, settings={"whole": False}, epochs=0, start=("a", "b"))
