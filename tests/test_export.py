@@ -14,7 +14,7 @@ from certipatch.defenses import MinorityReports, PatchCleanser, PatchCURE, Undef
 from certipatch.errors import InputError
 from certipatch.export import AsGraph, to_onnx
 from certipatch.export.rules import graph
-from certipatch.models import Cascade, Specialists, ModelSettings
+from certipatch.models import Cascade, ModelSettings, Specialists
 from certipatch.views.render import null, render
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")

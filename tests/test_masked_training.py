@@ -428,10 +428,12 @@ VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
         {"masking": CLIMBING, "precision": "bf16-mixed", "epochs": 2},
         {"masking": CLIMBING | {"searched": 0.2, "coarse": [2]}, "epochs": 2},
         {"masking": CLIMBING | {"finer": 0.5}, "epochs": 2, "model": NULL, "settings": FINER},
+        {"masking": {"strategy": "greedy", "coarse": [2], "finer": 0.5}, "epochs": 2, "settings": FINER},
         {"defense": "minority-reports", "masking": {"strategy": "random"}, "epochs": 1},
     ],
-    ids=["conv", "vit", "shared front", "tries", "climbing", "searched", "finer masks", "minority reports"],
-)
+    ids=["conv", "vit", "shared front", "tries", "climbing", "searched", "finer masks", "finer worst masks",
+         "minority reports"],
+)  # fmt: skip
 def test_recipes_train_any_network(changes, tmp_path):
     data = write_parquet(tmp_path / "data")
     recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | changes), [f"data={data}"])
@@ -558,8 +560,8 @@ def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity()
 def test_shipped_recipes_are_read():
     names = ("mnist-double-mask", "mnist-double-mask-144", "cifar10-double-mask", "imagenette-double-mask")
     names += ("imagenette-double-mask-random",)
-    names += ("cifar10-double-mask-null", "cifar10-double-mask-wide")
-    numbers = ([36], [144], [16, 49, 196], [16], [16], [49, 196], [49])
+    names += ("cifar10-double-mask-null", "cifar10-double-mask-wide", "cifar10-whole")
+    numbers = ([36], [144], [16, 49, 196], [16], [16], [49, 196], [49], [784])
     for name, masks in zip(names, numbers, strict=True):
         recipe = read(cp_recipe(name))
         size = (28, 28) if name.startswith("mnist") else (32, 32) if name.startswith("cifar") else (224, 224)

@@ -16,7 +16,8 @@ from certipatch.models import Filled, ModelSettings, Specialists, create
 from certipatch.testing import check_defense
 from certipatch.training.recipe import Recipe
 from certipatch.training.start import start_from
-from certipatch.views import MaskPairs, create as create_views, mask_set  # fmt: skip
+from certipatch.views import MaskPairs, mask_set  # fmt: skip
+from certipatch.views import create as create_views
 
 CONV = {"name": "conv", "widths": (8, 8)}
 NULL = CONV | {"null_encoding": True}
@@ -47,7 +48,9 @@ def several() -> torch.Tensor:
     for i, picture in enumerate(unclear):
         for k in {0, 1, 2} - {i % 3}:
             place = 4 * k + 1, 1 if k == (i + 1) % 3 else 9
-            picture[:, place[0] : place[0] + 2, place[1] : place[1] + 2] = 0.9 + 0.1 * torch.rand((), generator=generator)
+            picture[:, place[0] : place[0] + 2, place[1] : place[1] + 2] = 0.9 + 0.1 * torch.rand(
+                (), generator=generator
+            )
     return torch.cat([pictures(), unclear])
 
 

@@ -51,8 +51,9 @@ class PatchCleanser(MaskDefense):
         whole: whether the answer where no mask wins is that to the whole picture, not the majority's; the model's own, or
             where it has one that of its network ``whole``, which may be one that has learned for accuracy alone.
 
-    First the whole picture is looked at, where that is asked for, and all one-mask pictures, then rows of those that disagree with
-    the whole picture or the majority until they fail, then pairs in the order of their one-mask confidence, the weakest first; a pair is looked at once, and not at all where both its masks have failed.
+    First the whole picture is looked at, where that is asked for, and all one-mask pictures, then rows of those that disagree
+    with the whole picture or the majority until they fail, then pairs in the order of their one-mask confidence, the weakest
+    first; a pair is looked at once, and not at all where both its masks have failed.
     Labels, and which places are certified, are those of the full table of M(M+1)/2.
 
     The masks are cut out of the picture that the attacker paints, before anything that the model does to it. That they

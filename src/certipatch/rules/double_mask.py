@@ -74,7 +74,9 @@ class DoubleMask(Rule):
     def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
         check_evidence(evidence)
         said, table = predictions(evidence), self.table(evidence)
-        return double_masking(said[:, table], evidence.shape[2], self.is_sure(evidence), said[:, -1] if self.whole else None)
+        return double_masking(
+            said[:, table], evidence.shape[2], self.is_sure(evidence), said[:, -1] if self.whole else None
+        )
 
     def table(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, "M M"]:
         """``pair_table`` of as many masks as there is evidence about. ValueError where there are no such tables."""

@@ -41,7 +41,7 @@ def start_from(start: Start, network: nn.Module, classes: tuple[str, ...]) -> No
 
 
 def _members(network: nn.Module) -> list[nn.Module]:
-    """Networks that are trained one by one, in the order of the recipe; those of an ensemble within specialists one by one, too."""
+    """Networks that are trained one by one, in the order of the recipe; also those of an ensemble within specialists."""
     if isinstance(network, Filled):
         return [network.network]
     nested = isinstance(network, CrossConvNet | CrossNet | Ensemble)

@@ -268,5 +268,5 @@ def _masked(
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
     masks, until = Masks(levels, fabric.device), recipe.plain_from
-    finer = [Masks([smaller], fabric.device) for smaller in sets[1:]] if asked.finer else []
+    finer = [Masks([*levels, *sets[1 : n + 1]], fabric.device) for n in range(1, len(sets))] if asked.finer else []
     return MaskLoss(network, module, masks, asked, fill, fabric.autocast, memory, classes, until, finer)
