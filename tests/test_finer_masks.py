@@ -28,8 +28,10 @@ def looked_at(defense, x):
     ]
     said = [ev.scores(ev.logits(defense.model, MaskPairs(masks), x)) for masks in sizes]
     found, table = said[-1], pair_table(len(sizes[-1]))
-    for masks, scores, confident in reversed(list(zip(sizes, said, defense.confident, strict=False))):
-        of = [next(i for i, one in enumerate(masks) if not (mask & ~one).any()) for mask in sizes[-1]]
+    of = list(range(len(sizes[-1])))  # the mask of each size that holds each of the smallest
+    for n, (masks, scores, confident) in reversed(list(enumerate(zip(sizes, said, defense.confident, strict=False)))):
+        parent = [next(i for i, one in enumerate(masks) if not (mask & ~one).any()) for mask in sizes[n + 1]]
+        of = [parent[i] for i in of]
         for a, b in itertools.combinations_with_replacement(range(len(of)), 2):
             first = scores[:, pair_table(len(masks))[of[a], of[b]]]
             found[:, table[a, b]] = torch.where((best_leads(first) >= confident)[:, None], first, found[:, table[a, b]])
@@ -104,20 +106,98 @@ def test_within_rounding_of_confident_both_ways_must_agree(off, label, certified
     assert label in (None, found.label.item())  # at the limit rounding may take either, and nothing is claimed
 
 
-def test_claims_of_several_sizes_must_all_agree():
-    """Rounding of 0.1: under the largest masks class 0 is at its limit, under the next class 1; the smallest say 0 surely."""
+@pytest.mark.parametrize(
+    ("largest", "larger", "smallest", "lead", "least"),
+    [
+        (0.45, 0.25, 0.9, 0.9, 0.25),  # all little below their limits: each might count
+        (0.45, -0.25, 0.9, 0.9, None),
+        (0.45, 0.05, 0.9, 0.9, 0.45),  # the second is far below
+        (0.55, 0.25, 0.9, 0.55, 0.25),  # the largest count, but the others might
+        (0.55, 0.25, -0.9, 0.55, None),
+        (0.55, -0.9, 0.9, 0.55, None),  # the second count where the largest do not, so the smallest never do
+        (0.55, 0.9, -0.9, 0.55, 0.55),
+        (0.75, -0.9, -0.9, 0.75, 0.75),  # the largest count for sure
+        (0.2, 0.35, 0.15, 0.35, None),  # its lead might be no more than rounding
+        (0.2, 0.35, 0.25, 0.35, 0.25),
+    ],
+)
+def test_what_rounding_may_do_to_a_cell(largest, larger, smallest, lead, least):
+    """Rounding of 0.1 in a score, 0.2 in a lead; of two classes the first leads by so much under masks of each size."""
     x = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
     defense = cp.PatchCleanser(Thirds().eval(), THREAT, masks=1, finer=4, confident=(0.5, 0.3), maps=True)
     defense.tolerance(x)
-    for next_to, doubtful in ((torch.tensor([0.65, 0.35]), False), (torch.tensor([0.35, 0.65]), True)):
-        look = _FinerLook(defense, x, ev.Tolerance(0.1, 0.0))
-        answers = iter([torch.tensor([0.75, 0.25]), next_to, torch.tensor([0.95, 0.05])])
-        look.looked = lambda model, pairs, picture, view, said=answers: next(said).expand(len(view), 2)
-        look.ask(torch.ones_like(look.known))
-        found = look.evidence()
-        assert bool(found.unsure.all()) == doubtful
-        lead = best_leads(found.values)
-        torch.testing.assert_close(lead, torch.full_like(lead, 0.3), atol=1e-5, rtol=0)  # the least that it may be
+    look = _FinerLook(defense, x, ev.Tolerance(0.1, 0.0))
+    answers = iter([(1 + torch.tensor([said, -said])) / 2 for said in (largest, larger, smallest)])
+    look.looked = lambda model, pairs, picture, view: next(answers).expand(len(view), 2)
+    look.ask(torch.ones_like(look.known))
+    found = look.evidence()
+    assert bool(found.unsure.any()) == bool(found.unsure.all()) == (least is None)
+    shown = torch.full_like(look.gaps, lead if least is None else least)
+    torch.testing.assert_close(best_leads(found.values), shown, atol=1e-5, rtol=0)
+    assert (found.values.argmax(2) == 0).all()
+
+
+class ByTheMasks(torch.nn.Module):
+    """Answers by what is hidden: class 1 in general, class 2 under single masks of the second size, or where white is seen;
+    where white is seen under one of the largest masks, undecided."""
+
+    encoding, fill = "picture", 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.largest = self.second = torch.zeros(0)
+
+    def forward(self, x):
+        hidden, white = (x[:, 0] == 0).flatten(1), (x[:, 0] > 0.9).flatten(1).any(1)
+        largest, second = ((hidden[:, None] == of.flatten(1)).all(2).any(1) for of in (self.largest, self.second))
+        said = torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [0.0, 0.5, 0.0]])
+        return said[torch.where(white & largest, 2, torch.where((second & ~largest) | white, 1, 0))]
+
+
+@pytest.mark.parametrize("threats", [[cp.PatchThreat(2), cp.PatchThreat((1, 4))],
+                                     [cp.PatchThreat((2, 3)), cp.PatchThreat((3, 2))],
+                                     [cp.PatchThreat(3, shape="line")]])  # fmt: skip
+def test_a_cell_is_filled_alike_in_whatever_order_cells_are_asked_for(threats):
+    """What an attacker makes the defense look at must not fill cells of a row that he cannot touch."""
+    size, network = (16, 16), ByTheMasks().eval()
+    defense = cp.PatchCleanser(network, threats, masks=2, finer=4, confident=0.5)
+    network.largest, network.second = (pairs.masks for pairs, _ in defense.larger(size))
+    x = torch.full((1, 1, *size), 0.5)
+    for threat in threats:
+        places, found = threat.locations(size), defense.certify(x, threat)
+        patches = torch.stack([places.pixels(place) for place in range(len(places))])
+        certified, attacked = found.margin[0] > 0, torch.where(patches[:, None], 1.0, x)
+        assert (defense.predict(attacked)[certified] == found.label).all()
+    for (_, first), (_, second) in itertools.pairwise(defense.larger(size)):
+        assert all(len(first[second == one].unique()) == 1 for one in second.unique())
+
+
+class Undecided(torch.nn.Module):
+    """Says class 2 surely, but nothing at all where only the lower half is to be seen."""
+
+    encoding, fill = "picture", 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, x):
+        upper, lower = (x[:, 0, row].sum(1) > 0 for row in (0, -1))
+        return torch.tensor([0.0, 0.0, 9.0]) * (upper | ~lower).float()[:, None]
+
+
+@pytest.mark.parametrize("confident", [0.0, 1e-8, 1e-6, 1e-3, 0.3])
+@pytest.mark.parametrize("whole", [False, True])
+def test_answers_without_any_lead_claim_nothing(confident, whole):
+    x, threat = torch.full((1, 1, 8, 8), 0.5), cp.PatchThreat(2)
+    x[:, :, 6:] = 0
+    defense = cp.PatchCleanser(Undecided().eval(), threat, masks=(2, 1), finer=(1, 2), confident=confident, whole=whole)
+    places, found = threat.locations((8, 8)), defense.certify(x, threat)
+    assert torch.equal(found.label, defense.predict(x))
+    patches = torch.stack([places.pixels(place) for place in range(len(places))])
+    answers = defense.predict(torch.where(patches[:, None], 1.0, x))
+    assert (answers[found.margin[0] > 0] == found.label).all()
 
 
 @given(st.integers(0, 2**32))

@@ -13,6 +13,7 @@ from certipatch.attacks import losses
 from certipatch.defenses import Card
 from certipatch.errors import InputError
 from certipatch.models import Filled, ModelSettings, Specialists, create
+from certipatch.models.adapters.adapted import Adapted, Preprocessing
 from certipatch.testing import check_defense
 from certipatch.training.recipe import Recipe
 from certipatch.training.start import start_from
@@ -99,38 +100,52 @@ def test_certificates_hold_against_pasted_patches(finer):
     assert tried.changed > 10
 
 
-class Turned(nn.Module):
-    """The network of whole pictures is the attacker's: it says another class each time."""
+class Says(nn.Module):
+    """One class, whatever it sees."""
 
-    def __init__(self):
+    encoding, fill = "picture", 0.0
+
+    def __init__(self, label: int = 0, classes: int = 3):
         super().__init__()
-        self.masked, self.asked = Brightest(), 0
-        self.whole = Liar(self)
+        self.weight = nn.Parameter(torch.eye(classes)[label], requires_grad=False)
 
     def forward(self, x):
-        return self.masked(x)
+        return self.weight.expand(len(x), -1)
 
 
-class Liar(nn.Module):
-    def __init__(self, owner: Turned):
-        super().__init__()
-        self.owner = [owner]
+def test_certificates_do_not_depend_on_the_whole_picture():
+    """Whatever an attacker makes of it: certified labels stay, and others follow it."""
+    x, network, answers = several(), Brightest().eval(), []
+    for label in range(3):
+        network.whole = Says(label)
+        answers.append(cp.PatchCleanser(network, THREAT, masks=6, whole=True).certify(x, THREAT))
+    certified, labels = answers[0].margin > 0, torch.stack([one.label for one in answers])
+    assert all(torch.equal(one.margin > 0, certified) for one in answers)
+    wins = certified.any(1)
+    assert 3 < wins.sum() < len(x) - 3
+    assert (labels[:, wins] == labels[0, wins]).all()
+    assert (labels[:, ~wins] == torch.arange(3)[:, None]).all()
 
-    def forward(self, x):
-        self.owner[0].asked += 1
-        return torch.eye(3)[torch.full((len(x),), self.owner[0].asked % 3)]
 
-
-def test_of_the_whole_picture_nothing_is_asked():
-    """Not even that it answers alike twice: certified labels stay, and others follow it."""
-    x, defense = several(), cp.PatchCleanser(Turned().eval(), THREAT, masks=3, whole=True)
-    answers = [defense.certify(x, THREAT) for _ in range(3)]
-    certified = answers[0].certified
-    assert certified.any()
-    assert all(torch.equal(one.certified, certified) for one in answers)
-    labels = torch.stack([one.label for one in answers])
-    assert (labels[:, certified] == labels[0, certified]).all()
-    assert (labels[:, ~certified] != labels[0, ~certified]).any()
+def test_a_model_may_bring_its_own(tmp_path):
+    """As an attribute, also behind a preprocessing; without ``whole`` nobody looks at it."""
+    x, network = torch.cat([several(), several()[:, :1]], 1), Brightest().eval()
+    network.whole = Says(2)
+    found = cp.PatchCleanser(network, THREAT, masks=3, whole=True).certify(x, THREAT)
+    asked = Adapted(network, Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3), "mine").eval()
+    assert torch.equal(
+        cp.PatchCleanser(asked, THREAT, masks=3, fill=0.0, whole=True).certify(x, THREAT).label, found.label
+    )
+    assert (found.label[(found.margin <= 0).all(1)] == 2).all()
+    network.whole = Says(2, classes=5)
+    cp.PatchCleanser(network, THREAT, masks=3).certify(x, THREAT)
+    with pytest.raises(InputError, match="whole pictures with 5 classes, masked ones with 3"):
+        cp.PatchCleanser(network, THREAT, masks=3, whole=True).predict(x)
+    network.whole = nn.Sequential(nn.BatchNorm2d(3), Brightest()).train()
+    with pytest.raises(InputError, match="train"):
+        cp.PatchCleanser(network, THREAT, masks=3, whole=True).predict(x)
+    network.whole = Says(2).double()
+    assert torch.equal(cp.PatchCleanser(network, THREAT, masks=3, whole=True).predict(x), found.label)
 
 
 def test_attacks_go_through_the_whole_picture():
@@ -141,6 +156,8 @@ def test_attacks_go_through_the_whole_picture():
     assert leads.shape == (4, 3)
     paper = losses.leads(cp.PatchCleanser(network, THREAT, masks=3), x, torch.Generator().manual_seed(0))
     assert not torch.allclose(leads, paper)
+    plain = losses.bare_leads(defense, x, torch.Generator())
+    torch.testing.assert_close(plain, losses.lead_of(network.whole(x)))
     evidence = torch.tensor([[[0.9, 0.1]] * 3 + [[0.2, 0.8]], [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.2, 0.8]]])
     found = losses.rule_leads(rules.DoubleMask(whole=True), evidence)
     assert torch.equal(found.argmax(1), rules.DoubleMask(whole=True).predict(evidence))
@@ -159,7 +176,7 @@ def test_specialists_start_from_networks_that_were_trained_one_by_one(tmp_path):
     from certipatch.defenses import card as cards
     from certipatch.defenses.weights import save_weights
 
-    masked = {"name": "cascade", "members": (NULL, CONV)}
+    masked = {"name": "cascade", "members": (NULL, CONV), "mirror": True}
     settings = ModelSettings(name="specialists", members=(masked, CONV))
     made = create(settings, None, 3, 4, SIZE).eval()
     single = [create(ModelSettings(**one), None, 3, 4, SIZE).eval() for one in (NULL, CONV, CONV)]
@@ -171,9 +188,11 @@ def test_specialists_start_from_networks_that_were_trained_one_by_one(tmp_path):
     start_from(tuple(str(tmp_path / str(i)) for i in range(3)), made, tuple("abcd"))
     x = torch.rand(5, 3, *SIZE, generator=torch.Generator().manual_seed(0))
     encoded = torch.cat([x, 1 - x], 1)
-    assert isinstance(made.whole, Filled)
+    assert isinstance(made.parts[1], Filled)
     with torch.inference_mode():
-        torch.testing.assert_close(made.whole(encoded), single[2](x))
+        turned = torch.cat([x.flip(3), 1 - x.flip(3)], 1)
+        said = [single[0](encoded), single[0](turned), *(net(way) for net in single[1:] for way in (x, x.flip(3)))]
+        torch.testing.assert_close(made.whole(encoded), torch.stack(said).mean(0))
         cascade = made.parts[0]
         torch.testing.assert_close(cascade.parts[0](encoded), single[0](encoded))
         torch.testing.assert_close(cascade.parts[1](encoded), single[1](x))
@@ -187,13 +206,12 @@ def test_refusals_and_settings():
     with pytest.raises(InputError, match="whole is true or false"):
         cp.PatchCleanser(network, THREAT, whole=1)
     assert cp.PatchCleanser(network, THREAT, whole=True).settings()["whole"] is True
-    with pytest.raises(InputError, match="specialists are two networks"):
-        Specialists([network] * 3)
+    with pytest.raises(InputError, match="at least two networks"):
+        Specialists([network])
     with pytest.raises(ValueError, match="cannot be a member of a network cascade"):
         ModelSettings(name="cascade", members=(CONV, {"name": "specialists", "members": (CONV, CONV)}))
     two = {"name": "specialists", "members": (CONV, CONV)}
     told = {"name": "mine", "data": "cifar10", "model": two, "defense": "patchcleanser"}
     with pytest.raises(ValueError, match="specialists are trained one by one"):
         Recipe(**told, settings={"whole": True}, epochs=3)
-    with pytest.raises(ValueError, match=r"patchcleanser with settings\.whole=true"):
-        Recipe(**told, settings={"whole": False}, epochs=0, start=("a", "b"))
+    assert "whole" not in cp.PatchCleanser(network, THREAT).settings()

@@ -69,7 +69,7 @@ def bare_leads(defense: object, images: Float[Tensor, "N C H W"], generator: Gen
     if isinstance(defense, ViewDefense) and not whole:
         size = (images.shape[2], images.shape[3])
         return lead_of(view_logits(defense.model, defense.views_of(size), images).mean(1))
-    network: Callable[[Tensor], Tensor] | None = getattr(defense, "model", None)
+    network: Callable[[Tensor], Tensor] | None = getattr(defense, "unmasked", getattr(defense, "model", None))
     if network is None:
         raise InputError(f"there is no loss to attack {type(defense).__name__} with; register one for losses.leads")
     if getattr(network, "encoding", "picture") == "null":

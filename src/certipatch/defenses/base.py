@@ -157,9 +157,13 @@ class ViewDefense(Defense):
         key = (*images.shape[1:], images.dtype, images.device, training, first.dtype, autocast)
         state = ev.weights_state(self.model)
         if self._tolerance.get(key, (None,))[0] != state:
-            views = self.views_of((images.shape[2], images.shape[3]))
-            self._tolerance[key] = state, ev.check_model(self.model, views, images, self.batch_size, raw=self.raw)
+            self._tolerance[key] = state, self.checked(images)
         return self._tolerance[key][1]
+
+    def checked(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
+        """Run the model check on pictures of this size."""
+        views = self.views_of((images.shape[2], images.shape[3]))
+        return ev.check_model(self.model, views, images, self.batch_size, raw=self.raw)
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
         ev.check_images(images)

@@ -52,8 +52,6 @@ class Described(BaseModel):
             raise ValueError(f"{self.defense} with the network {self.model.name} {needs}")
         if self.defense in WHOLE and (self.views is not None or local):
             raise ValueError(f"{self.defense} reads whole pictures, without views; {self.model.name} cannot")
-        if self.model.name == "specialists" and not (self.defense == "patchcleanser" and self.settings["whole"]):
-            raise ValueError("specialists are for patchcleanser with settings.whole=true, which alone asks the second")
         if self.defense == "patchcure" and not self.model.name.startswith("shared-"):
             raise ValueError(
                 f"patchcure needs a network with a shared front, shared-bagnet or shared-vit, not {self.model.name}"

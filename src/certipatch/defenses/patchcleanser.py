@@ -1,5 +1,6 @@
 """PatchCleanser (Xiang et al., USENIX Security 2022): double masking around any classifier."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, final
@@ -23,7 +24,7 @@ from certipatch.errors import InputError
 from certipatch.rules import DoubleMask
 from certipatch.rules.double_mask import best_leads, predictions, sureness
 from certipatch.threats import PatchThreat
-from certipatch.views import MaskPairs
+from certipatch.views import MaskPairs, PixelSets
 from certipatch.views.masks import pair_table
 from certipatch.views.render import Fill
 
@@ -84,7 +85,7 @@ class PatchCleanser(MaskDefense):
         super().__init__(model, threat, masks, stride, fill, batch_size)
         self.maps, self.sure, self.whole = maps, checked_sure(sure), checked_whole(whole)
         own = getattr(model, "whole", None)
-        self.unmasked = BehindMasks(own if isinstance(own, nn.Module) else model, fill)
+        self.unmasked = BehindMasks(own if whole and isinstance(own, nn.Module) else model, fill)
         self.finer = per_axis(finer, "parts of finer masks")
         self.divisions = divisions(self.finer or (1, 1))
         leads = list(confident) if isinstance(confident, Sequence) else [confident] * len(self.divisions)
@@ -102,7 +103,8 @@ class PatchCleanser(MaskDefense):
 
     def settings(self) -> dict[str, Any]:
         finer = {"finer": list(self.finer), "confident": list(self.confident)} if self.finer and self.divisions else {}
-        return super().settings() | {"sure": self.sure, "maps": self.maps, "whole": self.whole} | finer
+        whole = {"whole": True} if self.whole else {}
+        return super().settings() | {"sure": self.sure, "maps": self.maps} | finer | whole
 
     def views_of(self, image_size: tuple[int, int]) -> MaskPairs:
         if image_size not in self._views:
@@ -110,7 +112,7 @@ class PatchCleanser(MaskDefense):
             found = [covering_masks(self.threats, image_size, self.masks, self.stride, parts) for parts in sizes]
             *larger, (smallest, self._covers[image_size]) = found
             self._sizes[image_size] = [MaskPairs(masks) for masks, _ in larger]
-            self._around[image_size] = [within(smallest, masks) for masks, _ in larger]
+            self._around[image_size] = nested([masks for masks, _ in found])
             self._views[image_size] = MaskPairs(smallest, self.whole)
         views = self._views[image_size]
         assert isinstance(views, MaskPairs)
@@ -128,6 +130,13 @@ class PatchCleanser(MaskDefense):
 
     def rule(self, image_size: tuple[int, int]) -> DoubleMask:
         return DoubleMask(self.sure, self.whole)
+
+    def checked(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
+        """The network under masks, whose rounding counts; of one of whole pictures only that its answers are its own."""
+        masks = self.views_of((images.shape[2], images.shape[3])).masks
+        if self.whole and self.unmasked.model is not self.model.model:
+            ev.check_model(self.unmasked, PixelSets(torch.ones_like(masks[:1])), images, self.batch_size)
+        return ev.check_model(self.model, MaskPairs(masks), images, self.batch_size)
 
     def values(self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance) -> tuple[Tensor, None, Tensor]:
         return ev.scores(logits), None, _error(tolerance, logits)
@@ -200,11 +209,24 @@ class _Look:
 
     def keep(self, picture: Int64[Tensor, " n"], view: Int64[Tensor, " n"], scores: Float[Tensor, "n K"]) -> None:
         """Write down what is known from now on."""
+        self.write(picture, view, scores)
+        self.known[picture, view] = True
+
+    def write(self, picture: Int64[Tensor, " n"], view: Int64[Tensor, " n"], scores: Float[Tensor, "n K"]) -> None:
+        """Put scores into the table."""
         if len(self.scores) == 0:
             self.scores = torch.zeros((*self.known.shape, scores.shape[1]), dtype=scores.dtype, device=scores.device)
-        self.scores[picture, view] = scores
+        if self.scores.shape[2] != scores.shape[1]:
+            numbers = self.scores.shape[2], scores.shape[1]
+            raise InputError(
+                f"the model answers whole pictures with {numbers[0]} classes, masked ones with {numbers[1]}"
+            )
+        self.scores[picture, view] = scores.to(self.scores.dtype)
         self.answers[picture, view], self.gaps[picture, view] = predictions(scores[None])[0], best_leads(scores)
-        self.known[picture, view] = True
+
+    def least(self) -> Float64[Tensor, "B V"]:
+        """By how much each answer leads, however what the network says is rounded."""
+        return self.gaps - 2 * self.error[:, None]
 
     def at_whole(self) -> None:
         """The whole picture, where the rule asks for it."""
@@ -244,10 +266,11 @@ class _Look:
         alone = torch.where(self.answers == label, self.gaps, -self.gaps)[:, self.table.diagonal()]
         weakness, step, known = alone[:, one] + alone[:, other], 4, self.known[:, : len(one)]
         while True:
-            good = (self.answers == label) & (self.gaps > 2 * self.error[:, None])
+            least = self.least()
+            good = (self.answers == label) & (least > 0)
             holds = (good | ~self.known)[:, self.table].all(2)  # (B, M): has not failed
             if self.defense.sure:
-                lead = (self.gaps - 2 * self.error[:, None]).masked_fill(~self.known, 1.0)  # a lead is at most 1
+                lead = least.masked_fill(~self.known, 1.0)  # a lead is at most 1
                 holds &= sureness(lead[:, self.table]) > self.defense.sure
             wanted = (holds[:, one] | holds[:, other]) & ~known
             if covers is not None:
@@ -269,23 +292,30 @@ class _FinerLook(_Look):
         super().__init__(defense, images, tolerance)
         self.larger = [(pairs, around.to(images.device)) for pairs, around in defense.larger(self.size)]
         self.seen = [torch.zeros_like(self.known[:, : pairs.number(self.size)]) for pairs, _ in self.larger]
-        self.claimed = torch.full_like(self.answers, -1)
-        """The class that rounding might have taken for a cell, from larger masks; −2 where it might have been several."""
-        self.least = torch.full_like(self.gaps, torch.inf)
-        """The lead that it would have had then."""
+        self.taken = torch.zeros_like(self.known)
+        """Cells that larger masks fill by less than rounding: what smaller ones say is looked at, but does not count."""
+        self.other = torch.full_like(self.answers, -1)
+        """The class that a cell would have if rounding were other, −1 where none, −2 where it might be one of several."""
+        self.other_lead = torch.full_like(self.gaps, torch.inf)
+        """The least lead that it would have then."""
+
+    def least(self) -> Float64[Tensor, "B V"]:
+        lead = torch.minimum(self.gaps, self.other_lead) - 2 * self.error[:, None]
+        return lead.masked_fill((self.other != -1) & (self.other != self.answers), -torch.inf)
 
     def evidence(self) -> Evidence:
+        """As it stands, and of what might be otherwise with the smaller lead; what might be another class is unsure."""
         found = super().evidence()
-        assert found.unsure is not None
-        doubtful = (self.claimed != -1) & self.known
+        doubtful = (self.other != -1) & self.known
         if not bool(doubtful.any()):
             return found
-        share = (self.least / self.gaps.clamp(min=1e-12)).clamp(max=1)[
-            ..., None
-        ]  # of the scores, the rest spread evenly
-        weaker = (share * found.values + (1 - share) / found.values.shape[2]).to(found.values.dtype)
-        values = torch.where((doubtful & (self.least < self.gaps))[..., None], weaker, found.values)
-        return replace(found, values=values, unsure=found.unsure | (doubtful & (self.claimed != self.answers)))
+        lost = doubtful & (self.least() <= 0)
+        weaker = doubtful & ~lost & (self.other_lead < self.gaps)
+        share = (self.other_lead[weaker] / self.gaps[weaker])[:, None]  # of the scores, the rest spread evenly
+        values = found.values.clone()
+        values[weaker] = (share * values[weaker] + (1 - share) / values.shape[2]).to(values.dtype)
+        assert found.unsure is not None
+        return replace(found, values=values, unsure=found.unsure | lost)
 
     def ask(self, wanted: Bool[Tensor, "B v"]) -> None:
         for number, ((pairs, around), seen) in enumerate(zip(self.larger, self.seen, strict=True)):
@@ -307,14 +337,31 @@ class _FinerLook(_Look):
         numbers[picture, view] = torch.arange(len(picture), device=picture.device)
         numbers = numbers[:, around].masked_fill(self.known[:, : len(around)], -1)
         owner, cell = (numbers >= 0).nonzero().T
-        said, rounding = numbers[owner, cell], 2 * self.error[owner]
-        enough = over[said] >= rounding
-        self.keep(owner[enough], cell[enough], scores[said[enough]])
-        near = (over[said] >= -rounding) & ~enough
-        owner, cell, said = owner[near], cell[near], said[near]
-        claim, before = predictions(scores[None])[0][said], self.claimed[owner, cell]
-        self.claimed[owner, cell] = torch.where((before == -1) | (before == claim), claim, -2)
-        self.least[owner, cell] = torch.minimum(self.least[owner, cell], best_leads(scores)[said])
+        said = numbers[owner, cell]
+        over, rounding = over[said], 2 * self.error[owner]
+        for ours, do in (
+            (over >= rounding, self.keep),
+            ((over >= 0) & (over < rounding), self._fill),
+            ((over >= -rounding) & (over < 0), self._doubt),
+        ):
+            do(owner[ours], cell[ours], scores[said[ours]])
+
+    def keep(self, picture: Int64[Tensor, " n"], view: Int64[Tensor, " n"], scores: Float[Tensor, "n K"]) -> None:
+        self._fill(picture, view, scores)
+        self.known[picture, view] = True
+
+    def _fill(self, picture: Int64[Tensor, " n"], view: Int64[Tensor, " n"], scores: Float[Tensor, "n K"]) -> None:
+        """What cells hold; where they hold something already, what they might hold."""
+        taken = self.taken[picture, view]
+        self._doubt(picture[taken], view[taken], scores[taken])
+        self.write(picture[~taken], view[~taken], scores[~taken])
+        self.taken[picture, view] = True
+
+    def _doubt(self, picture: Int64[Tensor, " n"], view: Int64[Tensor, " n"], scores: Float[Tensor, "n K"]) -> None:
+        """What cells might hold."""
+        claim, before = predictions(scores[None])[0], self.other[picture, view]
+        self.other[picture, view] = torch.where((before == -1) | (before == claim), claim, -2)
+        self.other_lead[picture, view] = torch.minimum(self.other_lead[picture, view], best_leads(scores))
 
 
 def divisions(parts: tuple[int, int]) -> list[tuple[int, int]]:
@@ -324,6 +371,19 @@ def divisions(parts: tuple[int, int]) -> list[tuple[int, int]]:
         factors = [next((f for f in range(2, number + 1) if number % f == 0), 1) for number in rest]
         found.append((factors[0], factors[1]))
         rest = [number // factor for number, factor in zip(rest, factors, strict=True)]
+    return found
+
+
+def nested(sizes: Sequence[Bool[Tensor, "_ H W"]]) -> list[Int64[Tensor, " V"]]:
+    """For every pair of the smallest masks the pair of each larger size around it, from the largest to the smallest size.
+
+    What is around one pair is around all pairs within the same pair of the next size: a cell is filled by what is looked at
+    for itself, in whatever order cells are asked for.
+    """
+    found: list[Int64[Tensor, " V"]] = []
+    for larger, finer in reversed(list(itertools.pairwise(sizes))):
+        table = within(finer, larger)
+        found.insert(0, table[found[0]] if found else table)
     return found
 
 

@@ -1,7 +1,7 @@
 """Several networks that answer together (Lakshminarayanan et al. 2017, of logits): errors that they do not share cancel."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import ClassVar, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,12 +38,16 @@ class Ensemble(nn.Module):
     ``forward`` maps what they read (N, C, H, W) to logits (N, K). Errors: InputError where they read something else.
     """
 
+    unsaid: ClassVar[str] = "null"
+    """What networks read that do not say it."""
+
     def __init__(self, parts: Sequence[nn.Module]):
         super().__init__()
-        read = {getattr(part, "encoding", "null") for part in parts}
-        if "null" in read and read <= {"null", "picture", "fill"}:
-            parts = [part if getattr(part, "encoding", "null") == "null" else Filled(part) for part in parts]
-        ways = {(getattr(part, "encoding", "null"), _fill(part)) for part in parts}
+        read = [getattr(part, "encoding", self.unsaid) for part in parts]
+        if "null" in read and set(read) <= {"null", "picture", "fill"}:
+            parts = [part if reads == "null" else Filled(part) for part, reads in zip(parts, read, strict=True)]
+            read = ["null"] * len(parts)
+        ways = {(reads, _fill(part)) for part, reads in zip(parts, read, strict=True)}
         if len(ways) > 1:
             raise InputError("the members of an ensemble must read pictures in the same way, with masks of one fill")
         ((self.encoding, self.fill),) = ways

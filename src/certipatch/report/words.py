@@ -34,10 +34,10 @@ PLAIN = {
     "those are is known exactly. Where the answer keeps more than half of all votes without that share, nothing painted "
     "there can take it from the class that most views vote for. The votes are estimated from a sample, so each "
     "certificate holds with the stated confidence only.",
-    "patchcleanser": "The network looks at the picture with each of many masks over it, and with every two of them. If all "
-    "one-mask answers agree, that is the answer; a dissenter is believed only if it stays with its answer under every "
-    "second mask. Wherever the patch lies, some mask hides it. Where such a mask says the same alone and together with "
-    "every second mask, nothing painted under it can change the answer.",
+    "patchcleanser": "The network looks at the picture with each of many masks over it, and with every two of them. The "
+    "answer is that of most masks, or, where that is asked for, the one to the whole picture; a mask that dissents is believed "
+    "instead if it stays with its answer under every second mask. Wherever the patch lies, some mask hides it. Where such a "
+    "mask says the same alone and together with every second mask, nothing painted under it can change the answer.",
     "patchcure": "A first part of the network looks at small windows of the picture, once. A second part answers with each of "
     "many masks over what the first one found, and with every two of them; the answer is chosen from these as by double masking. "
     "Wherever the patch lies, some mask hides every window that sees it. Where such a mask says the same alone and together "

@@ -30,9 +30,9 @@ class DoubleMask(Rule):
     ``views.masks.pair_table`` says. A view predicts its largest entry, on a tie the smaller class; so 0/1 tables of
     predictions are evidence, and so are scores.
 
-    *Rule* (Algorithm 1). Unanimous one-mask predictions are the answer. Otherwise every disagreer with the majority (of
-    smallest class on a tie) is looked at under every second mask; the first disagreer whose predictions all stay its own,
-    and which is sure, is the answer; without one, the majority.
+    *Rule* (Algorithm 1). Every disagreer with the majority of one-mask predictions (of smallest class on a tie) is looked
+    at under every second mask; the first disagreer whose predictions all stay its own, and which is sure, is the answer;
+    without one, the majority.
 
     **Theorem.** If some mask c predicts y alone and together with every second mask, and is sure, and the attacker owns
     none of these views, the answer is y before and after the attack.

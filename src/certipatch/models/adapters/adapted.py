@@ -97,6 +97,16 @@ class Adapted(nn.Module):
         return known if known is None or self.kept is None else tuple(known[i] for i in self.kept.tolist())
 
     @property
+    def whole(self) -> "Adapted | None":
+        """Its network of whole pictures, where it has one of its own (see ``PatchCleanser``), behind the same preprocessing."""
+        network = getattr(self.network, "whole", None)
+        if not isinstance(network, nn.Module):
+            return None
+        found = Adapted(network, self.preprocessing, self.name, self.identity)
+        found.kept = self.kept
+        return found
+
+    @property
     def image_size(self) -> tuple[int, int] | None:
         """(H, W) that the network reads; None for any. Larger photographs are made so large before the attacker."""
         return self.preprocessing.size
