@@ -66,7 +66,7 @@ def uncertified() -> tuple[cp.PatchCleanser, torch.Tensor]:
     return defense, images[~defense.certify(images, THREAT).certified][:4]
 
 
-@pytest.mark.benchmark(group="PatchCleanser, 49 masks, 4 pictures of CIFAR-10 that are not certified")
+@pytest.mark.benchmark(group="PatchCleanser, masks of three sizes, 4 pictures of CIFAR-10 that are not certified")
 @pytest.mark.parametrize("maps", [True, False], ids=["all that margins need", "until the verdict is known"])
 def test_pictures_that_are_not_certified(benchmark, uncertified, maps: bool) -> None:
     """By the way also in passes: at least five times fewer than M(M + 1)/2."""
