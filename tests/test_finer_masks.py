@@ -14,6 +14,7 @@ from certipatch import evidence as ev
 from certipatch import rules
 from certipatch.defenses.patchcleanser import _FinerLook, divisions, within
 from certipatch.errors import InputError
+from certipatch.export import AsGraph
 from certipatch.rules.double_mask import best_leads
 from certipatch.testing import check_defense
 from certipatch.views import MaskPairs, mask_set
@@ -198,6 +199,50 @@ def test_answers_without_any_lead_claim_nothing(confident, whole):
     patches = torch.stack([places.pixels(place) for place in range(len(places))])
     answers = defense.predict(torch.where(patches[:, None], 1.0, x))
     assert (answers[found.margin[0] > 0] == found.label).all()
+
+
+class LeadsBy(torch.nn.Module):
+    """Two classes: under the one largest mask the second leads by ``large``, else by ``small``; where white is seen the first."""
+
+    encoding, fill = "picture", 0.0
+
+    def __init__(self, large: float, small: float):
+        super().__init__()
+        self.large, self.small, self.whole = large, small, torch.nn.Flatten()
+        self.whole.forward = lambda x: self.seen(x)
+
+    def seen(self, x):
+        return torch.tensor([[0.0, 9.0], [9.0, 0.0]])[(x > 0.9).flatten(1).any(1).long()]
+
+    def forward(self, x):
+        lead = torch.where((x == 0).flatten(1).all(1), self.large, self.small)
+        said = torch.stack([(1 - lead) / 2, (1 + lead) / 2], 1).log()
+        return torch.where((x > 0.9).flatten(1).any(1)[:, None], self.seen(x), said)
+
+
+@pytest.mark.parametrize("small", [0.12, 0.4])
+def test_whether_a_mask_is_sure_does_not_hang_on_rounding(small):
+    """Rounding of 0.05 in a score: a lead of 0.61 in the clean picture is one of 0.51 in the attacked one, and back."""
+    x = torch.full((1, 1, 8, 8), 0.5)
+    attacked = x.clone()
+    attacked[..., :2, :2] = 1.0
+    leads = [0.45, 0.49, 0.5, 0.51, 0.55, 0.59, 0.6, 0.61, 0.65]
+    made = {}
+    for large in leads:
+        made[large] = cp.PatchCleanser(
+            LeadsBy(large, small).eval(), cp.PatchThreat(2), masks=1, finer=2, confident=0.5, sure=0.3, whole=True
+        )
+        made[large].tolerance = lambda images: ev.Tolerance(0.05, 0.0)
+    certified = 0
+    for clean, after in itertools.product(leads, leads):
+        found = made[clean].certify(x, cp.PatchThreat(2))
+        assert torch.equal(found.label, made[clean].predict(x))
+        if abs(clean - after) <= 0.1 and found.margin[0, 0] > 0:
+            certified += 1
+            assert torch.equal(made[after].predict(attacked), found.label)
+    assert certified > 10
+    exact = [AsGraph(made[large], (8, 8), 1)(attacked)[0] for large in leads]
+    assert torch.cat(exact).tolist() == [made[large].predict(attacked).item() for large in leads]
 
 
 @given(st.integers(0, 2**32))

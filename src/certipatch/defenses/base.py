@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
@@ -34,6 +34,8 @@ class Evidence:
     """The pictures, where a certificate needs the network again (interval bounds); such evidence is not stored."""
     passes: Int64[Tensor, " B"] | None = None
     """Network calls that each picture took, where pictures differ in that."""
+    labels: Int64[Tensor, " B"] | None = None
+    """The labels, where values are the least that scores may be, whatever the rounding; None where they follow from values."""
 
 
 class Defense(ABC):
@@ -175,12 +177,15 @@ class ViewDefense(Defense):
         return Evidence(values, unsure, size, error)
 
     def label(self, evidence: Evidence) -> Int64[Tensor, " B"]:
-        return self.rule(evidence.image_size).predict(evidence.values)
+        return self.rule(evidence.image_size).predict(evidence.values) if evidence.labels is None else evidence.labels
 
     def certificate(self, evidence: Evidence, threat: Threat) -> Certificate:
         relation, rule = self.relation(threat, evidence.image_size), self.rule(evidence.image_size)
         rows = relation.rows.to(evidence.values.device)
         verdict = rule.certify(evidence.values, rows, evidence.unsure, evidence.error)
+        if evidence.labels is not None:
+            same = (evidence.labels == verdict.label)[:, None]
+            verdict = replace(verdict, label=evidence.labels, margin=verdict.margin.masked_fill(~same, -torch.inf))
         if isinstance(threat, SparseThreat):
             margin, relation = verdict.margin.amin(1, keepdim=True), None
         else:

@@ -304,7 +304,11 @@ class _FinerLook(_Look):
         return lead.masked_fill((self.other != -1) & (self.other != self.answers), -torch.inf)
 
     def evidence(self) -> Evidence:
-        """As it stands, and of what might be otherwise with the smaller lead; what might be another class is unsure."""
+        """Of cells that might hold something else the smaller lead; those of which that is another class are unsure.
+
+        Labels are those of what cells hold: what they might hold depends on the rounding, here and under attack. A mask that
+        wins with the smaller leads wins with theirs, too.
+        """
         found = super().evidence()
         doubtful = (self.other != -1) & self.known
         if not bool(doubtful.any()):
@@ -315,7 +319,8 @@ class _FinerLook(_Look):
         values = found.values.clone()
         values[weaker] = (share * values[weaker] + (1 - share) / values.shape[2]).to(values.dtype)
         assert found.unsure is not None
-        return replace(found, values=values, unsure=found.unsure | lost)
+        labels = self.defense.label(found) if self.defense.sure else None  # without, they hang on classes alone
+        return replace(found, values=values, unsure=found.unsure | lost, labels=labels)
 
     def ask(self, wanted: Bool[Tensor, "B v"]) -> None:
         for number, ((pairs, around), seen) in enumerate(zip(self.larger, self.seen, strict=True)):
