@@ -561,7 +561,7 @@ def test_shipped_recipes_are_read():
     names = ("mnist-double-mask", "mnist-double-mask-144", "cifar10-double-mask", "imagenette-double-mask")
     names += ("imagenette-double-mask-random",)
     names += ("cifar10-double-mask-null", "cifar10-double-mask-wide", "cifar10-whole")
-    numbers = ([36], [144], [16, 49, 196], [16, 64], [16], [49, 196], [49], [784])
+    numbers = ([36, 144], [144], [16, 49, 196], [16, 64], [16], [49, 196], [49], [784])
     for name, masks in zip(names, numbers, strict=True):
         recipe = read(cp_recipe(name))
         size = (28, 28) if name.startswith("mnist") else (32, 32) if name.startswith("cifar") else (224, 224)
