@@ -302,7 +302,7 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
         ([f"start=['{starts[0]}', '{starts[1]}', '{starts[1]}']"], "has 2 parts, but 3 models are given"),
         ([f"start=['{starts[1]}', '{starts[0]}']"], "holds another network"),
         (["model.widths=[4]"], "no sizes of its own"),
-        (["model.members=[{name: conv}, {name: vit}]"], "vit cannot be a member of an ensemble"),
+        (["model.members=[{name: conv}, {name: vit}]"], "the ensemble cannot have vit as a member"),
         (["start=null"], "epochs: 0 trains nothing"),
     ):
         with pytest.raises(InputError, match=message):

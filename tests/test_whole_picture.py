@@ -208,7 +208,7 @@ def test_refusals_and_settings():
     assert cp.PatchCleanser(network, THREAT, whole=True).settings()["whole"] is True
     with pytest.raises(InputError, match="at least two networks"):
         Specialists([network])
-    with pytest.raises(ValueError, match="cannot be a member of a network cascade"):
+    with pytest.raises(ValueError, match="the cascade cannot have specialists as a member"):
         ModelSettings(name="cascade", members=(CONV, {"name": "specialists", "members": (CONV, CONV)}))
     two = {"name": "specialists", "members": (CONV, CONV)}
     told = {"name": "mine", "data": "cifar10", "model": two, "defense": "patchcleanser"}

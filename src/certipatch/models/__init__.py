@@ -132,7 +132,7 @@ class ModelSettings(BaseModel):
         known = (*MEMBERS, "ensemble", "cascade") if self.name == "specialists" else MEMBERS
         for member in self.members or ():
             if member.name not in known:
-                raise ValueError(f"{member.name} cannot be a member of a network {self.name}; use {', '.join(known)}")
+                raise ValueError(f"the {self.name} cannot have {member.name} as a member; use {', '.join(known)}")
         return self
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import ClassVar, final
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ class Together(nn.Module):
     def forward(self, views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         ways = [views, views.flip(3)] if self.mirror else [views]
         answers = [part(way) for part in self.parts for way in ways]
-        return sum(answers[1:], start=answers[0]) / len(answers)
+        return torch.stack(answers).mean(0)
 
 
 @final
