@@ -63,7 +63,7 @@ def test_cell_by_cell(masks, finer, confident, sure, maps):
         assert torch.equal(found.margin > 0, margin > 0)
     assert (evidence.passes <= defense.forward_passes(SIZE)).all()
     if confident == 0.0:  # the larger ones alone decide
-        assert (evidence.passes <= defense.largest(SIZE).number(SIZE)).all()
+        assert (evidence.passes <= defense.sizes(SIZE)[0].number(SIZE)).all()
 
 
 def test_certificates_hold_against_pasted_patches():

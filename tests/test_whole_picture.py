@@ -17,7 +17,7 @@ from certipatch.models.adapters.adapted import Adapted, Preprocessing
 from certipatch.testing import check_defense
 from certipatch.training.recipe import Recipe
 from certipatch.training.start import start_from
-from certipatch.views import MaskPairs, mask_set  # fmt: skip
+from certipatch.views import MaskPairs, mask_set
 from certipatch.views import create as create_views
 
 CONV = {"name": "conv", "widths": (8, 8)}
@@ -127,7 +127,7 @@ def test_certificates_do_not_depend_on_the_whole_picture():
     assert (labels[:, ~wins] == torch.arange(3)[:, None]).all()
 
 
-def test_a_model_may_bring_its_own(tmp_path):
+def test_a_model_may_bring_its_own():
     """As an attribute, also behind a preprocessing; without ``whole`` nobody looks at it."""
     x, network = torch.cat([several(), several()[:, :1]], 1), Brightest().eval()
     network.whole = Says(2)

@@ -107,7 +107,7 @@ def _(defense: RandomizedAblation, images: Tensor, generator: Generator) -> Tens
 def _(defense: PatchCleanser, images: Tensor, generator: Generator) -> Tensor:
     """Through double masking: every mask alone, and with one second mask, drawn anew at each step; the largest masks. And
     the whole picture, where that decides."""
-    pairs = defense.largest((images.shape[2], images.shape[3]))
+    pairs = defense.sizes((images.shape[2], images.shape[3]))[0]
     whole = None
     if defense.whole:
         every = PixelSets(torch.ones_like(pairs.masks[:1]))

@@ -110,8 +110,8 @@ class PatchCleanser(MaskDefense):
         if image_size not in self._views:
             sizes = [self.divisions[:number] for number in range(len(self.divisions) + 1)]
             found = [covering_masks(self.threats, image_size, self.masks, self.stride, parts) for parts in sizes]
-            *larger, (smallest, self._covers[image_size]) = found
-            self._sizes[image_size] = [MaskPairs(masks) for masks, _ in larger]
+            smallest, self._covers[image_size] = found[-1]
+            self._sizes[image_size] = [MaskPairs(masks) for masks, _ in found]
             self._around[image_size] = nested([masks for masks, _ in found])
             self._views[image_size] = MaskPairs(smallest, self.whole)
         views = self._views[image_size]
@@ -120,23 +120,22 @@ class PatchCleanser(MaskDefense):
 
     def larger(self, image_size: tuple[int, int]) -> list[tuple[MaskPairs, Int64[Tensor, " V"]]]:
         """Pairs of masks of every size but the smallest, the largest first, and which of them is around each of the smallest."""
-        self.views_of(image_size)
-        return list(zip(self._sizes[image_size], self._around[image_size], strict=True))
+        return list(zip(self.sizes(image_size)[:-1], self._around[image_size], strict=True))
 
-    def largest(self, image_size: tuple[int, int]) -> MaskPairs:
-        """Pairs of the masks that are looked at first."""
-        views = self.views_of(image_size)
-        return MaskPairs(views.masks) if not self.divisions else self._sizes[image_size][0]
+    def sizes(self, image_size: tuple[int, int]) -> list[MaskPairs]:
+        """Pairs of masks of every size, the largest first."""
+        self.views_of(image_size)
+        return self._sizes[image_size]
 
     def rule(self, image_size: tuple[int, int]) -> DoubleMask:
         return DoubleMask(self.sure, self.whole)
 
     def checked(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
         """The network under masks, whose rounding counts; of one of whole pictures only that its answers are its own."""
-        masks = self.views_of((images.shape[2], images.shape[3])).masks
+        pairs = self.sizes((images.shape[2], images.shape[3]))[-1]
         if self.whole and self.unmasked.model is not self.model.model:
-            ev.check_model(self.unmasked, PixelSets(torch.ones_like(masks[:1])), images, self.batch_size)
-        return ev.check_model(self.model, MaskPairs(masks), images, self.batch_size)
+            ev.check_model(self.unmasked, PixelSets(torch.ones_like(pairs.masks[:1])), images, self.batch_size)
+        return ev.check_model(self.model, pairs, images, self.batch_size)
 
     def values(self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance) -> tuple[Tensor, None, Tensor]:
         return ev.scores(logits), None, _error(tolerance, logits)
@@ -148,7 +147,7 @@ class PatchCleanser(MaskDefense):
         return self._looked_at(images, certify=True).evidence()
 
     def forward_passes(self, image_size: tuple[int, int]) -> int:
-        return self.number_of_views(image_size) + sum(pairs.number(image_size) for pairs, _ in self.larger(image_size))
+        return self.whole + sum(pairs.number(image_size) for pairs in self.sizes(image_size))
 
     def to(self, device: str | torch.device) -> "PatchCleanser":
         self.unmasked.to(device)

@@ -26,7 +26,7 @@ from certipatch.rules import DoubleMask
 from certipatch.rules.double_mask import best_leads
 from certipatch.threats import PatchThreat
 from certipatch.versions import versions
-from certipatch.views import MaskPairs, PixelSets
+from certipatch.views import PixelSets
 
 __all__ = ["AsGraph", "to_onnx"]
 
@@ -73,11 +73,10 @@ class AsGraph(nn.Module):
                     module.skips = False  # what it skips depends on the picture; without that it gives the same answers
         sizes, confident, whole = [], (), None
         if isinstance(defense, PatchCleanser):
-            assert isinstance(views, MaskPairs)
             sizes, confident = defense.larger(image_size), defense.confident
             if self.unmasked is not None:
                 every = PixelSets(torch.ones(1, *image_size, dtype=torch.bool))
-                whole, views = logits(self.unmasked, every, image_size, channels), MaskPairs(views.masks)
+                whole, views = logits(self.unmasked, every, image_size, channels), defense.sizes(image_size)[-1]
         scores = logits(self.model, views, image_size, channels)
         larger = [(logits(self.model, pairs, image_size, channels), around) for pairs, around in sizes]
         with torch.inference_mode():

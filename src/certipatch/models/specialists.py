@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import ClassVar, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,17 +12,18 @@ from certipatch.models.ensemble import Ensemble
 
 
 @final
-class Together(nn.Module):
-    """The mean of the logits of some networks, to what they read and, with ``mirror``, to its mirror image."""
+class Together(Ensemble):
+    """An ensemble that with ``mirror`` is asked for mirror images, left to right, too; the mean counts."""
 
-    def __init__(self, parts: Sequence[nn.Module], like: Ensemble, mirror: bool):
-        super().__init__()
-        self.parts, self.mirror, self.encoding, self.fill = nn.ModuleList(parts), mirror, like.encoding, like.fill
+    unsaid: ClassVar[str] = "picture"
+
+    def __init__(self, parts: Sequence[nn.Module], mirror: bool):
+        super().__init__(parts)
+        self.mirror = mirror
 
     def forward(self, views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        ways = [views, views.flip(3)] if self.mirror else [views]
-        answers = [part(way) for part in self.parts for way in ways]
-        return torch.stack(answers).mean(0)
+        answer = super().forward(views)
+        return (answer + super().forward(views.flip(3))) / 2 if self.mirror else answer
 
 
 @final
@@ -51,7 +51,7 @@ class Specialists(Ensemble):
     def whole(self) -> Together:
         first, *others = self.parts
         single = list(first.parts) if isinstance(first, Ensemble) else [first]
-        return Together([*single, *others], self, isinstance(first, Cascade) and first.mirror)
+        return Together([*single, *others], isinstance(first, Cascade) and first.mirror)
 
     def forward(self, views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         return self.parts[0](views)

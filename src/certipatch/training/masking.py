@@ -45,7 +45,7 @@ def laid_over(
 def masks_of(defense: Any, image_size: tuple[int, int]) -> list[Bool[Tensor, "_ H W"]]:
     """The masks that a defense lays over pictures, True where they hide; of several sizes, the largest first."""
     if isinstance(defense, PatchCleanser):
-        return [pairs.masks for pairs in (*(p for p, _ in defense.larger(image_size)), defense.views_of(image_size))]
+        return [pairs.masks for pairs in defense.sizes(image_size)]
     found = defense.views_of(image_size)
     if isinstance(found, MaskPairs):
         return [found.masks]
