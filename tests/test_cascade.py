@@ -10,7 +10,7 @@ from torch import nn
 
 import certipatch as cp
 from certipatch.errors import InputError
-from certipatch.evidence import check_model
+from certipatch.model_check import check_model
 from certipatch.models import Cascade, Filled, ModelSettings, create
 from certipatch.models.cascade import BLEND
 from certipatch.models.quickest import quickest

@@ -7,7 +7,7 @@ from certipatch import models
 from certipatch import views as vw
 from certipatch.defenses import PatchCleanser
 from certipatch.errors import InputError
-from certipatch.evidence import check_model
+from certipatch.model_check import check_model
 from certipatch.models import CropNet, EfficientNetLite, ModelSettings, ResNet18, StripNet
 from certipatch.models.adapters import open_model
 from certipatch.models.layers import Shortcut

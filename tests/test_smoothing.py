@@ -6,10 +6,10 @@ from torch import nn
 
 import certipatch as cp
 from certipatch import evidence as ev
-from certipatch import models
+from certipatch import model_check, models
 from certipatch import views as vw
 from certipatch.certificate import Certificate
-from certipatch.defenses import DerandomizedSmoothing
+from certipatch.defenses import DerandomizedSmoothing, base
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings
 from certipatch.relation import sees
@@ -188,8 +188,8 @@ def test_pictures_of_any_make_and_any_batch_size():
 
 def test_one_check_per_size_and_one_relation_per_threat(monkeypatch):
     calls = []
-    real = ev.check_model
-    monkeypatch.setattr(ev, "check_model", lambda *a, **k: calls.append(1) or real(*a, **k))
+    real = model_check.check_model
+    monkeypatch.setattr(base, "check_model", lambda *a, **k: calls.append(1) or real(*a, **k))
     smoothing = defense("crop", vw.Rows(2))
     for _ in range(2):
         smoothing.certify(pictures(), PatchThreat(2))

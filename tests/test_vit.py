@@ -6,7 +6,7 @@ from support import write_parquet, write_recipe
 from torch.nn import functional as F
 
 import certipatch as cp
-from certipatch import evidence, models
+from certipatch import evidence, model_check, models
 from certipatch import views as vw
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings, ViT
@@ -60,7 +60,7 @@ def test_skipping_tokens_equals_masked_attention_over_all_of_them(views, patch):
 @pytest.mark.parametrize("views", VIEWS, ids=lambda v: type(v).__name__)
 def test_the_model_check_passes_and_gradients_stay_within_the_view(views):
     model = network()
-    evidence.check_model(model, views, pictures())
+    model_check.check_model(model, views, pictures())
     visible = views.visible(SIZE)
     for v in range(0, len(visible), 3):
         images = pictures(1).requires_grad_()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from certipatch import evidence as ev
 from certipatch.certificate import Certificate, Notion
 from certipatch.errors import InputError
+from certipatch.model_check import check_model
 from certipatch.models import receptive_fields
 from certipatch.relation import Sees, sees
 from certipatch.rules import Rule
@@ -123,7 +124,7 @@ class ViewDefense(Defense):
             raise InputError(f"batch_size is a whole number of at least 1, not {batch_size!r}")
         self.model, self.views, self.batch_size = model, views, batch_size
         self._views: dict[tuple[int, int], Views] = {}
-        self._tolerance: dict[tuple[Any, ...], tuple[tuple[float, ...], ev.Tolerance]] = {}
+        self._tolerance: dict[tuple[Any, ...], tuple[bytes, ev.Tolerance]] = {}
         self._sees: dict[tuple[Threat, tuple[int, int]], Sees] = {}
 
     @abstractmethod
@@ -157,7 +158,7 @@ class ViewDefense(Defense):
         autocast = torch.is_autocast_enabled(images.device.type)
         training = any(module.training for module in self.model.modules())
         key = (*images.shape[1:], images.dtype, images.device, training, first.dtype, autocast)
-        state = ev.weights_state(self.model)
+        state = ev.weights_digest(self.model)
         if self._tolerance.get(key, (None,))[0] != state:
             self._tolerance[key] = state, self.checked(images)
         return self._tolerance[key][1]
@@ -165,7 +166,7 @@ class ViewDefense(Defense):
     def checked(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
         """Run the model check on pictures of this size."""
         views = self.views_of((images.shape[2], images.shape[3]))
-        return ev.check_model(self.model, views, images, self.batch_size, raw=self.raw)
+        return check_model(self.model, views, images, self.batch_size, raw=self.raw)
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
         ev.check_images(images)

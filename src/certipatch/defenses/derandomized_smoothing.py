@@ -24,7 +24,7 @@ class DerandomizedSmoothing(ViewDefense):
         margin: ``"location"`` (exact) or ``"paper"`` (Theorems 1 and 2).
         batch_size: pictures or rendered views per forward pass (default: 2²⁰ pixels); the check measures what it changes.
 
-    The first call with pictures of a new size runs the model check (``evidence.check_model``) and raises InputError
+    The first call with pictures of a new size runs the model check (``model_check.check_model``) and raises InputError
     for a model whose views leak or share statistics. Views whose vote rounding could turn count as attacked.
     """
 

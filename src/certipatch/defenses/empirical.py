@@ -40,10 +40,8 @@ class EmpiricalDefense(ABC):
         """The label of every picture. InputError on pictures that are not floats in [0, 1]."""
         ev.check_images(images)
         batch = self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
-        logits = torch.cat([ev.ask(self.model, self.cleaned(part)) for part in images.split(batch)])
-        if logits.ndim != 2 or not bool(torch.isfinite(logits).all()):
-            raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
-        return logits.argmax(1)
+        logits = [ev.image_logits(self.model, self.cleaned(part), self.batch_size) for part in images.split(batch)]
+        return torch.cat(logits).argmax(1)
 
     def check(self, images: Float[Tensor, "B C H W"]) -> None:
         """Refuse a model in training mode (InputError)."""

@@ -11,7 +11,10 @@ from certipatch.bounds import Interval, passage, patch_margins, patch_verdict, r
 from certipatch.bounds.patch import MEMORY, Regions
 from certipatch.certificate import Certificate
 from certipatch.defenses.base import Defense, Evidence
+from certipatch.devices import whole_float32
 from certipatch.errors import InputError
+from certipatch.inference import call_network
+from certipatch.model_check import FLOORS, LIMITS
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 
 
@@ -45,7 +48,7 @@ class IntervalBounds(Defense):
         if not (batch_size is None or (isinstance(batch_size, int) and batch_size >= 1)) or memory < 1:
             raise InputError(f"batch_size and memory are at least 1, not {batch_size} and {memory}")
         self.model, self.batch_size, self.memory = model, batch_size, memory
-        self._tolerance: dict[tuple[Any, ...], tuple[tuple[float, ...], float]] = {}
+        self._tolerance: dict[tuple[Any, ...], tuple[bytes, float]] = {}
         self._regions: dict[tuple[Threat, tuple[int, int]], Regions] = {}
 
     def settings(self) -> dict[str, Any]:
@@ -58,7 +61,7 @@ class IntervalBounds(Defense):
         """t for pictures of this size: by what share of 1 + s a logit may be off. InputError where the model is refused."""
         precision, autocast = ev.precision_of(self.model, images), torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, self.model.training, precision, autocast)
-        state = ev.weights_state(self.model)
+        state = ev.weights_digest(self.model)
         if self._tolerance.get(key, (None,))[0] != state:
             self._tolerance[key] = state, self._measured(images, precision)
         return self._tolerance[key][1]
@@ -161,14 +164,8 @@ class IntervalBounds(Defense):
             )
         return found.amin(1)
 
-    @ev.whole_float32()
-    def _served(self, images: Tensor, batch_size: int | None = None) -> Float[Tensor, "B K"]:
-        batch = batch_size or self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
-        with torch.inference_mode():
-            logits = torch.cat([ev.ask(self.model, part.clone()) for part in images.split(batch)])
-        if logits.ndim != 2 or len(logits) != len(images) or not bool(torch.isfinite(logits).all()):
-            raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
-        return logits.clone()
+    def _served(self, images: Tensor) -> Float[Tensor, "B K"]:
+        return ev.image_logits(self.model, images, self.batch_size).clone()
 
     def _exact(self, images: Tensor) -> tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]:
         """Logits in float64, by the layers that the bounds go through, and the size of their sums."""
@@ -192,13 +189,15 @@ class IntervalBounds(Defense):
         probes = _probes(images)
         (exact, size), worst, share = self._exact(probes), 0.0, 0.0
         for batch in (1, 2, 5, 9, len(probes)):
-            off = (self._served(probes, batch).double() - exact).abs().amax(1)
+            with torch.inference_mode(), whole_float32():
+                served = torch.cat([call_network(self.model, part.clone()) for part in probes.split(batch)])
+            off = (ev.check_logits(served).double() - exact).abs().amax(1)
             worst, share = max(worst, off.max().item()), max(share, (off / (1 + size)).max().item())
         self._check_distance(worst, exact, dtype)
-        return max(4 * share, ev.FLOORS.get(dtype, 1e-6))
+        return max(4 * share, FLOORS.get(dtype, 1e-6))
 
     def _check_distance(self, off: float, logits: Tensor, dtype: torch.dtype) -> None:
-        limit = ev.LIMITS.get(dtype, 1e-4) * (1 + logits.abs().max().item())
+        limit = LIMITS.get(dtype, 1e-4) * (1 + logits.abs().max().item())
         if not off <= limit:
             raise InputError(
                 f"model refused: its answers differ from those of its layers in float64 by {off:.2g} (limit {limit:.2g}): "

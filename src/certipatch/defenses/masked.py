@@ -1,6 +1,6 @@
 """What the defenses that lay masks over pictures share: the masks, and the classifier behind them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from certipatch import evidence as ev
 from certipatch.defenses.base import ViewDefense
 from certipatch.errors import InputError
+from certipatch.inference import rows_per_pass
 from certipatch.models.quickest import quickest
 from certipatch.relation import sees
 from certipatch.threats import PatchThreat
@@ -40,14 +41,27 @@ class BehindMasks(nn.Module):
         self.fill: Fill = checked_fill(getattr(model, "fill", 0.5) if fill is None else fill)
         self.steepness: float = getattr(model, "steepness", 1.0)
         self.training = False  # it is the model's own that matters
-        self.quick: Callable[[Tensor], Tensor] | None = None
-        """The same network by a faster way, where no gradients are asked for and weights are ``quick_of``."""
-        self.quick_of: tuple[float, ...] = ()
+        self._quick: tuple[nn.Module | None] = (None,)  # in a tuple, so that its weights are not counted as this module's
+        self.backend = "torch"
+        self.quick_of = b""
+        """Digest of the weights that the faster way has."""
+
+    @property
+    def quick(self) -> nn.Module | None:
+        """The same network by a faster way, where no gradients are asked for; None for as it was given."""
+        return self._quick[0]
+
+    @property
+    def served(self) -> nn.Module:
+        """The network that answers where no gradients are asked for."""
+        return self.quick or self.model
+
+    def serve(self, backend: str, quick: nn.Module | None) -> None:
+        """Let ``quick`` answer, or with None the network as it was given."""
+        self.backend, self._quick = backend, (quick,)
 
     def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        if self.quick is not None and not torch.is_grad_enabled() and ev.weights_state(self.model) == self.quick_of:
-            return self.quick(pictures)
-        return self.model(pictures)
+        return (self.model if torch.is_grad_enabled() else self.served)(pictures)
 
 
 class MaskDefense(ViewDefense):
@@ -95,21 +109,29 @@ class MaskDefense(ViewDefense):
             only: the way that is to be taken, by the name that this gave before.
         """
         size = images.shape[2], images.shape[3]
-        full = self.batch_size or max(1, ev.PIXELS // (size[0] * size[1]))
-        shown = render(self.model.encoding, images[:1], self.views_of(size), torch.zeros(full, dtype=torch.int64))
-        self.model.quick_of = ev.weights_state(self.model.model)
-        work = pictures * self.number_of_views(size)
-        name, self.model.quick = quickest(self.model.model, shown.flatten(0, 1), work, only)
+        shown = render(self.model.encoding, images[:1], self.views_of(size), torch.zeros(1, dtype=torch.int64))
+        rows = shown.flatten(0, 1)
+        rows = rows.expand(rows_per_pass(self.model, rows, self.batch_size), -1, -1, -1).contiguous()
+        self.model.quick_of = ev.weights_digest(self.model.model)
+        name, quick = quickest(self.model.model, rows, pictures * self.number_of_views(size), only)
+        self.model.serve(name, quick)
         self._tolerance.clear()
         return name
 
+    def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
+        if self.model.quick is not None and ev.weights_digest(self.model.model) != self.model.quick_of:
+            self.model.serve("torch", None)  # the faster way has the weights of before
+            self._tolerance.clear()
+        return super().tolerance(images)
+
     @contextmanager
     def as_given(self) -> Iterator[None]:
-        quick, self.model.quick = self.model.quick, None
+        backend, quick = self.model.backend, self.model.quick
+        self.model.serve("torch", None)
         try:
             yield
         finally:
-            self.model.quick = quick
+            self.model.serve(backend, quick)
 
 
 def covering_masks(

@@ -21,6 +21,7 @@ from certipatch.defenses.masked import (
     per_axis,
 )
 from certipatch.errors import InputError
+from certipatch.model_check import check_model
 from certipatch.rules import DoubleMask
 from certipatch.rules.double_mask import best_leads, predictions, sureness
 from certipatch.threats import PatchThreat
@@ -133,9 +134,9 @@ class PatchCleanser(MaskDefense):
     def checked(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
         """The network under masks, whose rounding counts; of one of whole pictures only that its answers are its own."""
         pairs = self.sizes((images.shape[2], images.shape[3]))[-1]
-        if self.whole and self.unmasked.model is not self.model.model:
-            ev.check_model(self.unmasked, PixelSets(torch.ones_like(pairs.masks[:1])), images, self.batch_size)
-        return ev.check_model(self.model, pairs, images, self.batch_size)
+        if self.whole:
+            check_model(self.unmasked, PixelSets(torch.ones_like(pairs.masks[:1])), images, self.batch_size)
+        return check_model(self.model, pairs, images, self.batch_size)
 
     def values(self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance) -> tuple[Tensor, None, Tensor]:
         return ev.scores(logits), None, _error(tolerance, logits)

@@ -14,11 +14,14 @@ from certipatch.defenses.base import Evidence, ViewDefense
 from certipatch.defenses.masked import checked_sure, checked_threats, covering_masks, per_axis
 from certipatch.defenses.patchcleanser import _Look
 from certipatch.errors import InputError
+from certipatch.inference import canonical_logits
+from certipatch.model_check import check_model
 from certipatch.models import SharedFront
 from certipatch.relation import sees
 from certipatch.rules import DoubleMask
 from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs, PixelSets, mask_set
+from certipatch.views.masks import pair_table
 
 PerAxis = int | tuple[int, int] | None
 
@@ -105,13 +108,13 @@ class PatchCURE(ViewDefense):
         training = any(module.training for module in self.front.modules())
         autocast = torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, training, autocast)
-        state = ev.weights_state(self.front)
+        state = ev.weights_digest(self.front)
         if self._tolerance.get(key, (None,))[0] != state:
-            pairs = self.views_of(size)
-            index = torch.linspace(0, pairs.number(size) - 1, min(pairs.number(size), 6)).round().long().unique()
+            pairs = self.views_of(size)  # a pair shows nothing that its masks alone do not
+            index = pair_table(len(pairs.masks)).diagonal()
             some = AllPairs(self.front, self._cells[size].visible(self.front.fields.grid, index))
             shown = PixelSets(pairs.visible(size, index))
-            self._tolerance[key] = state, ev.check_model(some, shown, images, self.batch_size)
+            self._tolerance[key] = state, check_model(some, shown, images, self.batch_size)
             self._equivalents(images[:1], torch.tensor([1]))  # measured here, where nobody else counts multiply-adds
         return self._tolerance[key][1]
 
@@ -141,10 +144,8 @@ class PatchCURE(ViewDefense):
     def _looked_at(self, images: Float[Tensor, "B C H W"], certify: bool) -> Evidence:
         ev.check_images(images)
         tolerance, size = self.tolerance(images), (images.shape[2], images.shape[3])
-        step = self.batch_size or max(1, ev.PIXELS // (size[0] * size[1]))
-        with torch.inference_mode(), ev.whole_float32():
-            features = torch.cat([self.front.features(part) for part in images.split(step)])
-        look = _Look(_OnFeatures(self, size, step), features, tolerance)  # type: ignore[arg-type]
+        features = canonical_logits(_Features(self.front), len(images), lambda rows: images[rows.to(images.device)])
+        look = _Look(_OnFeatures(self, size, self.batch_size), features, tolerance)  # type: ignore[arg-type]
         look.at_single_masks()
         look.at_disagreers()
         if certify:
@@ -191,13 +192,26 @@ class AllPairs(nn.Module):
 class _OnFeatures:
     """What looking at views needs to know of a defense, with features in the place of pictures."""
 
-    def __init__(self, defense: PatchCURE, image_size: tuple[int, int], batch_size: int):
+    def __init__(self, defense: PatchCURE, image_size: tuple[int, int], batch_size: int | None):
         self.cells, self.batch_size = defense._cells[image_size], batch_size
         self.model = _Back(defense.front)
         self.label, self.sure, self.whole = defense.label, defense.sure, False
 
     def views_of(self, grid: tuple[int, int]) -> MaskPairs:
         return self.cells
+
+
+class _Features(nn.Module):
+    """The front as a network of its own."""
+
+    encoding = "all-views"
+
+    def __init__(self, model: SharedFront):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D1 h w"]:
+        return self.model.features(images)
 
 
 class _Back(nn.Module):

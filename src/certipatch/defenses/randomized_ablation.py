@@ -11,6 +11,7 @@ from certipatch import evidence as ev
 from certipatch.certificate import Certificate
 from certipatch.defenses.base import Defense, Evidence
 from certipatch.errors import InputError
+from certipatch.model_check import check_model
 from certipatch.models import receptive_fields
 from certipatch.relation import Sees, sees
 from certipatch.rules import ClopperPearson
@@ -99,7 +100,7 @@ class RandomizedAblation(Defense):
         self.rule = ClopperPearson(samples, alpha)
         self.theorem, self.confidence = self.rule.theorem, 1 - alpha
         self._families: dict[tuple[int, int], RandomViews] = {}
-        self._tolerance: dict[tuple[Any, ...], tuple[tuple[float, ...], ev.Tolerance]] = {}
+        self._tolerance: dict[tuple[Any, ...], tuple[bytes, ev.Tolerance]] = {}
         self._worst: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._delta: dict[tuple[Threat, tuple[int, int]], tuple[Tensor, Sees | None]] = {}
 
@@ -127,7 +128,7 @@ class RandomizedAblation(Defense):
         first = next(self.model.parameters(), images)
         autocast = torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
-        state = ev.weights_state(self.model)
+        state = ev.weights_digest(self.model)
         if self._tolerance.get(key, (None,))[0] != state:
             size = (images.shape[2], images.shape[3])
             family = self.family(size)
@@ -137,7 +138,7 @@ class RandomizedAblation(Defense):
                 views = PixelSets(family.draw(size, 8, torch.Generator().manual_seed(0)))
             else:
                 raise InputError(f"{family.name} cannot be shown to this network; it needs the encoding null or fill")
-            self._tolerance[key] = state, ev.check_model(self.model, views, images, self.batch_size)
+            self._tolerance[key] = state, check_model(self.model, views, images, self.batch_size)
         return self._tolerance[key][1]
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:

@@ -31,11 +31,7 @@ class Undefended(Defense):
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
         ev.check_images(images)
-        batch = self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
-        with torch.inference_mode():
-            logits = torch.cat([ev.ask(self.model, part.clone()) for part in images.split(batch)])
-        if logits.ndim != 2 or not bool(torch.isfinite(logits).all()):
-            raise InputError(f"the model gives {tuple(logits.shape)} where finite logits (B, K) are needed")
+        logits = ev.image_logits(self.model, images, self.batch_size)
         return Evidence(logits[:, None], None, (images.shape[2], images.shape[3]))
 
     def label(self, evidence: Evidence) -> Int64[Tensor, " B"]:

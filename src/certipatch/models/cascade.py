@@ -1,5 +1,6 @@
 """Networks asked one after another (Wang et al., *Wisdom of Committees*, ICLR 2022): most pictures need only the first."""
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from certipatch.errors import InputError
 from certipatch.models.ensemble import Ensemble
+from certipatch.models.passes import run_in_passes
 
+ROWS = 4  # in a pass of the networks that only some rows need
 BLEND = 0.1  # of a lead: from so much below ``confident`` the first answer counts, more and more
 
 
@@ -38,6 +41,12 @@ class Cascade(Ensemble):
     def forward(self, views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         return super().forward(views) if self.training else self.asked(list(self.parts), views)
 
+    def with_parts(self, parts: Sequence[nn.Module]) -> "Cascade":
+        """A cascade of other networks that answer as these do."""
+        other = copy.copy(self)
+        other._modules = {"parts": nn.ModuleList(parts)}
+        return other
+
     def asked(
         self, parts: Sequence[Callable[[Tensor], Tensor]], views: Float[Tensor, "N C H W"]
     ) -> Float[Tensor, "N K"]:
@@ -47,13 +56,19 @@ class Cascade(Ensemble):
         best = first.exp().topk(2, 1).values
         share = ((best[:, :1] - best[:, 1:] - self.confident) / BLEND + 1).clamp(0, 1)  # of the first answer
         left = share[:, 0] < 1
+        asked = [(part, turned) for part in parts for turned in (False, True)[: 1 + self.mirror]]
+
+        def others(views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+            answers = [part(views.flip(3) if turned else views) for part, turned in asked[1:]]
+            return torch.stack(answers).sum(0)
+
         if self.skips:
             if not bool(left.any()):
                 return first
-            answer, views, share = answer[left], views[left], share[left]
-        asked = [(part, turned) for part in parts for turned in (False, True)[: 1 + self.mirror]]
-        for part, turned in asked[1:]:
-            answer = answer + part(views.flip(3) if turned else views)
+            more = run_in_passes(lambda rows: others(views[rows]), left.nonzero()[:, 0], ROWS)
+            answer, share = answer[left] + more, share[left]
+        else:
+            answer = answer + others(views)
         every = torch.log_softmax(answer / len(asked), 1)
         share = share.clamp(1e-12, 1 - 1e-7)  # whose logarithms have gradients
         blended = torch.logaddexp(share.log() + (first[left] if self.skips else first), (1 - share).log() + every)

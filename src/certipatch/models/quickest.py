@@ -11,7 +11,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from certipatch.inference import one_thread
 from certipatch.models.adapters.onnx import OnnxNetwork
 from certipatch.models.cascade import Cascade
 from certipatch.models.specialists import Specialists
@@ -31,7 +31,7 @@ Run = Callable[[Tensor], Tensor]
 
 def quickest(
     network: nn.Module, pictures: Float[Tensor, "N C H W"], number: int, only: str | None = None
-) -> tuple[str, Run | None]:
+) -> tuple[str, nn.Module | None]:
     """The fastest way to run ``network`` by measurement on ``pictures``: its name, and how, None for torch as it is.
 
     What is found gives the same answers up to rounding, and passes no gradients. ``network`` stays as it is. Nothing is
@@ -42,11 +42,11 @@ def quickest(
         return quickest(network.parts[0], pictures, number, only)
     if isinstance(network, Cascade):
         first, *others = network.parts
-        name, run = quickest(first, pictures, number, only)
-        if run is None:
+        name, quick = quickest(first, pictures, number, only)
+        if quick is None:
             return name, None
-        return name, partial(
-            network.asked, [run, *(quickest(part, pictures, number, name)[1] or part for part in others)]
+        return name, network.with_parts(
+            [quick, *(quickest(part, pictures, number, name)[1] or part for part in others)]
         )
     no_choice = pictures.device.type != "cpu" or isinstance(network, OnnxNetwork)
     if only == AS_IT_IS or no_choice or not any(True for _ in network.parameters()):
@@ -65,36 +65,38 @@ def quickest(
             taken = _seconds(run, pictures)
             if only == way or taken < 0.95 * seconds:
                 name, found, seconds = way, run, taken
-    return name, None if found is None else found.__call__  # no module, which its owner would take for a part
+    return name, found
 
 
 def _seconds(run: Run, pictures: Tensor) -> float:
+    """Of a pass as it is served: by one thread, while others compute other passes."""
     best = float("inf")
-    for _ in range(2):
-        started = time.perf_counter()
-        run(pictures)
-        best = min(best, time.perf_counter() - started)
-    return best
+    with one_thread() as threads:
+        for _ in range(2):
+            started = time.perf_counter()
+            run(pictures)
+            best = min(best, time.perf_counter() - started)
+    return best / threads
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= CLOSE * (1 + expected.abs().max()))
 
 
-def _channels_last(network: nn.Module, pictures: Tensor) -> Run:
+def _channels_last(network: nn.Module, pictures: Tensor) -> nn.Module:
     with torch.inference_mode(False):
         copied = copy.deepcopy(network).requires_grad_(False)
         return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _onnxruntime(network: nn.Module, pictures: Tensor) -> Run | None:
+def _onnxruntime(network: nn.Module, pictures: Tensor) -> nn.Module | None:
     """None where a package is missing, or the network has operations that ONNX cannot hold."""
     if any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
         return None
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+    options.intra_op_num_threads, options.log_severity_level = 1, 4  # passes run side by side
     written = io.BytesIO()
     try:
         as_program(network, pictures[:2].flip(2, 3) / 2, ["logits"]).save(

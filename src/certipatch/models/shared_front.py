@@ -15,7 +15,8 @@ from certipatch.errors import InputError
 from certipatch.models.bagnet import BagNet
 from certipatch.models.layers import Position
 from certipatch.models.receptive_field import receptive_fields
-from certipatch.models.vit import Block, check_tokens, cut, groups, null_encoded, visible_pixels
+from certipatch.models.passes import run_in_passes
+from certipatch.models.vit import ROWS, Block, check_tokens, cut, groups, null_encoded, visible_pixels
 from certipatch.views import ReceptiveFields
 
 
@@ -173,7 +174,11 @@ class SharedViT(SharedFront):
             return self._answer(tokens, shown.repeat_interleave(self.window**2, 1))
         answers, members = [], []
         for chosen, index in groups(shown):
-            answers.append(self._answer(tokens[chosen[:, None], index]))
+
+            def answer(rows: Tensor, chosen: Tensor = chosen, index: Tensor = index) -> Tensor:
+                return self._answer(tokens[chosen[rows, None], index[rows]])
+
+            answers.append(run_in_passes(answer, torch.arange(len(chosen), device=tokens.device), ROWS))
             members.append(chosen)
         return torch.cat(answers)[torch.cat(members).argsort()]
 

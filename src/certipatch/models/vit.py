@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.errors import InputError
+from certipatch.models.passes import run_in_passes
 from certipatch.views import RandomViews, Views
 
 MAX_TOKENS = 2**16  # of a picture
+ROWS = 8  # of equally many tokens in a pass
 
 
 def check_tokens(image_size: tuple[int, int], patch: int) -> None:
@@ -67,7 +69,7 @@ class ViT(nn.Module):
 
     ``forward`` maps NULL-encoded views ``[x, 1 − x]`` (N, 2C, H, W), or whole pictures (N, C, H, W), to logits (N, K).
     Which pixels are visible is read off the views: there the two halves add up to 1, elsewhere to 0. Views of equally many
-    tokens share a batch. With ``skips`` False hidden tokens are computed and masked in every attention, to the same
+    tokens share passes of ``ROWS``. With ``skips`` False hidden tokens are computed and masked in every attention, to the same
     answers.
     """
 
@@ -109,8 +111,12 @@ class ViT(nn.Module):
             return self.answer(self.embed(pieces) + self.position, seen)
         answers, members = [], []
         for chosen, index in groups(shown):
-            kept = pieces[chosen[:, None], index]
-            answers.append(self.answer(self.embed(kept) + self.position[index]))
+
+            def answer(rows: Tensor, chosen: Tensor = chosen, index: Tensor = index) -> Tensor:
+                kept = pieces[chosen[rows, None], index[rows]]
+                return self.answer(self.embed(kept) + self.position[index[rows]])
+
+            answers.append(run_in_passes(answer, torch.arange(len(chosen), device=views.device), ROWS))
             members.append(chosen)
         return torch.cat(answers)[torch.cat(members).argsort()]
 

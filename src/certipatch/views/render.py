@@ -149,6 +149,6 @@ def render_each(
     if encoding not in ("null", "fill"):
         raise InputError(f"unknown encoding {encoding!r}; use null, fill or crop")
     visible = views.visible((images.shape[2], images.shape[3]), index).to(images.device)[:, None]
-    if encoding == "null":
-        return torch.cat([images, 1 - images], dim=1) * visible
+    if encoding == "null":  # hidden pixels are selected away: a product would keep the sign of −0.0
+        return torch.where(visible, torch.cat([images, 1 - images], dim=1), images.new_zeros(()))
     return torch.where(visible, images, constant(images, value))
