@@ -20,7 +20,7 @@ from certipatch.devices import whole_float32
 from certipatch.errors import InputError
 
 CPU_PIXELS, ACCELERATOR_PIXELS = 2**15, 2**20  # of one pass: 32 rows of 32x32 on the CPU, 1024 on an accelerator
-MOST_ROWS, FEWEST_ROWS = 256, 4  # of a pass on the CPU, before rows are compared
+MOST_ROWS, FEWEST_ROWS = 32, 4  # of a pass on the CPU, before rows are compared
 ROWS_FOR_ALL_VIEWS = 8  # a row of a network that answers for all views itself is as much work as many others
 Inputs = Callable[[Int64[Tensor, " n"]], Tensor]
 _rows: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], int]]" = weakref.WeakKeyDictionary()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from certipatch.errors import InputError
 from certipatch.models.bagnet import BagNet
 from certipatch.models.layers import Position
-from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.passes import run_in_passes
+from certipatch.models.receptive_field import receptive_fields
 from certipatch.models.vit import ROWS, Block, check_tokens, cut, groups, null_encoded, visible_pixels
 from certipatch.views import ReceptiveFields
 
