@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.views import Columns, ReceptiveFields, Views
+from certipatch.views.incidence import sees
 
 SIZE = (224, 224)
 THREAT = PatchThreat("2%")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from certipatch import rules
-from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.views import Columns
+from certipatch.views.incidence import sees
 
 RELATION = sees(Columns(4), PatchThreat(5), (32, 32)).rows
 GENERATOR = torch.Generator().manual_seed(0)

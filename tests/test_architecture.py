@@ -18,7 +18,7 @@ FREE = {
     "workers",
     "untrusted",
 }  # helpers at the top: they import nothing of the package
-ORDER = ["threats", "views", "relation", "inference", "models", "evidence", "model_check", "certificate", "rules", "bounds", "defenses", "export",
+ORDER = ["threats", "views", "inference", "models", "evidence", "model_check", "certificate", "rules", "bounds", "defenses", "export",
          "attacks", "data", "training", "evaluation", "audit", "report", "reproduce", "testing", "cli", "__main__"]  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -14,7 +14,6 @@ from certipatch.attacks.universal import poses, worn
 from certipatch.certificate import Certificate
 from certipatch.defenses import Undefended
 from certipatch.errors import InputError
-from certipatch.relation import sees
 from certipatch.rules import (
     ClippedSum,
     DoubleMask,
@@ -28,6 +27,7 @@ from certipatch.rules import (
 )
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.views import Blocks, Columns, Cross, Rows
+from certipatch.views.incidence import sees
 
 SIZE = (6, 7)
 

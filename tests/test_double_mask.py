@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from certipatch.errors import InputError
-from certipatch.relation import sees
 from certipatch.rules import DoubleMask, MinorityReports
 from certipatch.testing import anything, check_rule
 from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs, PixelSets, mask_set
+from certipatch.views.incidence import sees
 from certipatch.views.masks import axis_masks, pair_table
 
 # Tables -------------------------------------------------------------------------------------------------------------

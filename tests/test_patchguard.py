@@ -17,9 +17,9 @@ from certipatch.defenses import BagCert, ClippedBagNet, PatchGuard, PatchGuardPl
 from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings, SmallBagNet
-from certipatch.relation import sees
 from certipatch.testing import check_defense
 from certipatch.threats import PatchThreat, SparseThreat
+from certipatch.views.incidence import sees
 
 SIZE = (12, 14)
 BUILT = PatchThreat(2)

@@ -9,9 +9,9 @@ from torch import nn
 from certipatch.errors import InputError
 from certipatch.models import BagNet, SmallBagNet, receptive_fields
 from certipatch.models.layers import Crop, Resize
-from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.views import ReceptiveFields
+from certipatch.views.incidence import sees
 
 
 def settled(network: nn.Module) -> nn.Module:

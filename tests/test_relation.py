@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import certipatch as cp
 from certipatch import views as vw
 from certipatch.errors import InputError
-from certipatch.relation import sees
 from certipatch.threats import PatchThreat, SparseThreat
+from certipatch.views.incidence import sees
 
 
 def literal(views, threat, size):
@@ -141,7 +141,7 @@ BIG = """
 import re
 from pathlib import Path
 from certipatch import views as vw
-from certipatch.relation import sees
+from certipatch.views.incidence import sees
 from certipatch.threats import PatchThreat
 for views, number in ((vw.Columns(25), 224), (vw.Blocks(25, stride=8), 784)):
     found = sees(views, PatchThreat("2%"), (224, 224))

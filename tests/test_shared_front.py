@@ -10,10 +10,10 @@ from certipatch.defenses import PatchCleanser, PatchCURE
 from certipatch.defenses.patchcure import cell_masks
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings
-from certipatch.relation import sees
 from certipatch.rules import DoubleMask
 from certipatch.training.recipe import Recipe
 from certipatch.views import MaskPairs
+from certipatch.views.incidence import sees
 from certipatch.views.render import render
 
 SIZE = (16, 24)

@@ -12,9 +12,9 @@ from certipatch.certificate import Certificate
 from certipatch.defenses import DerandomizedSmoothing, base
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings
-from certipatch.relation import sees
 from certipatch.testing import check_defense
 from certipatch.threats import PatchThreat, SparseThreat
+from certipatch.views.incidence import sees
 
 SIZE = (6, 7)
 

@@ -251,7 +251,7 @@ class Brightest(Defense):
 
     def certificate(self, evidence, threat):
         from certipatch import views
-        from certipatch.relation import sees
+        from certipatch.views.incidence import sees
 
         relation = sees(views.Columns(1), threat, evidence.image_size)
         verdict = Vote().certify(evidence.values, relation.rows)

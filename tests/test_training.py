@@ -21,13 +21,13 @@ from certipatch.defenses.weights import restored, save_weights, sha256, write_te
 from certipatch.errors import InputError
 from certipatch.models import EfficientNetLite, create
 from certipatch.models.adapters import Adapted, Preprocessing
-from certipatch.relation import sees
 from certipatch.rules import RobustMask, Vote, Windows
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives, read, train
 from certipatch.training.augment import draw_changes
 from certipatch.training.start import start_from
 from certipatch.views import Columns, Cross
+from certipatch.views.incidence import sees
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     )
     from certipatch.errors import InputError
     from certipatch.models import receptive_fields
-    from certipatch.relation import sees
     from certipatch.threats import PatchThreat, SparseThreat
+    from certipatch.views.incidence import sees
 
 _HOME = {
     "BagCert": "certipatch.defenses",
@@ -49,7 +49,7 @@ _HOME = {
     "SparseThreat": "certipatch.threats",
     "load": "certipatch.defenses",
     "receptive_fields": "certipatch.models",
-    "sees": "certipatch.relation",
+    "sees": "certipatch.views.incidence",
 }
 _MODULES = ("data", "rules", "testing", "views")
 __all__ = [

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor, nn
 
-from certipatch.relation import Sees, rectangles
 from certipatch.threats import Threat
+from certipatch.views.incidence import Incidence, rectangles
 
 Notion = Literal["recovery", "detection"]
 
@@ -26,7 +26,7 @@ class Certificate:
     margin: Float64[Tensor, "B L"]
     threat: Threat
     theorem: str
-    sees: Sees | None = None
+    sees: Incidence | None = None
     """Where the L locations lie; None where the threat has no places (sparse) or the network itself is bounded."""
     notion: Notion = "recovery"
     """``recovery``: the label stays; ``detection``: it stays or an alarm is raised."""

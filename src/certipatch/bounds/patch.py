@@ -18,9 +18,9 @@ from certipatch.bounds.interval import Interval, Window
 from certipatch.bounds.layers import State, spread
 from certipatch.bounds.propagate import Passage, passage, rivals_of
 from certipatch.errors import InputError
-from certipatch.relation import MAX_BYTES, Sees, sees
 from certipatch.threats import PatchThreat
 from certipatch.views import PixelSets
+from certipatch.views.incidence import MAX_BYTES, Incidence, sees
 
 MEMORY = 2**29  # bytes of clean maps that are held at once
 TOGETHER = 16  # places whose margins are taken at once
@@ -36,7 +36,7 @@ class Regions:
     """(top, left, height, width) of the smallest box around each location."""
     shapes: list[Bool[Tensor, "h w"] | None]
     """Which pixels of the box; None for all."""
-    sees: Sees
+    sees: Incidence
     """Where the locations lie, for ``Certificate``."""
 
     def __len__(self) -> int:

@@ -30,8 +30,8 @@ from certipatch.bounds.layers import Flatten, Linear, Monotone, Op, Same
 from certipatch.bounds.patch import TOGETHER, Regions, box_of, regions, stacked
 from certipatch.bounds.propagate import Passage, rivals_of
 from certipatch.errors import InputError
-from certipatch.relation import MAX_BYTES
 from certipatch.threats import PatchThreat
+from certipatch.views.incidence import MAX_BYTES
 
 CELLS = 2**19  # numbers of one product of the first layer: they stay in the cache
 PAIRED = 16  # classes up to which all pairs of them are looked at together

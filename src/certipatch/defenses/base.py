@@ -14,10 +14,10 @@ from certipatch.certificate import Certificate, Notion
 from certipatch.errors import InputError
 from certipatch.model_check import check_model
 from certipatch.models import receptive_fields
-from certipatch.relation import Sees, sees
 from certipatch.rules import Rule
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views import Views
+from certipatch.views.incidence import Incidence, sees
 
 
 @final
@@ -125,7 +125,7 @@ class ViewDefense(Defense):
         self.model, self.views, self.batch_size = model, views, batch_size
         self._views: dict[tuple[int, int], Views] = {}
         self._tolerance: dict[tuple[Any, ...], tuple[bytes, ev.Tolerance]] = {}
-        self._sees: dict[tuple[Threat, tuple[int, int]], Sees] = {}
+        self._sees: dict[tuple[Threat, tuple[int, int]], Incidence] = {}
 
     @abstractmethod
     def rule(self, image_size: tuple[int, int]) -> Rule:
@@ -193,7 +193,7 @@ class ViewDefense(Defense):
             margin = verdict.margin[:, relation.row_of.to(verdict.margin.device)]
         return Certificate(verdict.label, margin, threat, rule.theorem, relation, self.notion, verdict.alarm)
 
-    def relation(self, threat: Threat, image_size: tuple[int, int]) -> Sees:
+    def relation(self, threat: Threat, image_size: tuple[int, int]) -> Incidence:
         """``sees`` for these views, computed once per threat and picture size."""
         key = (threat, image_size)
         if key not in self._sees:

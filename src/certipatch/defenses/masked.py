@@ -13,9 +13,9 @@ from certipatch.defenses.base import ViewDefense
 from certipatch.errors import InputError
 from certipatch.inference import rows_per_pass
 from certipatch.models.quickest import quickest
-from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.views import PixelSets, mask_set
+from certipatch.views.incidence import sees
 from certipatch.views.render import Fill, render
 
 PerAxis = int | tuple[int, int] | None

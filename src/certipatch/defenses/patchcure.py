@@ -17,10 +17,10 @@ from certipatch.errors import InputError
 from certipatch.inference import canonical_logits
 from certipatch.model_check import check_model
 from certipatch.models import SharedFront
-from certipatch.relation import sees
 from certipatch.rules import DoubleMask
 from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs, PixelSets, mask_set
+from certipatch.views.incidence import sees
 from certipatch.views.masks import pair_table
 
 PerAxis = int | tuple[int, int] | None

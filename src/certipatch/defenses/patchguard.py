@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence, ViewDefense
-from certipatch.relation import sees
 from certipatch.rules import JointWindows, RobustMask, Windows
 from certipatch.threats import PatchThreat
 from certipatch.views import Bands, Blocks, Cross, ReceptiveFields, Views
+from certipatch.views.incidence import sees
 
 Kind = Literal["logits", "confidence", "sigmoid", "prediction"]
 

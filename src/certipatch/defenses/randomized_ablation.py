@@ -13,14 +13,16 @@ from certipatch.defenses.base import Defense, Evidence
 from certipatch.errors import InputError
 from certipatch.model_check import check_model
 from certipatch.models import receptive_fields
-from certipatch.relation import Sees, sees
 from certipatch.rules import ClopperPearson
 from certipatch.rules.clopper_pearson import check_samples
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views import OneOf, PixelSets, RandomPixels, RandomViews, Views
+from certipatch.views.incidence import Incidence, sees
 
 
-def delta(views: RandomViews, threat: Threat, image_size: tuple[int, int]) -> tuple[Float64[Tensor, " L"], Sees | None]:
+def delta(
+    views: RandomViews, threat: Threat, image_size: tuple[int, int]
+) -> tuple[Float64[Tensor, " L"], Incidence | None]:
     """Δ of every location: the chance, over the whole family, that a random view shows a pixel of it.
 
     A location touches the parts (pixels, columns, bands) that ``sees`` says; a sparse threat is one location, that of
@@ -102,7 +104,7 @@ class RandomizedAblation(Defense):
         self._families: dict[tuple[int, int], RandomViews] = {}
         self._tolerance: dict[tuple[Any, ...], tuple[bytes, ev.Tolerance]] = {}
         self._worst: dict[tuple[int, tuple[int, int]], Tensor] = {}
-        self._delta: dict[tuple[Threat, tuple[int, int]], tuple[Tensor, Sees | None]] = {}
+        self._delta: dict[tuple[Threat, tuple[int, int]], tuple[Tensor, Incidence | None]] = {}
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -163,7 +165,7 @@ class RandomizedAblation(Defense):
         verdict = self.rule.certify(evidence.values, chances)
         return Certificate(verdict.label, verdict.margin, threat, self.theorem, relation, confidence=self.confidence)
 
-    def delta(self, threat: Threat, image_size: tuple[int, int]) -> tuple[Float64[Tensor, " L"], Sees | None]:
+    def delta(self, threat: Threat, image_size: tuple[int, int]) -> tuple[Float64[Tensor, " L"], Incidence | None]:
         """Δ of every location of a threat, computed once, and the relation that says where they lie."""
         if (threat, image_size) not in self._delta:
             self._delta[threat, image_size] = delta(self.family(image_size), threat, image_size)

@@ -10,8 +10,8 @@ from certipatch import evidence as ev
 from certipatch.certificate import Certificate
 from certipatch.defenses.base import Defense, Evidence
 from certipatch.errors import InputError
-from certipatch.relation import sees
 from certipatch.threats import PatchThreat, Threat
+from certipatch.views.incidence import sees
 
 
 @final

@@ -11,9 +11,9 @@ from torch import Tensor
 from certipatch.certificate import Certificate
 from certipatch.defenses import Defense
 from certipatch.defenses.base import ViewDefense
-from certipatch.relation import Sees
 from certipatch.rules import ClippedSum, DoubleMask, MaskedDetection, RobustMask, Rule, Vote
 from certipatch.views import Bands, Blocks, Columns, Cross, ReceptiveFields, Views
+from certipatch.views.incidence import Incidence
 
 MAX_BYTES = 2**20  # of the relation and of the list of places, each, in a page
 _BANDS = {True: "column", False: "row"}
@@ -30,7 +30,7 @@ class Places:
     rule: ``vote``, ``sum``, ``mask``, ``detection``, ``masks`` or ``other``.
     """
 
-    relation: Sees
+    relation: Incidence
     layout: dict[str, Any]
     classes: tuple[str, ...]
     rule: str

@@ -6,7 +6,6 @@ import torch
 
 from certipatch.defenses import RandomizedAblation, open_defense
 from certipatch.evaluation.metrics import wilson
-from certipatch.relation import sees
 from certipatch.reproduce import plots
 from certipatch.reproduce.bench import Bench, Reach
 from certipatch.reproduce.papers import SMOOTHING_BEST, Numbers
@@ -32,6 +31,7 @@ from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
 from certipatch.threats import PatchThreat
 from certipatch.views import RandomPixels
 from certipatch.views import create as create_views
+from certipatch.views.incidence import sees
 
 COLOURS = {"columns": BLUE, "rows": GREEN, "blocks": RED, "pixels": PURPLE}
 MARKERS = {"columns": "o", "rows": "^", "blocks": "s", "pixels": "D"}

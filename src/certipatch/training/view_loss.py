@@ -10,11 +10,11 @@ from certipatch.defenses import card as cards
 from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
 from certipatch.models import receptive_fields
-from certipatch.relation import sees
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives
 from certipatch.training.recipe import Recipe
 from certipatch.views import Cross, PixelSets, Views
+from certipatch.views.incidence import sees
 from certipatch.views.render import render
 
 

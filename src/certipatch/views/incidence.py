@@ -1,7 +1,4 @@
-"""The relation ``sees``: which view shows a pixel of which patch location. Geometry from pixel sets, no closed formula.
-
-(The file is not called sees.py, because importing it would then put the module in the place of ``certipatch.sees``.)
-"""
+"""The relation ``sees``: which view shows a pixel of which patch location. Geometry from pixel sets, no closed formula."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +22,7 @@ MAX_BYTES = 512 * 2**20  # of the relation itself, one bit per location and view
 
 @final
 @dataclass(frozen=True, eq=False)
-class Sees:
+class Incidence:
     """The relation between L locations and V views, as R distinct rows.
 
     ``rows[row_of[l]]`` is True at the views that show a pixel of location l: all that a patch there can touch. With
@@ -66,7 +63,7 @@ class Sees:
         return torch.from_numpy(_undominated(self.packed, self.sizes.numpy()))
 
 
-def sees(views: Views | Tensor, threat: Threat, image_size: tuple[int, int]) -> Sees:
+def sees(views: Views | Tensor, threat: Threat, image_size: tuple[int, int]) -> Incidence:
     """Which view sees which location of ``threat`` in pictures of ``image_size`` (H, W) pixels.
 
     Args:
@@ -88,7 +85,7 @@ def sees(views: Views | Tensor, threat: Threat, image_size: tuple[int, int]) -> 
     choices = torch.arange(len(locations))[:, None]
     if threat.count > 1:
         packed, row_of, choices = _several_patches(packed, row_of, threat, number)
-    return Sees(packed, number, torch.from_numpy(row_of), locations, choices)
+    return Incidence(packed, number, torch.from_numpy(row_of), locations, choices)
 
 
 def _check_budget(locations: int, views: int, threat: Threat) -> None:
