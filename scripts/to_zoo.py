@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from certipatch.defenses import card as cards
-from certipatch.evaluation.files import read_config, read_json
+from certipatch.plumbing.files import read_config, read_json
 from certipatch.threats import threat_from_dict
 
 

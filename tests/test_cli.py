@@ -349,7 +349,8 @@ def test_another_number_of_pictures_is_told_as_such(certipatch, tmp_path):
 
 
 def test_no_room_on_the_disk_loses_nothing(certipatch, tmp_path, monkeypatch):
-    from certipatch.evaluation import files, run
+    from certipatch.evaluation import run
+    from certipatch.plumbing import files
 
     monkeypatch.setattr(run, "PART", 10)
     write, written = pq.write_table, []

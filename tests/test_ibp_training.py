@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import write_parquet
 from typer.testing import CliRunner
 
-from certipatch import defenses, resources
+from certipatch import defenses
 from certipatch.bounds import patch_margins, regions, sparse
 from certipatch.bounds.propagate import layout
 from certipatch.bounds.worst import block_margins, places, worst
@@ -21,6 +21,7 @@ from certipatch.data import load
 from certipatch.errors import InputError
 from certipatch.models import CNN, MLP
 from certipatch.models.unet import UNet
+from certipatch.plumbing import resources
 from certipatch.reproduce import TABLES
 from certipatch.reproduce.interval_models import INTERVAL, STRATEGIES, Trained, trained
 from certipatch.threats import PatchThreat

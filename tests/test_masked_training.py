@@ -571,6 +571,6 @@ def test_shipped_recipes_are_read():
 
 
 def cp_recipe(name: str):
-    from certipatch import resources
+    from certipatch.plumbing import resources
 
     return resources.find("recipes", f"{name}.yaml")

@@ -59,7 +59,7 @@ def strip(views):
 
 
 def cross():
-    """Columns and rows, each of whose views speaks for few classes."""
+    """Columns and rows, each of whose views speak for few classes."""
     network = strip(CROSS)
     for one in network.strips:
         one.head.bias.sub_(8)

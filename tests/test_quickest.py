@@ -11,7 +11,7 @@ import certipatch as cp
 from certipatch import cli
 from certipatch.cli import work
 from certipatch.models import ConvNet, quickest
-from certipatch.workers import Workers
+from certipatch.plumbing.distributed import Workers
 
 THREAT = cp.PatchThreat(3)
 IMAGES = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(0))

@@ -11,13 +11,13 @@ from support import write_parquet, write_recipe
 from typer.testing import CliRunner
 
 import certipatch as cp
-from certipatch import resources
 from certipatch.attacks import PatchPGD, Task, Victim
 from certipatch.cli import app
 from certipatch.data import load
 from certipatch.defenses import Undefended
 from certipatch.errors import InputError
 from certipatch.models import ConvNet, receptive_fields
+from certipatch.plumbing import resources
 from certipatch.reproduce import local_histograms, local_logits, plots
 from certipatch.reproduce.bench import Bench
 from certipatch.reproduce.patchguard_attacks import ATTACKED, ATTACKED_MNIST, COMMANDS, MEAN, added_up, undefended

@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 import certipatch as cp
 from certipatch import evidence as ev
-from certipatch import resources
 from certipatch.cli import app
 from certipatch.data import load
 from certipatch.data.known import known_classes
@@ -22,6 +21,7 @@ from certipatch.defenses.settings import ViewSettings
 from certipatch.defenses.weights import save_weights
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings
+from certipatch.plumbing import resources
 from certipatch.reproduce import papers, smoothing, smoothing_figures
 from certipatch.reproduce.bench import Bench, Outcomes
 from certipatch.reproduce.studies import SMOOTHING, SMOOTHING_CIFAR10, SMOOTHING_MNIST, study_of

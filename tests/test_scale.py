@@ -18,10 +18,10 @@ from certipatch.cli.work import evaluate_into
 from certipatch.data import Pictures
 from certipatch.errors import InputError
 from certipatch.evaluation import records, run
+from certipatch.plumbing.distributed import Workers
 from certipatch.threats import PatchThreat
 from certipatch.training import read, train
 from certipatch.training.train import share_of_batch
-from certipatch.workers import Workers
 
 PARTS = 10  # of four pictures
 

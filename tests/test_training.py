@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from support import write_parquet, write_recipe
 from torch import nn
 
-from certipatch import defenses, resources
+from certipatch import defenses
 from certipatch.defenses import card as cards
 from certipatch.defenses.card import load_folder
 from certipatch.defenses.weights import restored, save_weights, sha256, write_tensors
 from certipatch.errors import InputError
 from certipatch.models import EfficientNetLite, create
 from certipatch.models.adapters import Adapted, Preprocessing
+from certipatch.plumbing import resources
 from certipatch.rules import RobustMask, Vote, Windows
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives, read, train
@@ -225,7 +226,7 @@ def test_a_training_that_starts_from_imagenet(tmp_path, data, monkeypatch):
 SIZES = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "imagenette": (3, 224)}
 
 
-@pytest.mark.parametrize("name", resources.names("recipes", "*.yaml"))
+@pytest.mark.parametrize("name", resources.resource_names("recipes", "*.yaml"))
 def test_every_recipe_describes_a_network(name):
     path = resources.find("recipes", name)
     assert path is not None

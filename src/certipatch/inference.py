@@ -16,8 +16,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from certipatch.devices import whole_float32
 from certipatch.errors import InputError
+from certipatch.plumbing.devices import no_tf32
 
 CPU_PIXELS, ACCELERATOR_PIXELS = 2**15, 2**20  # of one pass: 32 rows of 32x32 on the CPU, 1024 on an accelerator
 MOST_ROWS, FEWEST_ROWS = 32, 4  # of a pass on the CPU, before rows are compared
@@ -45,7 +45,7 @@ def call_network(network: nn.Module, inputs: Float[Tensor, "N ..."]) -> Tensor:
 
 
 @torch.inference_mode()
-@whole_float32()
+@no_tf32()
 def canonical_logits(
     network: nn.Module, number: int, inputs: Inputs, batch_size: int | None = None
 ) -> Float[Tensor, "number ..."]:

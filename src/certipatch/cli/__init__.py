@@ -5,9 +5,9 @@ import sys
 
 import typer
 
-from certipatch import workers
 from certipatch.cli import attack, certify, compare, demo, evaluate, export, listing, report, reproduce, train
 from certipatch.errors import InputError
+from certipatch.plumbing import distributed
 
 UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]  # type: ignore[assignment]  # click's, which typer brings along under one name or another
 
@@ -53,12 +53,12 @@ def main() -> None:
         code = _fail(str(error))
     except OSError as error:
         code = _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
-    if code == 130 and workers.rank() == 0:
+    if code == 130 and distributed.rank() == 0:
         print("stopped; run the same command again to go on", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str) -> int:
-    if workers.speaks():
+    if distributed.should_report_error():
         print(f"certipatch: {' '.join(message.split())}", file=sys.stderr)
     return 2

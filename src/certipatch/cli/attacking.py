@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from certipatch import attacks, devices
+from certipatch import attacks
 from certipatch.cli.work import check_shape, open_named, seen_in, with_classes
 from certipatch.data import Pictures, load
 from certipatch.data.known import SAMPLE, names
@@ -16,13 +16,13 @@ from certipatch.data.loading import DATA_VARIABLE
 from certipatch.defenses import Card, zoo
 from certipatch.errors import InputError
 from certipatch.evaluation import attack as attacking
-from certipatch.evaluation import files
 from certipatch.evaluation.attack_campaign import Cell, as_text, campaign
 from certipatch.evaluation.claim import difference, plain, sweep
 from certipatch.evidence import PIXELS
+from certipatch.plumbing import devices, files
+from certipatch.plumbing.versions import versions
 from certipatch.report.attack_page import of_attack
 from certipatch.threats import PatchThreat, SparseThreat, Threat, threat_from_dict
-from certipatch.versions import versions
 
 Progress = Callable[[int, int, str], None]
 

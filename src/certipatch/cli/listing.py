@@ -69,9 +69,9 @@ def _rows(kind: str) -> dict[str, str]:
 
         return {name: (attack.__doc__ or "").splitlines()[0] for name, attack in ATTACKS.items()}
     if kind == "recipes":
-        from certipatch import resources
+        from certipatch.plumbing import resources
 
-        paths = {name: resources.find("recipes", name) for name in resources.names("recipes", "*.yaml")}
+        paths = {name: resources.find("recipes", name) for name in resources.resource_names("recipes", "*.yaml")}
         return {name.removesuffix(".yaml"): _first_comment(path) for name, path in paths.items() if path}
     from certipatch import defenses
 
@@ -94,7 +94,7 @@ def _in_full(kind: str, name: str, line: str) -> tuple[str, dict[str, Any]]:
 
         return inspect.getdoc(ATTACKS[name]) or line, {}
     if kind == "recipes":
-        from certipatch import resources
+        from certipatch.plumbing import resources
 
         path = resources.find("recipes", f"{name}.yaml")
         return line if path is None else path.read_text(encoding="utf-8").rstrip(), {}

@@ -67,7 +67,7 @@ def threat_from(patch: str | None, shape: str | None, count: int, where: str, sp
 
 def changes_from(settings: list[str] | None) -> dict:
     """Settings of a defense from ``key=value`` texts. InputError on anything else."""
-    from certipatch.untrusted import from_yaml
+    from certipatch.plumbing.parsing import from_yaml
 
     changes = {}
     for text in settings or []:

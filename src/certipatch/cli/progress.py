@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from certipatch import workers
+from certipatch.plumbing import distributed
 
 
 @contextmanager
@@ -12,7 +12,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
     Of several workers the first shows the bar of them all.
     """
-    if workers.rank() != 0:
+    if distributed.rank() != 0:
         yield lambda done, total, text: None
         return
     from rich.console import Console

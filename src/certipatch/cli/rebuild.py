@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from certipatch import devices, report
+from certipatch import report
 from certipatch.attacks import find
 from certipatch.cli.work import MAX_SHOWN, certify_shown, check_shape, open_named, own_run
 from certipatch.data import Pictures, load, read_picture
@@ -17,10 +17,10 @@ from certipatch.defenses import METHODS, Card, locate, read_card
 from certipatch.defenses.around import Sheet
 from certipatch.errors import InputError
 from certipatch.evaluation import attack as attacking
-from certipatch.evaluation import files
 from certipatch.evaluation.claim import FREE, difference, plain
 from certipatch.evaluation.evaluate import Job, summarize
 from certipatch.models.adapters import NAMES, is_adapter
+from certipatch.plumbing import devices, files
 from certipatch.report.attack_page import of_attack
 from certipatch.threats import PatchThreat, Threat, threat_from_dict
 

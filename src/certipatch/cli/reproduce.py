@@ -44,7 +44,7 @@ def reproduce(
     from certipatch import reproduce as tables
     from certipatch.cli.progress import progress_bar
     from certipatch.data import load
-    from certipatch.evaluation import files
+    from certipatch.plumbing import files
 
     if table == "list":
         _list(tables.TABLES, as_json)

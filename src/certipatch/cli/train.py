@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from certipatch import workers
 from certipatch.cli.options import OutOption
 from certipatch.errors import InputError
+from certipatch.plumbing import distributed
 
 
 def train(
@@ -30,8 +30,8 @@ def train(
 
       torchrun --nproc-per-node 2 -m certipatch train recipes/mnist-columns.yaml --data path/to/mnist --out models/mnist
     """
-    from certipatch import resources
     from certipatch.cli.progress import progress_bar
+    from certipatch.plumbing import resources
     from certipatch.training.recipe import read
 
     path = Path(recipe)
@@ -44,13 +44,13 @@ def train(
     asked = read(path, changes)
     folder = out or Path("models") / asked.name
 
-    from certipatch import devices
+    from certipatch.plumbing import devices
     from certipatch.training.train import train as run
 
     devices.keep_freed_memory()
     with progress_bar(f"train {asked.name}") as progress:
         card = run(asked, folder, progress)
-    if workers.rank() != 0:
+    if distributed.rank() != 0:
         return
     held = f"  certify a picture:  certipatch certify PICTURE --defense {folder} {_typed(asked.threat)}"
     typer.echo(
@@ -68,8 +68,8 @@ def _typed(threat) -> str:
 def _unknown(recipe: str) -> str:
     import difflib
 
-    from certipatch import resources
+    from certipatch.plumbing import resources
 
-    known = [name.removesuffix(".yaml") for name in resources.names("recipes", "*.yaml")]
+    known = [name.removesuffix(".yaml") for name in resources.resource_names("recipes", "*.yaml")]
     near = difflib.get_close_matches(recipe, known, n=1)
     return f"no recipe {recipe!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")

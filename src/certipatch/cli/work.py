@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from certipatch import devices, report, workers
+from certipatch import report
 from certipatch.certificate import Certificate
 from certipatch.data import Pictures, load, read_picture
 from certipatch.defenses import (
@@ -26,13 +26,14 @@ from certipatch.defenses import (
 )
 from certipatch.defenses.around import Sheet, around, frame
 from certipatch.errors import InputError
-from certipatch.evaluation import files, run
+from certipatch.evaluation import run
 from certipatch.evaluation.claim import sweep
 from certipatch.evaluation.evaluate import Job, evaluate
 from certipatch.models.adapters import FORMS, is_adapter, open_model
+from certipatch.plumbing import devices, distributed, files
+from certipatch.plumbing.distributed import Workers
+from certipatch.plumbing.versions import versions
 from certipatch.threats import PatchThreat, Threat
-from certipatch.versions import versions
-from certipatch.workers import Workers
 
 LOOKED_AT = 16  # pictures of a dataset whose sizes are compared before a classifier reads it
 MAX_SHOWN = 400  # pictures in the report of certify
@@ -334,7 +335,7 @@ def threat_fits(threat: Threat, card: Card | Sheet) -> None:
 def told_of_training(pictures: Pictures, card: Card | Sheet, name: str) -> None:
     """A note on stderr where pictures are those that a defense was trained on."""
     trained = card.data if isinstance(card, Card) else {}
-    if (trained.get("name"), trained.get("split")) == (pictures.name, pictures.split) and workers.rank() == 0:
+    if (trained.get("name"), trained.get("split")) == (pictures.name, pictures.split) and distributed.rank() == 0:
         print(
             f"note: {name} was trained on {pictures.name} {pictures.split}; numbers of other pictures say more (--split)",
             file=sys.stderr,
@@ -359,7 +360,7 @@ def with_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> Pic
             f"{pictures.name} and {name} both know {min(elsewhere)!r}, but number it differently, and {name} does not know "
             f"{', '.join(map(repr, alone[:3]))}; give the classes the same names, one of {', '.join(map(repr, classes[:8]))}"
         )
-    if differing and workers.rank() == 0:
+    if differing and distributed.rank() == 0:
         theirs, ours = differing[0]
         print(
             f"note: {len(differing)} classes are called otherwise ({theirs!r} in {pictures.name}, {ours!r} in {name}, …); "

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from certipatch.data.pictures import Found, check_labels, choose_split, listed
 from certipatch.errors import InputError
-from certipatch.untrusted import from_json
+from certipatch.plumbing.parsing import from_json
 
 IMAGE_COLUMNS = ("image", "img")
 """Names of the column of pictures, first match wins."""

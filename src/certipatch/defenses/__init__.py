@@ -4,7 +4,6 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from certipatch import resources
 from certipatch.defenses.bagcert import BagCert
 from certipatch.defenses.base import Defense, Evidence
 from certipatch.defenses.card import Card, load_folder
@@ -23,6 +22,7 @@ from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.defenses.undefended import Undefended
 from certipatch.errors import InputError
+from certipatch.plumbing import resources
 from certipatch.threats import Threat
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
 
 def zoo() -> dict[str, Card]:
     """The shipped models by name."""
-    names = resources.names("zoo", "*/card.json")
+    names = resources.resource_names("zoo", "*/card.json")
     return {name: read_card(folder) for name in names if (folder := resources.find("zoo", name))}
 
 
@@ -70,7 +70,7 @@ def locate(name: str) -> Path:
         )
     if "/" in name:
         raise InputError(f"there is no folder {name}; give a zoo model (certipatch list models) or what train wrote")
-    known = resources.names("zoo", "*/card.json")
+    known = resources.resource_names("zoo", "*/card.json")
     near = difflib.get_close_matches(name, known, n=1)
     hint = (
         f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}, or the folder of a training"

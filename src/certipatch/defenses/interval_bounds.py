@@ -11,10 +11,10 @@ from certipatch.bounds import Interval, passage, patch_margins, patch_verdict, r
 from certipatch.bounds.patch import MEMORY, Regions
 from certipatch.certificate import Certificate
 from certipatch.defenses.base import Defense, Evidence
-from certipatch.devices import whole_float32
 from certipatch.errors import InputError
 from certipatch.inference import call_network
 from certipatch.model_check import FLOORS, LIMITS
+from certipatch.plumbing.devices import no_tf32
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 
 
@@ -189,7 +189,7 @@ class IntervalBounds(Defense):
         probes = _probes(images)
         (exact, size), worst, share = self._exact(probes), 0.0, 0.0
         for batch in (1, 2, 5, 9, len(probes)):
-            with torch.inference_mode(), whole_float32():
+            with torch.inference_mode(), no_tf32():
                 served = torch.cat([call_network(self.model, part.clone()) for part in probes.split(batch)])
             off = (ev.check_logits(served).double() - exact).abs().amax(1)
             worst, share = max(worst, off.max().item()), max(share, (off / (1 + size)).max().item())

@@ -25,12 +25,12 @@ from certipatch.attacks.locate import check_search
 from certipatch.certificate import Certificate
 from certipatch.data import Pictures
 from certipatch.errors import InputError
-from certipatch.evaluation.files import write_bytes
 from certipatch.evaluation.metrics import wilson
 from certipatch.evaluation.records import ATTACK_EVIDENCE, ATTACK_RECORD, MAX_SCORES, read_records, write_part
 from certipatch.evaluation.run import Kind, Progress, configuration, part_of, work
+from certipatch.plumbing.distributed import Workers
+from certipatch.plumbing.files import write_bytes
 from certipatch.threats import PatchThreat, SparseThreat, Threat
-from certipatch.workers import Workers
 
 CPU = torch.device("cpu")
 PART = 50  # pictures per record file; what a killed run loses

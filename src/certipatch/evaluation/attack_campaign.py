@@ -21,8 +21,8 @@ from certipatch.attacks.universal import Universal
 from certipatch.data import Pictures
 from certipatch.errors import InputError
 from certipatch.evaluation.attack import sampled, save_break
-from certipatch.evaluation.files import read_json, write_json
 from certipatch.evidence import PIXELS
+from certipatch.plumbing.files import read_json, write_json
 from certipatch.threats import PatchThreat, Threat
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")

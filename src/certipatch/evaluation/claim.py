@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from certipatch.errors import InputError
-from certipatch.evaluation.files import is_leftover, read_config, read_json, write_text
 from certipatch.evaluation.records import read_part
+from certipatch.plumbing.files import is_leftover, read_config, read_json, write_text
 
 FREE = {"source", "model"}
 """Settings that may differ between starts, and between hosts: where the same things are found."""

@@ -16,8 +16,8 @@ from certipatch.evaluation import run
 from certipatch.evaluation.metrics import wilson
 from certipatch.evaluation.records import RECORD, evidence_rows, read_evidence, read_records, write_part
 from certipatch.evaluation.run import Kind, Progress, configuration, part_of, work
+from certipatch.plumbing.distributed import Workers
 from certipatch.threats import Threat
-from certipatch.workers import Workers
 
 CPU = torch.device("cpu")
 

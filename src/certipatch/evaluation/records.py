@@ -14,7 +14,7 @@ import torch
 
 from certipatch.defenses.base import Evidence
 from certipatch.errors import InputError
-from certipatch.evaluation.files import read_config, sha256, write_table
+from certipatch.plumbing.files import read_config, sha256, write_table
 
 RECORD = pa.schema(
     [

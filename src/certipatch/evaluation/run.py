@@ -22,10 +22,10 @@ import torch
 
 from certipatch.errors import InputError
 from certipatch.evaluation.claim import FREE, claim, difference, parts, plain, sweep
-from certipatch.evaluation.files import write_json
 from certipatch.evaluation.records import part_path, read_part
-from certipatch.versions import versions
-from certipatch.workers import Workers
+from certipatch.plumbing.distributed import Workers
+from certipatch.plumbing.files import write_json
+from certipatch.plumbing.versions import versions
 
 PART = 250  # pictures per record file; the batch that a killed run loses
 PATIENCE = 120.0  # seconds without a new part, or four times the longest, after which the first worker makes it itself

@@ -22,10 +22,10 @@ from certipatch.export.rules import graph
 from certipatch.models import Cascade, SharedViT
 from certipatch.models.adapters.onnx import OnnxNetwork
 from certipatch.models.quickest import as_program
+from certipatch.plumbing.versions import versions
 from certipatch.rules import DoubleMask
 from certipatch.rules.double_mask import best_leads
 from certipatch.threats import PatchThreat
-from certipatch.versions import versions
 from certipatch.views import PixelSets
 
 __all__ = ["AsGraph", "to_onnx"]

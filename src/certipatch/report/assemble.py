@@ -12,8 +12,8 @@ from certipatch.certificate import Certificate
 from certipatch.defenses import Evidence
 from certipatch.errors import InputError
 from certipatch.evaluation.evaluate import Job
-from certipatch.evaluation.files import read_config, read_json
 from certipatch.evaluation.records import read_evidence, read_records, stored_evidence
+from certipatch.plumbing.files import read_config, read_json
 from certipatch.report.document import page
 from certipatch.report.places import Places, places
 from certipatch.report.shown import STATES, Explored, Shown, evenly

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from certipatch.data import Pictures
 from certipatch.errors import InputError
 from certipatch.evaluation.attack import attacked_picture
-from certipatch.evaluation.files import read_config, read_json
 from certipatch.evaluation.records import read_evidence, read_records
+from certipatch.plumbing.files import read_config, read_json
 from certipatch.report import words
 from certipatch.report.colours import picture, png
 from certipatch.report.shown import evenly

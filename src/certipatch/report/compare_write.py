@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from certipatch.errors import InputError
-from certipatch.evaluation.files import write_text
+from certipatch.plumbing.files import write_text
 from certipatch.report.compare import Comparison, to_dict
 from certipatch.report.compare_figures import figures, rendered
 from certipatch.report.compare_gallery import read_pictures

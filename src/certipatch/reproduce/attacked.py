@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from certipatch import attacks, devices, resources
+from certipatch import attacks
 from certipatch.data import Pictures, load
 from certipatch.defenses import Card, Undefended, open_defense
 from certipatch.defenses.around import Sheet, around, frame
@@ -27,6 +27,7 @@ from certipatch.evaluation.claim import FREE, plain
 from certipatch.evaluation.records import read_evidence, read_records
 from certipatch.evidence import PIXELS
 from certipatch.models.adapters import is_adapter, open_model
+from certipatch.plumbing import devices, resources
 from certipatch.reproduce.bench import Bench, Wanted
 from certipatch.reproduce.table import NotRun, Share
 from certipatch.threats import PatchThreat, Threat

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from certipatch import devices, resources
 from certipatch import evidence as ev
 from certipatch.data import Pictures, load
 from certipatch.data.loading import DATA_VARIABLE
@@ -23,6 +22,7 @@ from certipatch.defenses.around import Sheet
 from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
+from certipatch.plumbing import devices, resources
 from certipatch.reproduce.table import NotRun, Share
 from certipatch.threats import PatchThreat
 

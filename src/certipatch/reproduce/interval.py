@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from certipatch import devices
 from certipatch.defenses import IntervalBounds, RandomizedAblation, open_defense, read_card
 from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
+from certipatch.plumbing import devices
 from certipatch.reproduce.bench import PART, Bench, Outcomes, Wanted
 from certipatch.reproduce.interval_models import COMPARED, NETWORKS, OURS, RECIPES, STRATEGIES, Trained, trained
 from certipatch.reproduce.papers import Numbers

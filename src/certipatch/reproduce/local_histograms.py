@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from certipatch import attacks, devices
+from certipatch import attacks
 from certipatch.attacks import Task, Victim
 from certipatch.defenses import Undefended
 from certipatch.defenses.weights import write_tensors
 from certipatch.evidence import PIXELS
+from certipatch.plumbing import devices
 from certipatch.reproduce import local_logits, plots
 from certipatch.reproduce.attacked import Strength, Target, pictures_of, target
 from certipatch.reproduce.bench import Bench

@@ -14,7 +14,7 @@ from torch import nn
 
 from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
-from certipatch.untrusted import from_json
+from certipatch.plumbing.parsing import from_json
 
 
 def save(

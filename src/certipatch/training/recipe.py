@@ -11,8 +11,8 @@ from certipatch.defenses.methods import WHOLE
 from certipatch.defenses.settings import Side
 from certipatch.errors import InputError, problem
 from certipatch.models import LOCAL
+from certipatch.plumbing.parsing import from_yaml
 from certipatch.threats import PatchThreat, SparseThreat, Threat
-from certipatch.untrusted import from_yaml
 
 # Appendix A.1 of Chiang et al. 2020, for MNIST.
 INTERVAL_DEFAULTS = {

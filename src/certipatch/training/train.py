@@ -13,11 +13,12 @@ from jaxtyping import Bool
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from certipatch import devices
 from certipatch.data import Pictures, load
 from certipatch.defenses import card as cards
 from certipatch.defenses.weights import save_weights
 from certipatch.errors import InputError
+from certipatch.plumbing import devices
+from certipatch.plumbing.versions import versions
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, start
 from certipatch.training.augment import draw_changes, recoloured
@@ -27,7 +28,6 @@ from certipatch.training.muon import Muon
 from certipatch.training.recipe import IntervalTraining, Recipe
 from certipatch.training.view_loss import view_loss
 from certipatch.training.watch import bounded_held_out, cut_log, held_out, log, masked_held_out, words
-from certipatch.versions import versions
 from certipatch.views import mask_set
 
 CHECKPOINT_SECONDS = 60.0

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from certipatch.defenses import card as cards
 from certipatch.models import receptive_fields
+from certipatch.plumbing.parsing import from_json
 from certipatch.threats import PatchThreat
 from certipatch.training.interval import IntervalObjective
 from certipatch.training.masking import MaskLoss
 from certipatch.training.recipe import Recipe
-from certipatch.untrusted import from_json
 
 SHOWN = ("clean", "masked", "certified")
 WATCHED_PIXELS, FEWEST = 2**25, 16  # that views of held-out pictures show together; pictures at least

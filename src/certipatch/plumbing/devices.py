@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from certipatch import workers
 from certipatch.errors import InputError
+from certipatch.plumbing import distributed
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -25,7 +25,7 @@ def default() -> torch.device:
 
 
 @contextmanager
-def whole_float32() -> Iterator[None]:
+def no_tf32() -> Iterator[None]:
     """float32 convolutions in float32. On an accelerator torch would let them round to 10 bits (TF32), which changes
     answers with the number of pictures in a pass by more than a certificate may be off."""
     rounded, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
@@ -57,7 +57,7 @@ def fabric(precision: Any = "32-true") -> "Fabric":
 
     for name in ("lightning.fabric", "lightning.pytorch"):  # processes would tell that they have joined
         logging.getLogger(name).setLevel(logging.WARNING)
-    kind, total = default().type, workers.count()
+    kind, total = default().type, distributed.count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if total > 1 else 1
     there = torch.accelerator.device_count() if kind != "cpu" else here
     if here > there:
@@ -81,14 +81,14 @@ def _meet(kind: str) -> None:
     """
     group = torch.distributed
     if not group.is_initialized():
-        backend, store = group.get_default_backend_for_device(kind), workers.shared_store("group")
-        group.init_process_group(backend, store=store, rank=workers.rank(), world_size=workers.count())
+        backend, store = group.get_default_backend_for_device(kind), distributed.shared_store("group")
+        group.init_process_group(backend, store=store, rank=distributed.rank(), world_size=distributed.count())
         atexit.register(lambda: group.destroy_process_group() if group.is_initialized() else None)
 
 
-def worker() -> tuple[torch.device, workers.Workers]:
+def worker() -> tuple[torch.device, distributed.Workers]:
     """The device of this process, and its place among the workers: alone on the default one, or as torchrun says."""
-    if workers.count() == 1:
-        return default(), workers.Workers()
+    if distributed.count() == 1:
+        return default(), distributed.Workers()
     found = fabric()
-    return found.device, workers.join(found.broadcast(secrets.token_hex(8)))
+    return found.device, distributed.join(found.broadcast(secrets.token_hex(8)))

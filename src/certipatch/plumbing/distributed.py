@@ -84,7 +84,7 @@ class Workers:
         while (ticket := self._store.add("ticket", 1) - 1) < number:
             yield ticket
 
-    def first_to_say(self) -> bool:
+    def claim_error_report(self) -> bool:
         """Whether this worker is the first to ask. Of an error that several workers meet, one line is enough."""
         return self._store is None or self._store.add("said", 1) == 1
 
@@ -107,11 +107,11 @@ def shared_store(name: str, connect: timedelta = CONNECT) -> "Store":
     return PrefixStore(f"certipatch/{attempt}/{name}", store)
 
 
-def speaks() -> bool:
+def should_report_error() -> bool:
     """Whether this process shall tell an error: of those that meet it, the one that asks first."""
     if count() == 1:
         return True
     try:
-        return join("errors", timedelta(seconds=5)).first_to_say()
+        return join("errors", timedelta(seconds=5)).claim_error_report()
     except (OSError, RuntimeError, ValueError):  # nobody there to ask: rather twice than never
         return True

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from certipatch.errors import InputError
-from certipatch.untrusted import from_json, from_yaml
+from certipatch.plumbing.parsing import from_json, from_yaml
 
 MAX_BYTES = 64 * 2**20  # of settings, also when every value that YAML names twice is counted twice
 

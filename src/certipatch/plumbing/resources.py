@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def folders(kind: str) -> list[Path]:
@@ -18,6 +18,6 @@ def find(kind: str, name: str) -> Path | None:
     return next((place / name for place in folders(kind) if (place / name).exists()), None)
 
 
-def names(kind: str, holding: str) -> list[str]:
+def resource_names(kind: str, holding: str) -> list[str]:
     """Names in ``kind`` of the files that match the pattern ``holding``, such as ``*/card.json``."""
     return sorted({path.relative_to(place).parts[0] for place in folders(kind) for path in place.glob(holding)})
