@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import certipatch as cp
-from certipatch.defenses import open_defense
 from certipatch.evaluation.claim import claim
 from certipatch.evaluation.evaluate import Job, store
 from certipatch.evaluation.run import PART
+from certipatch.saved import open_defense
 
 GROUP = "certify 250 pictures, and store what was found"
 

@@ -4,8 +4,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from certipatch.defenses import card as cards
 from certipatch.plumbing.files import read_config, read_json
+from certipatch.saved import card as cards
 from certipatch.threats import threat_from_dict
 
 

@@ -16,11 +16,11 @@ import certipatch as cp
 from certipatch import cli
 from certipatch.bounds import Interval, margin_bounds, passage, patch_margins, regions, sparse_margins
 from certipatch.cli.work import seen_in
-from certipatch.defenses.around import around, frame
 from certipatch.errors import InputError
 from certipatch.models.adapters import Adapted, Preprocessing, is_adapter, open_model, runs_code
 from certipatch.models.adapters.onnx_files import outside
 from certipatch.models.adapters.sources import hugging_face_preprocessing
+from certipatch.saved.open import attacked_image_size, wrap_classifier
 
 TOY = '''
 import torch
@@ -462,12 +462,17 @@ def test_masks_come_before_the_preprocessing():
 def test_which_picture_the_attacker_paints():
     free = Adapted(nn.Identity().eval(), Preprocessing(), "free")
     fixed = Adapted(nn.Identity().eval(), Preprocessing(size=(224, 224)), "fixed")
-    assert frame(free, [(20, 30)]) == frame(free, [(20, 30), (20, 30)]) == (20, 30)
-    assert frame(fixed, [(32, 32)]) == (32, 32)  # the network enlarges it, after the attacker
-    assert frame(fixed, [(200, 224)] * 3) == (200, 224)
-    assert frame(fixed, [(300, 200)]) == frame(fixed, [(32, 32), (30, 30)]) == frame(fixed, []) == (224, 224)
+    assert attacked_image_size(free, [(20, 30)]) == attacked_image_size(free, [(20, 30), (20, 30)]) == (20, 30)
+    assert attacked_image_size(fixed, [(32, 32)]) == (32, 32)  # the network enlarges it, after the attacker
+    assert attacked_image_size(fixed, [(200, 224)] * 3) == (200, 224)
+    assert (
+        attacked_image_size(fixed, [(300, 200)])
+        == attacked_image_size(fixed, [(32, 32), (30, 30)])
+        == attacked_image_size(fixed, [])
+        == (224, 224)
+    )
     with pytest.raises(InputError, match="one size"):
-        frame(free, [(20, 30), (30, 20)])
+        attacked_image_size(free, [(20, 30), (30, 20)])
 
 
 def test_a_small_first_picture_says_nothing_of_the_others(tmp_path):
@@ -489,12 +494,12 @@ def test_a_dataset_of_some_of_the_classes():
 
     names = ("Ant", "bee", "Cat", "dog")
     network = Adapted(Four().eval(), Preprocessing(classes=names), "four")
-    defense, sheet = around(network, "patchcleanser", cp.PatchThreat(2), {"masks": 2}, (8, 8), ("cat", "ant"))
+    defense, sheet = wrap_classifier(network, "patchcleanser", cp.PatchThreat(2), {"masks": 2}, (8, 8), ("cat", "ant"))
     assert sheet.classes == ("cat", "ant")
     red = torch.tensor([1.0, 0.1, 0.2])[:, None, None].expand(1, 3, 8, 8)
     assert defense.predict(red).tolist() == [1]
     other = Adapted(Four().eval(), Preprocessing(classes=names), "four")
-    assert around(other, "undefended", cp.PatchThreat(2), None, (8, 8), ("cat", "fox"))[1].classes == names
+    assert wrap_classifier(other, "undefended", cp.PatchThreat(2), None, (8, 8), ("cat", "fox"))[1].classes == names
     assert other.identity == network.identity
     moved = Adapted(Four().eval(), Preprocessing(classes=names, scale=2), "four")
     assert moved.identity != network.identity

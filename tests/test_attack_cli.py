@@ -13,11 +13,11 @@ from support import write_parquet, write_recipe
 from certipatch import cli
 from certipatch.attacks import find
 from certipatch.cli import attacking
-from certipatch.defenses import load, read_card
 from certipatch.evaluation import attack as attack_runs
 from certipatch.evaluation.attack_campaign import COUNTS, Cell, affordable, campaign
 from certipatch.evaluation.records import read_evidence, read_records
 from certipatch.rules import Verdict, Vote
+from certipatch.saved import load, read_card
 from certipatch.threats import PatchThreat
 from certipatch.training import read, train
 

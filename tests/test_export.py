@@ -15,6 +15,7 @@ from certipatch.errors import InputError
 from certipatch.export import AsGraph, to_onnx
 from certipatch.export.rules import graph
 from certipatch.models import Cascade, ModelSettings, Specialists
+from certipatch.saved import Card, open_defense
 from certipatch.views.render import null, render
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
@@ -40,7 +41,7 @@ def answers(path, images: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["mnist-columns", "mnist-columns-votes", "fashion-columns"])
 def test_zoo_models_answer_alike_in_onnxruntime(name, sample, tmp_path):
-    defense, card = defenses.open_defense(name)
+    defense, card = open_defense(name)
     found = to_onnx(defense, card, tmp_path / "model.onnx")
     assert found["checked"] == 4
     assert found["outputs"] == ("label",)
@@ -183,7 +184,7 @@ CARD = {"name": "mine", "defense": "undefended", "model": CONV, "image_size": SI
 )
 def test_further_defenses_as_files(name, tmp_path):
     defense = composed(name)
-    to_onnx(defense, defenses.Card(**CARD), tmp_path / "model.onnx")
+    to_onnx(defense, Card(**CARD), tmp_path / "model.onnx")
     images = pictures(10, 2)
     label, *alarm = answers(tmp_path / "model.onnx", images)
     found = defense.certify(images, THREAT)
@@ -207,7 +208,7 @@ def test_a_file_with_another_alarm_is_not_written(monkeypatch, tmp_path):
     turned = lambda self, *given: replace(found := true(self, *given), alarm=~found.alarm)  # noqa: E731
     monkeypatch.setattr(type(defense), "certify", turned)
     with pytest.raises(InputError, match=r"where the defense says .* not written"):
-        to_onnx(defense, defenses.Card(**CARD), tmp_path / "model.onnx")
+        to_onnx(defense, Card(**CARD), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
@@ -225,7 +226,7 @@ def test_what_has_no_graph_says_so(monkeypatch, tmp_path):
         AsGraph(many, (128, 128), 1)
     monkeypatch.setattr("certipatch.export.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"needs onnx and onnxscript: pip install 'certipatch\[onnx\]'"):
-        to_onnx(composed("undefended"), defenses.Card(**CARD), tmp_path / "model.onnx")
+        to_onnx(composed("undefended"), Card(**CARD), tmp_path / "model.onnx")
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):

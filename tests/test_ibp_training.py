@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support import write_parquet
 from typer.testing import CliRunner
 
-from certipatch import defenses
+from certipatch import saved
 from certipatch.bounds import patch_margins, regions, sparse
 from certipatch.bounds.propagate import layout
 from certipatch.bounds.worst import block_margins, places, worst
@@ -184,7 +184,7 @@ def test_every_strategy_trains_and_loads(tmp_path, data, strategy):
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert {"clean_loss", "bound_loss", "clean_accuracy", "certified_accuracy"} <= lines[-1].keys()
     assert load_file(tmp_path / "out" / "weights.safetensors").keys() == MLP(1, 3, (12, 12), (16,)).state_dict().keys()
-    defense = defenses.load(str(tmp_path / "out"))
+    defense = saved.load(str(tmp_path / "out"))
     assert defense.name == "interval-bounds"
 
 
@@ -198,7 +198,7 @@ def test_training_certifies_what_certification_does(tmp_path, data):
     assert held["bound_loss"] < natural["bound_loss"]
     pictures = load(str(data), "train")
     images, target = pictures.images(range(80, 100)), torch.from_numpy(pictures.labels[80:])
-    found = defenses.load(str(tmp_path / "out")).certify(images, PatchThreat(2))
+    found = saved.load(str(tmp_path / "out")).certify(images, PatchThreat(2))
     right = found.label == target
     assert right.double().mean().item() == held["clean_accuracy"]
     assert (right & found.certified).double().mean().item() == held["certified_accuracy"]
@@ -254,7 +254,7 @@ def test_an_ensemble_is_bounded_in_one(tmp_path, data):
     label = torch.from_numpy(load(str(data), "test", limit=6).labels[:6])
     found = regions(PatchThreat(2), (images.shape[2], images.shape[3]))
     one, two, both = (
-        patch_margins(defenses.load(f).model, images, label, found, dtype=torch.float64)
+        patch_margins(saved.load(f).model, images, label, found, dtype=torch.float64)
         for f in (*starts, tmp_path / "both")
     )
     assert torch.allclose(both, (one + two) / 2, 0, 1e-6)
@@ -313,7 +313,7 @@ def test_tables_print_what_was_measured_and_what_was_not(tmp_path, monkeypatch):
     measured = cells["25 pixels, MLP(255), Random(144), then all"]
     assert [cell["n"] for cell in measured] == [6] * 5
     assert "not run" in json.dumps(cells["4 pixels, MLP(255), Random(144), then all"])
-    defense, pictures = defenses.load(str(tmp_path / "models" / "mnist-ibp-5-mlp")), load(str(data), "test", limit=6)
+    defense, pictures = saved.load(str(tmp_path / "models" / "mnist-ibp-5-mlp")), load(str(data), "test", limit=6)
     found = defense.certify(pictures.images(range(6)), PatchThreat(25, shape="diamond"))
     right = found.label == torch.from_numpy(pictures.labels[:6])
     assert measured[3]["share"] == (right & found.certified).double().mean().item()

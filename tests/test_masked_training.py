@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import certipatch as cp
 from certipatch import defenses, models
 from certipatch.errors import InputError
+from certipatch.saved import open_defense
 from certipatch.training.augment import draw_changes, mixed, recoloured
 from certipatch.training.masking import MaskLoss, Masks, Memory, finer, laid_over, masks_of
 from certipatch.training.muon import Muon, orthogonal
@@ -439,7 +440,7 @@ def test_recipes_train_any_network(changes, tmp_path):
     recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | changes), [f"data={data}"])
     assert recipe.threat == cp.PatchThreat(2)
     train(recipe, tmp_path / "model")
-    defense, card = defenses.open_defense(str(tmp_path / "model"))
+    defense, card = open_defense(str(tmp_path / "model"))
     assert card.recipe["masking"]["strategy"] == (TINY | changes)["masking"]["strategy"]
     pictures = cp.data.load(str(data), "test")
     found = defense.certify(pictures.images(range(10)), cp.PatchThreat(2))

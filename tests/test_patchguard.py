@@ -13,10 +13,11 @@ import certipatch as cp
 from certipatch import cli, models
 from certipatch import evidence as ev
 from certipatch import views as vw
-from certipatch.defenses import BagCert, ClippedBagNet, PatchGuard, PatchGuardPlusPlus, Undefended, open_defense
+from certipatch.defenses import BagCert, ClippedBagNet, PatchGuard, PatchGuardPlusPlus, Undefended
 from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings, SmallBagNet
+from certipatch.saved import open_defense
 from certipatch.testing import check_defense
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.views.incidence import sees

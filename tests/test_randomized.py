@@ -17,11 +17,12 @@ import certipatch as cp
 from certipatch import cli, models
 from certipatch import evidence as ev
 from certipatch import views as vw
-from certipatch.defenses import DerandomizedSmoothing, RandomizedAblation, open_defense
+from certipatch.defenses import DerandomizedSmoothing, RandomizedAblation
 from certipatch.defenses.randomized_ablation import delta
 from certipatch.errors import InputError
 from certipatch.rules import ClopperPearson
 from certipatch.rules.clopper_pearson import ROUNDING, lower_bound
+from certipatch.saved import open_defense
 from certipatch.testing import check_defense
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.training import read, train

@@ -15,16 +15,16 @@ from certipatch import evidence as ev
 from certipatch.cli import app
 from certipatch.data import load
 from certipatch.data.known import known_classes
-from certipatch.defenses import Card, read_card
-from certipatch.defenses.card import write
 from certipatch.defenses.settings import ViewSettings
-from certipatch.defenses.weights import save_weights
 from certipatch.errors import InputError
 from certipatch.models import ModelSettings
 from certipatch.plumbing import resources
 from certipatch.reproduce import papers, smoothing, smoothing_figures
 from certipatch.reproduce.bench import Bench, Outcomes
 from certipatch.reproduce.studies import SMOOTHING, SMOOTHING_CIFAR10, SMOOTHING_MNIST, study_of
+from certipatch.saved import Card, read_card
+from certipatch.saved.card import write
+from certipatch.saved.weights import save_weights
 from certipatch.training.recipe import read
 from certipatch.training.train import train
 

@@ -78,9 +78,9 @@ def test_the_summary_counts_all_pictures(home, tmp_path, monkeypatch):
 def test_stored_evidence_gives_the_same_certificates(home, tmp_path):
     evaluate(home, tmp_path / "run")
     records = read_records(tmp_path / "run")
-    from certipatch import defenses
+    from certipatch import saved
 
-    defense = defenses.load(str(home / "model"))
+    defense = saved.load(str(home / "model"))
     stored = stored_evidence(read_evidence(tmp_path / "run"), 12, 3, (12, 12))
     found = defense.certificate(stored, PatchThreat(2))
     assert found.label.tolist() == records["label"].to_pylist()

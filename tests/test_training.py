@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from support import write_parquet, write_recipe
 from torch import nn
 
-from certipatch import defenses
-from certipatch.defenses import card as cards
-from certipatch.defenses.card import load_folder
-from certipatch.defenses.weights import restored, save_weights, sha256, write_tensors
+from certipatch import saved
 from certipatch.errors import InputError
 from certipatch.models import EfficientNetLite, create
 from certipatch.models.adapters import Adapted, Preprocessing
 from certipatch.plumbing import resources
 from certipatch.rules import RobustMask, Vote, Windows
+from certipatch.saved import card as cards
+from certipatch.saved.card import load_defense
+from certipatch.saved.weights import restored, save_weights, sha256, write_tensors
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives, read, train
 from certipatch.training.augment import draw_changes
@@ -49,7 +49,7 @@ def test_every_network_learns_and_loads(tmp_path, data, model, objective, epochs
     card = train(read(recipe), tmp_path / "out")
     last = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
     assert last["clean_accuracy"] > 0.9
-    defense, again = defenses.open_defense(str(tmp_path / "out"))
+    defense, again = saved.open_defense(str(tmp_path / "out"))
     assert again == card
     assert again.training["steps"] == epochs * 5
     assert defense.predict(torch.rand(2, 1, 12, 12)).shape == (2,)
@@ -186,7 +186,7 @@ def test_a_cross_trains_with_the_mask_margin(tmp_path, data):
         objective=objective,
     )
     train(read(recipe), tmp_path / "out")
-    defense = defenses.load(str(tmp_path / "out"), PatchThreat(1))
+    defense = saved.load(str(tmp_path / "out"), PatchThreat(1))
     assert defense.threat == PatchThreat(2)
     assert len(defense.views_of((12, 12)).visible((12, 12))) == 24
 
@@ -280,7 +280,7 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
         recipe = write_recipe(tmp_path / f"{number}.yaml", **shared, model=member, epochs=1)
         train(read(recipe), tmp_path / str(number))
         starts.append(str(tmp_path / str(number)))
-        networks.append(load_folder(tmp_path / str(number))[0].model.model)
+        networks.append(load_defense(tmp_path / str(number))[0].model.model)
     both = {"name": "ensemble", "members": members}
     recipe = write_recipe(tmp_path / "both.yaml", **shared, model=both, start=starts, epochs=0)
     images = torch.rand(6, 1, 12, 12)
@@ -288,15 +288,15 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
     for stored, off in (("float32", 1e-6), ("float16", 1e-2), ("int8", 5e-2)):
         card = train(read(recipe, [f"weights={stored}"]), tmp_path / stored)
         assert card.training["steps"] == 0
-        defense, _ = load_folder(tmp_path / stored)
+        defense, _ = load_defense(tmp_path / stored)
         assert (defense.model.model(images) - expected).abs().max() < off * expected.abs().max()
         assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)
     first = both | {"name": "cascade", "confident": 0.3}
     train(read(recipe, [f"model={json.dumps(first)}"]), tmp_path / "cascade")
-    defense, card = load_folder(tmp_path / "cascade", changes={"sure": 0.2})
+    defense, card = load_defense(tmp_path / "cascade", changes={"sure": 0.2})
     assert (card.model.confident, defense.sure) == (0.3, 0.2)
     networks = defense.model.model.parts
-    assert torch.allclose(networks[0](images), load_folder(tmp_path / "0")[0].model.model(images), atol=1e-6)
+    assert torch.allclose(networks[0](images), load_defense(tmp_path / "0")[0].model.model(images), atol=1e-6)
     assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)
     for changes, message in (
         (["model.members=[{name: conv, widths: [5, 7], stride: 2}]"], "at least 2 items"),
@@ -361,7 +361,7 @@ def test_foreign_scales_are_refused(change, tmp_path, data):
     write_tensors(tmp_path / "m" / "weights.safetensors", tensors)
     cards.write(tmp_path / "m", card.model_copy(update={"sha256": sha256(tmp_path / "m" / "weights.safetensors")}))
     with pytest.raises(InputError, match="does not hold the weights of conv"):
-        load_folder(tmp_path / "m")
+        load_defense(tmp_path / "m")
 
 
 LOCAL = {
@@ -398,7 +398,7 @@ def test_a_bagnet_learns_from_crops_and_reads_whole_pictures(tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", data=str(folder), **LOCAL, augment={"crop": 33}, epochs=1)
     card = train(read(recipe), tmp_path / "out")
     assert card.image_size == (40, 48)
-    defense, _ = defenses.open_defense(str(tmp_path / "out"), None, PatchThreat(4), {})
+    defense, _ = saved.open_defense(str(tmp_path / "out"), None, PatchThreat(4), {})
     assert defense.certify(torch.rand(2, 1, 40, 48), PatchThreat(4)).margin.shape[0] == 2
     with pytest.raises(InputError, match=r"augment\.crop: 41 pixels do not fit pictures of 40x48"):
         train(read(recipe, ["augment.crop=41"]), tmp_path / "larger")

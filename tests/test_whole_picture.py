@@ -10,10 +10,10 @@ import certipatch as cp
 from certipatch import evidence as ev
 from certipatch import rules
 from certipatch.attacks import losses
-from certipatch.defenses import Card
 from certipatch.errors import InputError
 from certipatch.models import Filled, ModelSettings, Specialists, create
 from certipatch.models.adapters.adapted import Adapted, Preprocessing
+from certipatch.saved import Card
 from certipatch.testing import check_defense
 from certipatch.training.recipe import Recipe
 from certipatch.training.start import start_from
@@ -173,8 +173,8 @@ def test_views():
 
 
 def test_specialists_start_from_networks_that_were_trained_one_by_one(tmp_path):
-    from certipatch.defenses import card as cards
-    from certipatch.defenses.weights import save_weights
+    from certipatch.saved import card as cards
+    from certipatch.saved.weights import save_weights
 
     masked = {"name": "cascade", "members": (NULL, CONV), "mirror": True}
     settings = ModelSettings(name="specialists", members=(masked, CONV))

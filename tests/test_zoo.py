@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import certipatch as cp
-from certipatch import defenses
+from certipatch import saved
 from certipatch.data import load
 from certipatch.errors import InputError
 
@@ -67,14 +67,14 @@ def test_the_repository_holds_every_named_model_and_the_wheel_the_small_ones():
 
 
 def test_a_name_that_has_a_recipe_but_no_weights_says_how_to_train_it(monkeypatch):
-    monkeypatch.setattr(defenses.resources, "find", lambda kind, name: None if kind == "zoo" else ROOT / kind / name)
+    monkeypatch.setattr(saved.open.resources, "find", lambda kind, name: None if kind == "zoo" else ROOT / kind / name)
     with pytest.raises(InputError, match=r"certipatch train recipes/cifar10-columns\.yaml"):
-        defenses.locate("cifar10-columns")
+        saved.locate("cifar10-columns")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_named_model_loads_and_says_where_its_numbers_come_from(name):
-    _, card = defenses.open_defense(name)
+    _, card = saved.open_defense(name)
     assert card.name == name
     assert size(name) <= 10e6
     assert card.recipe["name"] == name
@@ -86,7 +86,7 @@ def test_every_named_model_loads_and_says_where_its_numbers_come_from(name):
 
 
 def test_fashion_on_the_sample_is_near_its_card(sample):
-    defense, card = defenses.open_defense("fashion-columns")
+    defense, card = saved.open_defense("fashion-columns")
     found = [defense.certify(sample.images(range(i, i + 250)), cp.PatchThreat(5)) for i in range(0, 1000, 250)]
     right = torch.cat([part.label for part in found]) == torch.from_numpy(sample.labels)
     robust = right & torch.cat([part.certified for part in found])
@@ -98,7 +98,7 @@ def test_mnist_is_near_its_card():
     pictures = mnist()
     if pictures is None:
         pytest.skip("needs MNIST in $CERTIPATCH_DATA/mnist")
-    defense, card = defenses.open_defense("mnist-columns")
+    defense, card = saved.open_defense("mnist-columns")
     found = [defense.certify(pictures.images(range(i, i + 250)), cp.PatchThreat(5)) for i in range(0, 1000, 250)]
     right = torch.cat([part.label for part in found]) == torch.from_numpy(pictures.labels)
     robust = right & torch.cat([part.certified for part in found])

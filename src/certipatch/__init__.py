@@ -24,10 +24,10 @@ if TYPE_CHECKING:
         PatchGuard,
         PatchGuardPlusPlus,
         RandomizedAblation,
-        load,
     )
     from certipatch.errors import InputError
     from certipatch.models import receptive_fields
+    from certipatch.saved import load
     from certipatch.threats import PatchThreat, SparseThreat
     from certipatch.views.incidence import sees
 
@@ -47,7 +47,7 @@ _HOME = {
     "RandomizedAblation": "certipatch.defenses",
     "PatchThreat": "certipatch.threats",
     "SparseThreat": "certipatch.threats",
-    "load": "certipatch.defenses",
+    "load": "certipatch.saved",
     "receptive_fields": "certipatch.models",
     "sees": "certipatch.views.incidence",
 }

@@ -9,11 +9,10 @@ from typing import Any
 import yaml
 
 from certipatch import attacks
-from certipatch.cli.work import check_shape, open_named, seen_in, with_classes
+from certipatch.cli.work import seen_in, with_classes
 from certipatch.data import Pictures, load
 from certipatch.data.known import SAMPLE, names
 from certipatch.data.loading import DATA_VARIABLE
-from certipatch.defenses import Card, zoo
 from certipatch.errors import InputError
 from certipatch.evaluation import attack as attacking
 from certipatch.evaluation.attack_campaign import Cell, as_text, campaign
@@ -22,6 +21,8 @@ from certipatch.evidence import PIXELS
 from certipatch.plumbing import devices, files
 from certipatch.plumbing.versions import versions
 from certipatch.report.attack_page import of_attack
+from certipatch.saved import Card, zoo
+from certipatch.saved.open import DefenseRef, check_shape, open_named
 from certipatch.threats import PatchThreat, SparseThreat, Threat, threat_from_dict
 
 Progress = Callable[[int, int, str], None]
@@ -49,7 +50,7 @@ def attack_into(
     attack.check(threat)
     device, crew = devices.worker()
     defense, card, name = open_named(
-        defense_name, model_name, threat or PatchThreat(1), changes, lambda: seen_in(data, split)
+        DefenseRef(defense_name, model_name, changes), threat or PatchThreat(1), lambda: seen_in(data, split)
     )
     pictures = load(data, split, size=card.image_size if card.resize else None, channels=card.channels, limit=limit)
     pictures = with_classes(pictures, card.classes, name)
@@ -143,7 +144,7 @@ def _fitting(attack: attacks.Attack) -> Threat | None:
 
 
 def _opened(name: str, card: Card, threat: Threat) -> tuple[Any, Pictures]:
-    defense = open_named(name, None, threat, None)[0]
+    defense = open_named(DefenseRef(name), threat)[0]
     own = str(card.data.get("name"))
     here = own in names() and Path(os.environ.get(DATA_VARIABLE, ""), own).is_dir() and DATA_VARIABLE in os.environ
     return defense, load(own if here else SAMPLE, size=card.image_size, channels=card.channels)

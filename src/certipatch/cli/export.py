@@ -34,14 +34,14 @@ def export(
       certipatch export patchcleanser --model my_package.models:classifier --patch 5 --set masks=3 --onnx mine.onnx
     """
     threat = None if patch is None else threat_from(patch, None, 1, "anywhere", None)
-    from certipatch.cli.work import open_named
     from certipatch.errors import InputError
     from certipatch.export import to_onnx
+    from certipatch.saved.open import DefenseRef, open_named
     from certipatch.threats import threat_from_dict
 
     if onnx.is_dir() or not onnx.absolute().parent.is_dir():
         raise InputError(f"--onnx {onnx} cannot be written; name a file in a folder that exists")
-    opened, card, _ = open_named(defense, model, threat, changes_from(settings))
+    opened, card, _ = open_named(DefenseRef(defense, model, changes_from(settings)), threat)
     found = to_onnx(opened, card, onnx)
     shape = " x ".join(map(str, found["inputs"]["images"]))
     typer.echo(

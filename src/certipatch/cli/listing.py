@@ -73,11 +73,13 @@ def _rows(kind: str) -> dict[str, str]:
 
         paths = {name: resources.find("recipes", name) for name in resources.resource_names("recipes", "*.yaml")}
         return {name.removesuffix(".yaml"): _first_comment(path) for name, path in paths.items() if path}
-    from certipatch import defenses
-
     if kind == "defenses":
-        return {name: (method.__doc__ or "").splitlines()[0] for name, method in defenses.METHODS.items()}
-    return {name: _card_line(card) for name, card in defenses.zoo().items()}
+        from certipatch.defenses import METHODS
+
+        return {name: (method.__doc__ or "").splitlines()[0] for name, method in METHODS.items()}
+    from certipatch.saved import zoo
+
+    return {name: _card_line(card) for name, card in zoo().items()}
 
 
 def _in_full(kind: str, name: str, line: str) -> tuple[str, dict[str, Any]]:
@@ -86,7 +88,7 @@ def _in_full(kind: str, name: str, line: str) -> tuple[str, dict[str, Any]]:
 
     if kind == "defenses":
         from certipatch.defenses import METHODS
-        from certipatch.defenses.methods import SETTINGS
+        from certipatch.defenses.registry import SETTINGS
 
         return inspect.getdoc(METHODS[name]) or line, SETTINGS[name]().model_dump(mode="json")
     if kind == "attacks":

@@ -10,11 +10,10 @@ import torch
 
 from certipatch import report
 from certipatch.attacks import find
-from certipatch.cli.work import MAX_SHOWN, certify_shown, check_shape, open_named, own_run
+from certipatch.cli.work import MAX_SHOWN, certify_shown, own_run
 from certipatch.data import Pictures, load, read_picture
 from certipatch.data.decoding import read_bytes
-from certipatch.defenses import METHODS, Card, locate, read_card
-from certipatch.defenses.around import Sheet
+from certipatch.defenses import METHODS
 from certipatch.errors import InputError
 from certipatch.evaluation import attack as attacking
 from certipatch.evaluation.claim import FREE, difference, plain
@@ -22,6 +21,8 @@ from certipatch.evaluation.evaluate import Job, summarize
 from certipatch.models.adapters import NAMES, is_adapter
 from certipatch.plumbing import devices, files
 from certipatch.report.attack_page import of_attack
+from certipatch.saved import Card, locate, read_card
+from certipatch.saved.open import ClassifierInfo, DefenseRef, check_shape, open_named
 from certipatch.threats import PatchThreat, Threat, threat_from_dict
 
 MOVES = FREE | {"versions", "part", "dataset", "dataset_note"}
@@ -123,7 +124,7 @@ def open_attack(out: Path, data: str | None = None, model: str | None = None) ->
 
 def _opened(
     out: Path, config: dict[str, Any], threat: Threat, data: str | None, model: str | None
-) -> tuple[Any, Card | Sheet, Pictures, str]:
+) -> tuple[Any, Card | ClassifierInfo, Pictures, str]:
     """The defense of a finished run, its card, its pictures and their fingerprint."""
     if not (out / "summary.json").exists():
         raise InputError(
@@ -156,7 +157,7 @@ def _same(out: Path, config: dict[str, Any], own: dict[str, Any]) -> None:
         raise InputError(f"{out}: {key} in config.yaml is not what the model and the pictures of that run give")
 
 
-def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None) -> tuple[Any, Card | Sheet]:
+def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None) -> tuple[Any, Card | ClassifierInfo]:
     """The defense of a run, from the model of the same weights, with the same settings."""
     name, method, wanted = (_text(out, config, key) for key in ("defense", "method", "model_sha256"))
     with _settings_of(out):
@@ -168,7 +169,9 @@ def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None
     try:
         found = read_card(locate(place))
         if found.sha256 == wanted and (around or found.defense == method):
-            return open_named(method if around else place, place if around else None, threat, settings)[:2]
+            return open_named(
+                DefenseRef(method, place, settings) if around else DefenseRef(place, None, settings), threat
+            )[:2]
     except InputError as error:
         raise InputError(f"the model of {out} cannot be opened: {error}; name its place with --model") from None
     raise InputError(
@@ -179,7 +182,7 @@ def _reopen(out: Path, config: dict[str, Any], threat: Threat, model: str | None
 
 def _adapted(
     out: Path, config: dict[str, Any], threat: Threat, model: str | None, place: str
-) -> tuple[Any, Card | Sheet]:
+) -> tuple[Any, Card | ClassifierInfo]:
     """The defense of a run around somebody else's classifier. What a run folder names is opened if it is ours to name."""
     if model is None and place not in NAMES:
         raise InputError(
@@ -190,7 +193,7 @@ def _adapted(
         height, width = map(int, config["image_size"])
         classes = tuple(map(str, config["classes"])) if "classes" in config else None
     method, wanted = _text(out, config, "method"), _text(out, config, "model_sha256")
-    defense, card, _ = open_named(method, place, threat, settings, lambda: ([(height, width)], classes))
+    defense, card, _ = open_named(DefenseRef(method, place, settings), threat, lambda: ([(height, width)], classes))
     if card.sha256 != wanted:
         raise InputError(f"{place} is not the model of {out}: other weights; name the right one with --model")
     return defense, card

@@ -13,33 +13,21 @@ import yaml
 from certipatch import report
 from certipatch.certificate import Certificate
 from certipatch.data import Pictures, load, read_picture
-from certipatch.defenses import (
-    METHODS,
-    Card,
-    Defense,
-    Evidence,
-    PatchCleanser,
-    PatchCURE,
-    locate,
-    open_defense,
-    read_card,
-)
-from certipatch.defenses.around import Sheet, around, frame
+from certipatch.defenses import Defense, Evidence, PatchCleanser, PatchCURE
 from certipatch.errors import InputError
 from certipatch.evaluation import run
 from certipatch.evaluation.claim import sweep
 from certipatch.evaluation.evaluate import Job, evaluate
-from certipatch.models.adapters import FORMS, is_adapter, open_model
 from certipatch.plumbing import devices, distributed, files
 from certipatch.plumbing.distributed import Workers
 from certipatch.plumbing.versions import versions
-from certipatch.threats import PatchThreat, Threat
+from certipatch.saved import Card, open_defense
+from certipatch.saved.open import ClassifierInfo, DefenseRef, check_shape, open_certified
+from certipatch.threats import Threat
 
 LOOKED_AT = 16  # pictures of a dataset whose sizes are compared before a classifier reads it
 MAX_SHOWN = 400  # pictures in the report of certify
 MAX_NAMED = 20  # unreadable pictures that are named together
-Seen = Callable[[], tuple[list[tuple[int, int]], tuple[str, ...] | None]]
-"""Looks at the pictures: their sizes (H, W), and the names of their classes, if they have any."""
 
 
 def evaluate_into(
@@ -59,7 +47,9 @@ def evaluate_into(
     Under torchrun this process is one of several workers; all but the first give an empty dictionary.
     """
     device, crew = devices.worker()
-    defense, card, name = open_certified(defense_name, model_name, threat, changes, lambda: seen_in(data, split))
+    defense, card, name = open_certified(
+        DefenseRef(defense_name, model_name, changes), threat, lambda: seen_in(data, split)
+    )
     size = card.image_size if card.resize else None
     pictures = load(data, split, size=size, channels=card.channels, limit=limit)
     pictures = with_classes(pictures, card.classes, name)
@@ -119,7 +109,7 @@ def certify_files(
 ) -> dict[str, Any]:
     """Certify picture files: what ``certify --json`` prints. With ``out`` also a run folder with a report."""
     looked = lambda: (each(paths, read_size), None)  # noqa: E731
-    defense, card, name = open_certified(defense_name, model_name, threat, changes, looked)
+    defense, card, name = open_certified(DefenseRef(defense_name, model_name, changes), threat, looked)
     if isinstance(defense, PatchCleanser | PatchCURE) and "maps" not in (changes or {}):
         defense.maps = True
     if out is not None and out.exists() and any(out.iterdir()):
@@ -148,7 +138,7 @@ def certify_files(
 
 def own_run(
     defense: Defense,
-    card: Card | Sheet,
+    card: Card | ClassifierInfo,
     name: str,
     opened: str,
     paths: list[Path],
@@ -209,61 +199,6 @@ def seen_in(data: str, split: str | None) -> tuple[list[tuple[int, int]], tuple[
     return [pictures.pixels([i])[0].shape[:2] for i in looked_at], pictures.class_names
 
 
-def open_named(
-    defense_name: str,
-    model_name: str | None,
-    threat: Threat | None,
-    changes: dict[str, Any] | None,
-    seen: Seen = lambda: ([], None),
-) -> tuple[Any, Card | Sheet, str]:
-    """A defense built for ``threat``, or for that of its card, its card, and what it is called in results.
-
-    Somebody else's classifier goes by the pictures that ``seen`` looks at; without any, by the size that it reads.
-    """
-    if model_name is not None and is_adapter(model_name) and not Path(model_name).is_dir():
-        if defense_name not in METHODS:
-            open_defense(defense_name, model_name)  # which says what is wrong with the name
-        if threat is None:
-            raise InputError(f"--model {model_name} has no patch of its own; give --patch")
-        network = open_model(model_name)
-        sizes, classes = seen()
-        size = frame(network, sizes)
-        if isinstance(threat, PatchThreat):
-            threat.locations(size)
-        defense, sheet = around(network, defense_name, threat, changes, size, classes)
-        return defense, sheet, f"{defense_name}:{network.name}"
-    if model_name is None and defense_name in METHODS:
-        open_defense(defense_name)  # which says what is missing
-    folder = locate(defense_name) if model_name is None else locate_model(model_name)
-    if threat is not None:
-        threat_fits(threat, read_card(folder))
-    defense, card = open_defense(defense_name, model_name, threat, changes)
-    return defense, card, folder.name if model_name is None else f"{defense_name}:{folder.name}"
-
-
-def locate_model(name: str) -> Path:
-    """The folder of a defense whose network is wanted. InputError that says what else --model may be."""
-    try:
-        return locate(name)
-    except InputError as error:
-        said = str(error).replace("unknown defense", "unknown model", 1)
-        raise InputError(f"{said}; or somebody else's classifier: {FORMS}") from None
-
-
-def open_certified(
-    defense_name: str,
-    model_name: str | None,
-    threat: Threat,
-    changes: dict[str, Any] | None,
-    seen: Seen = lambda: ([], None),
-) -> tuple[Defense, Card | Sheet, str]:
-    """As ``open_named``. InputError for an empirical defense, which proves nothing."""
-    defense, card, name = open_named(defense_name, model_name, threat, changes, seen)
-    if not isinstance(defense, Defense):
-        raise InputError(f"{name} is an empirical defense, it certifies nothing; attack it: certipatch attack")
-    return defense, card, name
-
-
 def certify_sample(defense_name: str, data: str, threat: Threat, indices: Iterable[int]) -> list[str]:
     """One line about each of some pictures of a dataset."""
     defense, card = open_defense(defense_name)
@@ -278,7 +213,7 @@ def certify_sample(defense_name: str, data: str, threat: Threat, indices: Iterab
 
 
 def certify_shown(
-    defense: Defense, card: Card | Sheet, images: torch.Tensor, paths: list[Path], threat: Threat, most: int
+    defense: Defense, card: Card | ClassifierInfo, images: torch.Tensor, paths: list[Path], threat: Threat, most: int
 ) -> tuple[list[dict[str, Any]], list[report.Shown], report.Places | None]:
     """Results of picture files, and up to ``most`` of them for a report, with the places of the threat."""
     results: list[dict[str, Any]] = []
@@ -324,15 +259,7 @@ def result_of(name: str, found: Certificate, i: int, classes: tuple[str, ...], l
     }
 
 
-def threat_fits(threat: Threat, card: Card | Sheet) -> None:
-    """InputError unless the threat fits the pictures that the defense reads."""
-    if isinstance(threat, PatchThreat):
-        threat.locations(card.image_size)
-    elif threat.pixels > card.image_size[0] * card.image_size[1]:
-        raise InputError(f"{threat} are more than a picture of {card.image_size[0]}x{card.image_size[1]} pixels has")
-
-
-def told_of_training(pictures: Pictures, card: Card | Sheet, name: str) -> None:
+def told_of_training(pictures: Pictures, card: Card | ClassifierInfo, name: str) -> None:
     """A note on stderr where pictures are those that a defense was trained on."""
     trained = card.data if isinstance(card, Card) else {}
     if (trained.get("name"), trained.get("split")) == (pictures.name, pictures.split) and distributed.rank() == 0:
@@ -368,15 +295,3 @@ def with_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> Pic
             file=sys.stderr,
         )
     return pictures
-
-
-def check_shape(shape: tuple[int, ...], card: Card | Sheet, name: str) -> None:
-    """InputError unless pixels (H, W, C) are what the card's network reads."""
-    height, width, channels = shape
-    if (height, width) != card.image_size:
-        wanted = f"{card.image_size[0]}x{card.image_size[1]}"
-        raise InputError(f"{name} is {height}x{width} pixels, but {card.name} reads {wanted}; crop or resize it first")
-    if channels != card.channels:
-        kinds = {1: "greyscale", 3: "RGB"}
-        have, want = (kinds.get(n, f"{n} channels") for n in (channels, card.channels))
-        raise InputError(f"{name} is {have}, but {card.name} reads {want}; convert it first")

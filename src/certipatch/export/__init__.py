@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certipatch import evidence as ev
-from certipatch.defenses import Card, Defense, IntervalBounds, PatchCleanser, PatchCURE, Undefended
-from certipatch.defenses.around import Sheet
+from certipatch.defenses import Defense, IntervalBounds, PatchCleanser, PatchCURE, Undefended
 from certipatch.defenses.base import ViewDefense
 from certipatch.errors import InputError
 from certipatch.export.network import logits
@@ -25,6 +24,8 @@ from certipatch.models.quickest import as_program
 from certipatch.plumbing.versions import versions
 from certipatch.rules import DoubleMask
 from certipatch.rules.double_mask import best_leads
+from certipatch.saved import Card
+from certipatch.saved.open import ClassifierInfo
 from certipatch.threats import PatchThreat
 from certipatch.views import PixelSets
 
@@ -101,7 +102,7 @@ class AsGraph(nn.Module):
         return self.answer(images)
 
 
-def to_onnx(defense: Defense, card: Card | Sheet, path: Path) -> dict[str, Any]:
+def to_onnx(defense: Defense, card: Card | ClassifierInfo, path: Path) -> dict[str, Any]:
     """Write ``path``; gives ``{inputs, outputs, bytes, checked}``, the last the pictures on which onnxruntime agreed.
 
     The file is for pictures of the card's size and any number of them; its metadata name the defense, its settings, its
@@ -142,7 +143,7 @@ def _program(module: nn.Module, images: Tensor, names: tuple[str, ...]) -> Any:
         raise InputError(f"the network has operations that ONNX cannot hold: {reason}") from None
 
 
-def _metadata(defense: Defense, card: Card | Sheet) -> dict[str, str]:
+def _metadata(defense: Defense, card: Card | ClassifierInfo) -> dict[str, str]:
     values = {
         "defense": defense.name,
         "settings": defense.settings(),

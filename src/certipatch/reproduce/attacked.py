@@ -18,8 +18,7 @@ from torch import Tensor
 
 from certipatch import attacks
 from certipatch.data import Pictures, load
-from certipatch.defenses import Card, Undefended, open_defense
-from certipatch.defenses.around import Sheet, around, frame
+from certipatch.defenses import Undefended
 from certipatch.errors import InputError
 from certipatch.evaluation.attack import AttackJob
 from certipatch.evaluation.attack import attack as run_attack
@@ -30,6 +29,8 @@ from certipatch.models.adapters import is_adapter, open_model
 from certipatch.plumbing import devices, resources
 from certipatch.reproduce.bench import Bench, Wanted
 from certipatch.reproduce.table import NotRun, Share
+from certipatch.saved import Card, open_defense
+from certipatch.saved.open import ClassifierInfo, attacked_image_size, wrap_classifier
 from certipatch.threats import PatchThreat, Threat
 
 UNCERTIFIED = "-"
@@ -79,7 +80,7 @@ class Target:
     """A defense to attack: anything with ``predict``; with ``certify`` its certificates are attacked too."""
 
     defense: Any
-    card: Card | Sheet
+    card: Card | ClassifierInfo
     name: str
     """As ``certipatch attack`` calls it: a model, or METHOD:MODEL."""
     opened: str
@@ -137,9 +138,9 @@ def target(
         except InputError as error:
             return NotRun(f"not run ({error})")
         some = load(bench.data, bench.split, limit=1)
-        size = frame(network, [some.pixels([0]).shape[1:3]])
+        size = attacked_image_size(network, [some.pixels([0]).shape[1:3]])
         method = method or Undefended.name
-        defense, sheet = around(network, method, built_for, settings, size, some.class_names)
+        defense, sheet = wrap_classifier(network, method, built_for, settings, size, some.class_names)
         return Target(defense, sheet, f"{method}:{network.name}", name)
     folder = bench.folder(wanted)
     if folder is None:

@@ -17,13 +17,14 @@ from torch import Tensor
 from certipatch import evidence as ev
 from certipatch.data import Pictures, load
 from certipatch.data.loading import DATA_VARIABLE
-from certipatch.defenses import Card, Defense, Evidence, RandomizedAblation, locate, open_defense, read_card
-from certipatch.defenses.around import Sheet
+from certipatch.defenses import Defense, Evidence, RandomizedAblation
 from certipatch.defenses.base import ViewDefense
-from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
 from certipatch.plumbing import devices, resources
 from certipatch.reproduce.table import NotRun, Share
+from certipatch.saved import Card, locate, open_defense, read_card
+from certipatch.saved.open import ClassifierInfo
+from certipatch.saved.weights import write_tensors
 from certipatch.threats import PatchThreat
 
 PART = 250
@@ -127,7 +128,7 @@ class Bench:
             return trained
         return locate(wanted.name) if resources.find("zoo", wanted.name) else None
 
-    def pictures(self, card: Card | Sheet) -> Pictures:
+    def pictures(self, card: Card | ClassifierInfo) -> Pictures:
         """The pictures, in the size that the model reads where it resizes."""
         size = card.image_size if card.resize else None
         if size not in self._pictures:
@@ -150,7 +151,7 @@ class Bench:
             )
         return notes
 
-    def fingerprint(self, card: Card | Sheet) -> str:
+    def fingerprint(self, card: Card | ClassifierInfo) -> str:
         """Of the pictures."""
         self._fingerprint = self._fingerprint or self.pictures(card).fingerprint()
         return self._fingerprint

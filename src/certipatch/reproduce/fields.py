@@ -7,7 +7,6 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from certipatch.defenses import open_defense, read_card
 from certipatch.defenses.base import ViewDefense
 from certipatch.models import receptive_fields
 from certipatch.reproduce import masking
@@ -15,6 +14,7 @@ from certipatch.reproduce.bench import Bench
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import Study
 from certipatch.reproduce.table import Cell, Number, Row, Table
+from certipatch.saved import open_defense, read_card
 
 PICTURES = 200
 

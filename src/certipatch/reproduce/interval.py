@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from certipatch.defenses import IntervalBounds, RandomizedAblation, open_defense, read_card
-from certipatch.defenses.weights import write_tensors
+from certipatch.defenses import IntervalBounds, RandomizedAblation
 from certipatch.errors import InputError
 from certipatch.plumbing import devices
 from certipatch.reproduce.bench import PART, Bench, Outcomes, Wanted
@@ -22,6 +21,8 @@ from certipatch.reproduce.interval_models import COMPARED, NETWORKS, OURS, RECIP
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
+from certipatch.saved import open_defense, read_card
+from certipatch.saved.weights import write_tensors
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 
 SHAPES = ("square", "rectangle", "line", "diamond", "parallelogram")

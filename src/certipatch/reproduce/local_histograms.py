@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from certipatch import attacks
 from certipatch.attacks import Task, Victim
 from certipatch.defenses import Undefended
-from certipatch.defenses.weights import write_tensors
 from certipatch.evidence import PIXELS
 from certipatch.plumbing import devices
 from certipatch.reproduce import local_logits, plots
@@ -30,6 +29,7 @@ from certipatch.reproduce.patchguard_attacks import LARGEST, LOCAL, ONE_PLACE, P
 from certipatch.reproduce.plots import BLUE, RED
 from certipatch.reproduce.studies import Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
+from certipatch.saved.weights import write_tensors
 from certipatch.threats import PatchThreat
 
 PART = 50

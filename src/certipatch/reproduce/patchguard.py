@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from certipatch import evidence as ev
-from certipatch.defenses import Defense, open_defense, read_card
+from certipatch.defenses import Defense
 from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.settings import PatchGuardSettings
 from certipatch.models import receptive_fields
@@ -22,6 +22,7 @@ from certipatch.reproduce.bench import Bench, Wanted, evidence_of
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
+from certipatch.saved import open_defense, read_card
 from certipatch.threats import PatchThreat
 from certipatch.views import ReceptiveFields
 

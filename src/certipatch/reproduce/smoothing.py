@@ -7,12 +7,13 @@ other half (test).
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from certipatch.defenses import Card, DerandomizedSmoothing, RandomizedAblation, read_card
+from certipatch.defenses import DerandomizedSmoothing, RandomizedAblation
 from certipatch.errors import InputError
 from certipatch.reproduce.bench import Bench, Outcomes, at_hand
 from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import SMOOTHING, Ablation, Study
 from certipatch.reproduce.table import Cell, NotRun, Row, Share, Table
+from certipatch.saved import Card, read_card
 
 DERANDOMIZED, RANDOMIZED = DerandomizedSmoothing.name, RandomizedAblation.name
 THETA = 0.3

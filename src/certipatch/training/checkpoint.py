@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from certipatch.defenses.weights import write_tensors
 from certipatch.errors import InputError
 from certipatch.plumbing.parsing import from_json
+from certipatch.saved.weights import write_tensors
 
 
 def save(

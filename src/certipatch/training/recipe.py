@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from certipatch.defenses.card import Described
-from certipatch.defenses.methods import WHOLE
+from certipatch.defenses.registry import WHOLE_IMAGE_METHODS
 from certipatch.defenses.settings import Side
 from certipatch.errors import InputError, problem
 from certipatch.models import LOCAL
 from certipatch.plumbing.parsing import from_yaml
+from certipatch.saved.card import DefenseSpec
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 
 # Appendix A.1 of Chiang et al. 2020, for MNIST.
@@ -184,7 +184,7 @@ class Augment(BaseModel):
         return self.model_copy(update={"rotate": 0.0, "scale": 0.0, "colour": 0.0})
 
 
-class Recipe(Described):
+class Recipe(DefenseSpec):
     """A training, from data to a certified defense on disk."""
 
     name: str = Field(pattern=r"[A-Za-z0-9_.-]{1,64}")
@@ -265,7 +265,9 @@ class Recipe(Described):
             raise ValueError("halving begins when intervals are whole; it needs interval")
         if self.model.name in LOCAL and asked.views_per_step != "all":
             raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
-        if self.defense in WHOLE and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):
+        if self.defense in WHOLE_IMAGE_METHODS and (
+            asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy
+        ):
             raise ValueError("a network without views has no margin to raise; use cross_entropy alone")
         if self.augment.crop is not None and (self.model.name != "bagnet" or self.model.resize):
             raise ValueError("augment.crop is for networks of any picture size: a bagnet without resize")

@@ -2,11 +2,11 @@
 
 from torch import nn
 
-from certipatch.defenses import card as cards
-from certipatch.defenses import locate
 from certipatch.errors import InputError
 from certipatch.models import CrossConvNet, CrossNet, EfficientNetLite, Ensemble, Filled
 from certipatch.models.adapters import open_model
+from certipatch.saved import card as cards
+from certipatch.saved import locate
 
 PRETRAINED = "imagenet-lite"  # of somebody else's models the only one that a recipe may name: it runs no code of theirs
 Start = str | tuple[str, ...]

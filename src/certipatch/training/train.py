@@ -14,11 +14,11 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from certipatch.data import Pictures, load
-from certipatch.defenses import card as cards
-from certipatch.defenses.weights import save_weights
 from certipatch.errors import InputError
 from certipatch.plumbing import devices
 from certipatch.plumbing.versions import versions
+from certipatch.saved import card as cards
+from certipatch.saved.weights import save_weights
 from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, start
 from certipatch.training.augment import draw_changes, recoloured
@@ -90,7 +90,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     start.freeze(recipe.frozen, network)
     optimizer = _optimizer(recipe, trained)
     train_count = len(every) - recipe.holdout
-    sets = [] if recipe.masking is None else masks_of(cards.build(blank, network), size)
+    sets = [] if recipe.masking is None else masks_of(blank.build(network), size)
     climbing = recipe.masking is not None and recipe.masking.strategy == "climbing"
     memory = Memory(train_count, sets[0]) if climbing else None
     remembered = None if memory is None else memory.centres

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from certipatch.defenses import card as cards
 from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
 from certipatch.models import receptive_fields
+from certipatch.saved import card as cards
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives
 from certipatch.training.recipe import Recipe

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certipatch.defenses import card as cards
 from certipatch.models import receptive_fields
 from certipatch.plumbing.parsing import from_json
+from certipatch.saved import card as cards
 from certipatch.threats import PatchThreat
 from certipatch.training.interval import IntervalObjective
 from certipatch.training.masking import MaskLoss
@@ -29,7 +29,7 @@ def held_out(
     threat = PatchThreat(min(recipe.objective.patch, *card.image_size))
     if card.defense == "randomized-ablation":  # enough to watch by; understates what more samples certify
         card = card.model_copy(update={"settings": card.settings | {"samples": 50, "samples_to_pick": 10}})
-    defense = cards.build(card, network, threat)
+    defense = card.build(network, threat)
     views, size = card.created_views(), card.image_size
     if views is None and getattr(network, "encoding", None) == "all-views":
         views = receptive_fields(network, size)

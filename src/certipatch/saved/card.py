@@ -16,15 +16,15 @@ from torch import nn
 
 from certipatch import views as view_sets
 from certipatch.defenses.base import Defense
-from certipatch.defenses.methods import BUILT_FOR_A_PATCH, METHODS, SETTINGS, WHOLE
+from certipatch.defenses.registry import METHODS, SETTINGS, THREAT_SPECIFIC_METHODS, WHOLE_IMAGE_METHODS
 from certipatch.defenses.settings import Side, ViewSettings
-from certipatch.defenses.weights import SCALE, restored, sha256
 from certipatch.errors import InputError, problem
 from certipatch.models import LOCAL, ModelSettings, create
+from certipatch.saved.weights import SCALE, restored, sha256
 from certipatch.threats import PatchThreat, Threat
 
 
-class Described(BaseModel):
+class DefenseSpec(BaseModel):
     """What recipes and cards both say: a defense with its settings, its views, and its network."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,10 +47,10 @@ class Described(BaseModel):
         settings = SETTINGS[self.defense].model_validate(self.settings)
         object.__setattr__(self, "settings", settings.model_dump(mode="json"))
         local = self.model.name in LOCAL
-        if local == (self.views is not None) and self.defense not in WHOLE:
+        if local == (self.views is not None) and self.defense not in WHOLE_IMAGE_METHODS:
             needs = "has receptive fields of its own; leave views out" if local else "needs views"
             raise ValueError(f"{self.defense} with the network {self.model.name} {needs}")
-        if self.defense in WHOLE and (self.views is not None or local):
+        if self.defense in WHOLE_IMAGE_METHODS and (self.views is not None or local):
             raise ValueError(f"{self.defense} reads whole pictures, without views; {self.model.name} cannot")
         if self.defense == "patchcure" and not self.model.name.startswith("shared-"):
             raise ValueError(
@@ -60,18 +60,26 @@ class Described(BaseModel):
             raise ValueError(f"{self.defense} asks every view; {self.views.name} are for randomized-ablation")
         return self
 
+    def view_set(self) -> view_sets.Views | view_sets.RandomViews | None:
+        """The views, or None."""
+        return None if self.views is None else view_sets.create(self.views.values())
+
     def created_views(self) -> view_sets.Views | None:
         """The bands or blocks, or None."""
-        found = None if self.views is None else view_sets.create(self.views.values())
-        return found if isinstance(found, view_sets.Views) else None
+        views = self.view_set()
+        return views if isinstance(views, view_sets.Views) else None
 
     def random_views(self) -> view_sets.RandomViews | None:
         """The random views, or None."""
-        found = None if self.views is None else view_sets.create(self.views.values())
-        return found if isinstance(found, view_sets.RandomViews) else None
+        views = self.view_set()
+        return views if isinstance(views, view_sets.RandomViews) else None
+
+    def build(self, network: nn.Module, threat: Threat | None = None) -> Defense:
+        """The defense around ``network``. As ``build_defense``."""
+        return build_defense(self.defense, network, self.settings, threat, self.view_set())
 
 
-class Card(Described):
+class Card(DefenseSpec):
     """What a trained defense is and where it comes from."""
 
     name: str = Field(max_length=100)
@@ -93,27 +101,33 @@ class Card(Described):
 
     def network(self) -> nn.Module:
         """The network of this card, with fresh weights."""
-        views = self.random_views() or self.created_views()
-        return create(self.model, views, self.channels, len(self.classes), self.image_size)
+        return create(self.model, self.view_set(), self.channels, len(self.classes), self.image_size)
 
 
-def build(card: Described, network: nn.Module, threat: Threat | None = None) -> Defense:
-    """The defense that ``card`` describes around ``network``.
+def build_defense(
+    method: str,
+    network: nn.Module,
+    settings: dict[str, Any],
+    threat: Threat | None = None,
+    views: view_sets.Views | view_sets.RandomViews | None = None,
+) -> Any:
+    """The defense ``method`` around ``network``, with validated settings as a card stores them.
 
     Args:
         threat: the patch that PatchGuard, PatchCleanser and their kin are built for; None for the one in their settings.
             Where it is a sparse threat they are built for a patch of so many pixels a side, which never certifies more.
+        views: the views of a network that does not read whole pictures, or None for its receptive fields.
     """
-    settings = dict(card.settings)
-    if card.defense in BUILT_FOR_A_PATCH:
+    settings = dict(settings)
+    if method in THREAT_SPECIFIC_METHODS:
         patch = settings.pop("patch")
         given = isinstance(threat, PatchThreat) and not settings.get("fixed")
         settings["threat"] = threat if given else PatchThreat(patch)
-    if card.defense not in WHOLE:
-        settings["views"] = card.random_views() or card.created_views()
-    if card.defense == "patchguard":
+    if method not in WHOLE_IMAGE_METHODS:
+        settings["views"] = views
+    if method == "patchguard":
         settings["clip"] = math.inf if settings["clip"] is None else settings["clip"]
-    return METHODS[card.defense](network, **settings)
+    return METHODS[method](network, **settings)
 
 
 def read(folder: Path) -> Card:
@@ -130,7 +144,7 @@ def read(folder: Path) -> Card:
         raise InputError(f"{path}: {place or 'the file'}: {words}") from None
 
 
-def load_folder(
+def load_defense(
     folder: Path, threat: Threat | None = None, method: str | None = None, changes: dict[str, Any] | None = None
 ) -> tuple[Defense, Card]:
     """The trained defense in ``folder``, in eval mode, in float32. Its model is checked with the first pictures that it sees.
@@ -157,7 +171,7 @@ def load_folder(
     network = card.network()
     network.load_state_dict(weights)
     network.eval().requires_grad_(False)
-    return build(card, network, threat), card
+    return card.build(network, threat), card
 
 
 def read_weights(folder: Path, card: Card) -> dict[str, torch.Tensor]:

@@ -37,9 +37,9 @@ from certipatch.defenses.undefended import Undefended
 class Method:
     """A defense: its class, its settings, and whether its network reads whole pictures, without views."""
 
-    made: type[Any]
+    defense_class: type[Any]
     settings: type[Settings]
-    whole: bool = False
+    reads_whole_images: bool = False
 
 
 REGISTERED = (
@@ -49,17 +49,17 @@ REGISTERED = (
     Method(ClippedBagNet, ClippedBagNetSettings),
     Method(BagCert, BagCertSettings),
     Method(PatchGuardPlusPlus, DetectionSettings),
-    Method(IntervalBounds, Settings, whole=True),
-    Method(PatchCleanser, PatchCleanserSettings, whole=True),
-    Method(PatchCURE, PatchCURESettings, whole=True),
-    Method(MinorityReports, MinorityReportsSettings, whole=True),
-    Method(Undefended, Settings, whole=True),
-    Method(LocalGradientsSmoothing, GradientSettings, whole=True),
-    Method(DigitalWatermarking, WatermarkSettings, whole=True),
+    Method(IntervalBounds, Settings, reads_whole_images=True),
+    Method(PatchCleanser, PatchCleanserSettings, reads_whole_images=True),
+    Method(PatchCURE, PatchCURESettings, reads_whole_images=True),
+    Method(MinorityReports, MinorityReportsSettings, reads_whole_images=True),
+    Method(Undefended, Settings, reads_whole_images=True),
+    Method(LocalGradientsSmoothing, GradientSettings, reads_whole_images=True),
+    Method(DigitalWatermarking, WatermarkSettings, reads_whole_images=True),
 )
-METHODS: dict[str, type[Any]] = {method.made.name: method.made for method in REGISTERED}
-SETTINGS: dict[str, type[Settings]] = {method.made.name: method.settings for method in REGISTERED}
-WHOLE = tuple(method.made.name for method in REGISTERED if method.whole)
+METHODS: dict[str, type[Any]] = {method.defense_class.name: method.defense_class for method in REGISTERED}
+SETTINGS: dict[str, type[Settings]] = {method.defense_class.name: method.settings for method in REGISTERED}
+WHOLE_IMAGE_METHODS = tuple(method.defense_class.name for method in REGISTERED if method.reads_whole_images)
 """Defenses of networks that read whole pictures."""
-BUILT_FOR_A_PATCH = tuple(name for name, settings in SETTINGS.items() if "patch" in settings.model_fields)
+THREAT_SPECIFIC_METHODS = tuple(name for name, settings in SETTINGS.items() if "patch" in settings.model_fields)
 """Their answer depends on the patch that they are to withstand."""
