@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import certipatch as cp
-from certipatch.evaluation.claim import claim
-from certipatch.evaluation.evaluate import Job, store
-from certipatch.evaluation.run import PART
+from certipatch.runs.evaluate import Job, store
+from certipatch.runs.folder import prepare_run_folder
+from certipatch.runs.run import PART
 from certipatch.saved import open_defense
 
 GROUP = "certify 250 pictures, and store what was found"
@@ -39,7 +39,7 @@ def test_certify(benchmark, job: Job) -> None:
 
 @pytest.mark.benchmark(group=GROUP)
 def teststore(benchmark, job: Job, tmp_path: Path) -> None:
-    config = claim(job.config(), tmp_path / "run")["config"]
+    config = prepare_run_folder(job.config(), tmp_path / "run")["config"]
     found = certify(job)
     rows = benchmark(lambda: store(job, tmp_path / "run", config, range(PART), *found))
     assert len(rows) == PART

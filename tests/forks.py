@@ -81,11 +81,9 @@ class Forks:
 def serve() -> None:
     """Read requests, fork, answer."""
     import lightning.fabric  # noqa: F401
+    import torch
 
-    import certipatch.cli.work
-    import certipatch.training.train
-
-    certipatch.cli.work.torch.set_num_threads(1)
+    torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:

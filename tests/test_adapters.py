@@ -15,11 +15,11 @@ from torch.nn import functional as F
 import certipatch as cp
 from certipatch import cli
 from certipatch.bounds import Interval, margin_bounds, passage, patch_margins, regions, sparse_margins
-from certipatch.cli.work import seen_in
 from certipatch.errors import InputError
 from certipatch.models.adapters import Adapted, Preprocessing, is_adapter, open_model, runs_code
 from certipatch.models.adapters.onnx_files import outside
 from certipatch.models.adapters.sources import hugging_face_preprocessing
+from certipatch.runs.experiment import DataRef, probe_dataset
 from certipatch.saved.open import attacked_image_size, wrap_classifier
 
 TOY = '''
@@ -480,7 +480,7 @@ def test_a_small_first_picture_says_nothing_of_the_others(tmp_path):
         folder = tmp_path / "photos" / "test" / ("a" if number else "b")
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("L", (side, side + number)).save(folder / f"{number}.png")
-    sizes, classes = seen_in(str(tmp_path / "photos"), "test")
+    sizes, classes = probe_dataset(DataRef(str(tmp_path / "photos"), "test"))
     assert set(sizes) == {(10, 10), (41, 40), (42, 40)}
     assert classes == ("a", "b")
 

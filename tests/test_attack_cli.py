@@ -12,11 +12,11 @@ from support import write_parquet, write_recipe
 
 from certipatch import cli
 from certipatch.attacks import find
-from certipatch.cli import attacking
-from certipatch.evaluation import attack as attack_runs
-from certipatch.evaluation.attack_campaign import COUNTS, Cell, affordable, campaign
-from certipatch.evaluation.records import read_evidence, read_records
 from certipatch.rules import Verdict, Vote
+from certipatch.runs import attack as attack_runs
+from certipatch.runs import campaign as campaigns
+from certipatch.runs.campaign import COUNTS, Cell, affordable, campaign
+from certipatch.runs.records import read_evidence, read_records
 from certipatch.saved import load, read_card
 from certipatch.threats import PatchThreat
 from certipatch.training import read, train
@@ -304,7 +304,7 @@ def test_empirical_defenses_are_attacked_not_evaluated(certipatch, tmp_path):
 
 def test_a_campaign_stops_resumes_and_reports(certipatch, tmp_path, home, monkeypatch):
     card = read_card(home / "model")
-    monkeypatch.setattr(attacking, "zoo", lambda: {"model": card})
+    monkeypatch.setattr(campaigns, "zoo", lambda: {"model": card})
     command = ("attack", "--all-zoo", "--minutes", "0.01", "--out", tmp_path / "run")
     code, out, _ = certipatch(*command)
     assert code == 0

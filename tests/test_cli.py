@@ -349,8 +349,8 @@ def test_another_number_of_pictures_is_told_as_such(certipatch, tmp_path):
 
 
 def test_no_room_on_the_disk_loses_nothing(certipatch, tmp_path, monkeypatch):
-    from certipatch.evaluation import run
     from certipatch.plumbing import files
+    from certipatch.runs import run
 
     monkeypatch.setattr(run, "PART", 10)
     write, written = pq.write_table, []
@@ -383,7 +383,7 @@ def test_no_permission_to_write(certipatch, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_exits_with_130(certipatch, tmp_path, monkeypatch):
-    from certipatch.evaluation import evaluate
+    from certipatch.runs import evaluate
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -22,7 +22,6 @@ from support import png, stripes, write_parquet
 
 from certipatch import cli
 from certipatch.evaluation.paired import Z, mcnemar, paired, tango
-from certipatch.evaluation.records import RECORD
 from certipatch.report import compare_figures
 from certipatch.report.compare import compare, of_runs, to_dict
 from certipatch.report.compare_gallery import read_pictures
@@ -35,6 +34,7 @@ from certipatch.report.compare_tables import (
     latex,
     markdown,
 )
+from certipatch.runs.records import RECORD
 from certipatch.threats import PatchThreat, SparseThreat
 
 EVIL = '<script>alert("1")</script>|\\input{/etc/passwd}$x^2$_&%#~ [a](http://e.vil) `'

@@ -18,9 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import write_parquet, write_recipe
 
-from certipatch.cli.work import evaluate_into
 from certipatch.errors import InputError
-from certipatch.evaluation import records
+from certipatch.report import of_run
+from certipatch.runs import records
+from certipatch.runs.evaluate import evaluate_into
+from certipatch.runs.experiment import DataRef
+from certipatch.saved import DefenseRef
 from certipatch.threats import PatchThreat
 from certipatch.training import read, train
 
@@ -43,8 +46,8 @@ def command(home: Path, out: Path, part: int = 4, limit: int = 40) -> list[str]:
 
 def evaluate(home: Path, out: Path) -> None:
     """The run that ``command`` describes, in this process."""
-    data = str(home / "stripes")
-    evaluate_into(out, str(home / "model"), data, PatchThreat(2), None, 40, lambda done, total, text: None, part=4)
+    data = DataRef(str(home / "stripes"), None, 40)
+    evaluate_into(out, DefenseRef(str(home / "model")), data, PatchThreat(2), part=4, report=of_run)
 
 
 @pytest.fixture(scope="module")

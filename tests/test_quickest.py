@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import certipatch as cp
 from certipatch import cli
-from certipatch.cli import work
 from certipatch.models import ConvNet, quickest
 from certipatch.plumbing.distributed import Workers
+from certipatch.runs.evaluate import choose_engine
 
 THREAT = cp.PatchThreat(3)
 IMAGES = torch.rand(6, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -116,12 +116,12 @@ def test_a_run_keeps_to_the_way_that_it_began_with(tmp_path, monkeypatch):
     true = type(found).quicken
     monkeypatch.setattr(type(found), "quicken", lambda self, *given: asked.append(given[2]) or true(self, *given))
     crew = Workers()
-    assert work._quicken(found, Listed(IMAGES), tmp_path, torch.device("cpu"), crew) == "torch"
+    assert choose_engine(found, Listed(IMAGES), tmp_path, torch.device("cpu"), crew) == "torch"
     (tmp_path / "config.yaml").write_text("engine: channels last\ncommand: evaluate\n")
-    assert work._quicken(found, Listed(IMAGES), tmp_path, torch.device("cpu"), crew) == "channels last"
+    assert choose_engine(found, Listed(IMAGES), tmp_path, torch.device("cpu"), crew) == "channels last"
     assert asked == [None, "channels last"]
     (tmp_path / "summary.json").write_text("{}")  # another worker may be done before this one asks
-    assert work._quicken(found, Listed(IMAGES), tmp_path, torch.device("cpu"), crew) == "channels last"
+    assert choose_engine(found, Listed(IMAGES), tmp_path, torch.device("cpu"), crew) == "channels last"
     assert asked == [None, "channels last"]
 
 

@@ -504,7 +504,7 @@ def test_evaluate(certipatch, tmp_path, defense, threat):
 
 
 def test_something_is_certified_and_stored_counts_say_the_same(certipatch, tmp_path):
-    from certipatch.evaluation.records import read_evidence, read_records, stored_evidence
+    from certipatch.runs.records import read_evidence, read_records, stored_evidence
 
     command = ("evaluate", "--defense", "randomized-ablation", "--model", "bands", "--data", "stripes", "--patch", 1)
     code, out, _ = certipatch(*command, "--out", tmp_path / "run", "--json")

@@ -23,15 +23,17 @@ from support import stripes, write_parquet, write_recipe
 from torch import nn
 
 from certipatch import cli, views
-from certipatch.cli.rebuild import rebuild
-from certipatch.cli.work import certify_files, evaluate_into
 from certipatch.defenses import ClippedBagNet, Evidence, PatchGuard, PatchGuardPlusPlus
 from certipatch.defenses import DerandomizedSmoothing as Smoothing
 from certipatch.errors import InputError
-from certipatch.report import Shown, page, places, shown_pictures
+from certipatch.report import CertifyPage, Shown, of_run, page, places, rebuild, shown_pictures
 from certipatch.report.chart import chart
 from certipatch.report.colours import UNREACHED, colours, common_scale, png
 from certipatch.report.words import attack, margin, percent, rows
+from certipatch.runs.certify import certify_files
+from certipatch.runs.evaluate import evaluate_into
+from certipatch.runs.experiment import DataRef
+from certipatch.saved import DefenseRef
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.training import read, train
 
@@ -556,7 +558,8 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     write_parquet(folder / "stripes")
     train(read(write_recipe(folder / "r.yaml", data=str(folder / "stripes"), epochs=1)), folder / "model")
-    evaluate_into(folder / "run", str(folder / "model"), str(folder / "stripes"), PatchThreat(2), "test", None, quiet)
+    data = DataRef(str(folder / "stripes"), "test")
+    evaluate_into(folder / "run", DefenseRef(str(folder / "model")), data, PatchThreat(2), quiet, report=of_run)
     plain = {"defense": "patchcleanser", "settings": {"masks": 3, "patch": 2}, "views": None, "objective": {}}
     whole = write_recipe(
         folder / "p.yaml", data=str(folder / "stripes"), epochs=1, name="plain", model={"name": "mlp"}, **plain
@@ -654,7 +657,7 @@ def test_reports_of_own_pictures_are_rebuilt_too(home, tmp_path):
     for i, (encoded, _) in enumerate(stripes(3, 7)):
         (tmp_path / f"{i}.png").write_bytes(encoded)
     paths = [tmp_path / f"{i}.png" for i in range(3)]
-    certify_files(paths, str(home / "model"), PatchThreat(2), tmp_path / "run")
+    certify_files(paths, DefenseRef(str(home / "model")), PatchThreat(2), tmp_path / "run", CertifyPage())
     before = (tmp_path / "run" / "report.html").read_text()
     assert data_of(before)["titles"] == ["0.png", "1.png", "2.png"]
     assert data_of(before)["explorer"] is not None
@@ -687,7 +690,11 @@ def test_what_a_detection_certifies_is_said(home, tmp_path):
     encoded, _ = stripes(1, 7)[0]
     (tmp_path / "0.png").write_bytes(encoded)
     found = certify_files(
-        [tmp_path / "0.png"], "minority-reports", PatchThreat(2), tmp_path / "run", str(home / "plain")
+        [tmp_path / "0.png"],
+        DefenseRef("minority-reports", str(home / "plain")),
+        PatchThreat(2),
+        tmp_path / "run",
+        CertifyPage(),
     )
     assert found["notion"] == "detection"
     (result,) = found["results"]

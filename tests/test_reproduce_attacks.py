@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 from certipatch import reproduce as tables
 from certipatch.cli import app
-from certipatch.cli.rebuild import rebuild
 from certipatch.errors import InputError
-from certipatch.evaluation.records import read_records
 from certipatch.models import ModelSettings
+from certipatch.report import rebuild
 from certipatch.reproduce import attacked, attacked_interval, attacked_smoothing
 from certipatch.reproduce.bench import Bench, Wanted
+from certipatch.runs.records import read_records
 from certipatch.saved import Card
 from certipatch.saved.card import write
 from certipatch.saved.weights import save_weights

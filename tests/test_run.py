@@ -12,11 +12,14 @@ import pytest
 from scipy.stats import norm
 from support import write_parquet, write_recipe
 
-from certipatch.cli.work import evaluate_into
 from certipatch.errors import InputError
-from certipatch.evaluation import run
-from certipatch.evaluation.metrics import wilson
-from certipatch.evaluation.records import read_evidence, read_records, stored_evidence
+from certipatch.report import of_run
+from certipatch.runs import run
+from certipatch.runs.evaluate import evaluate_into
+from certipatch.runs.experiment import DataRef
+from certipatch.runs.metrics import wilson
+from certipatch.runs.records import read_evidence, read_records, stored_evidence
+from certipatch.saved import DefenseRef
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.training import read, train
 
@@ -36,7 +39,14 @@ def home(tmp_path_factory) -> Path:
 def evaluate(home: Path, out: Path, threat=None, **options):
     threat = threat or PatchThreat(2)
     limit = options.pop("limit", None)
-    return evaluate_into(out, str(home / "model"), str(home / "stripes"), threat, "test", limit, quiet)
+    return evaluate_into(
+        out,
+        DefenseRef(str(home / "model")),
+        DataRef(str(home / "stripes"), "test", limit),
+        threat,
+        quiet,
+        report=of_run,
+    )
 
 
 def test_the_summary_counts_all_pictures(home, tmp_path, monkeypatch):
@@ -91,7 +101,7 @@ def test_killed_while_it_runs_it_resumes_to_the_same_bytes(home, tmp_path, monke
     monkeypatch.setattr(run, "PART", 3)
     whole = evaluate(home, tmp_path / "whole")
     script = (
-        "import sys, time; from certipatch.evaluation import evaluate, run; run.PART = 3; write = evaluate.write_part\n"
+        "import sys, time; from certipatch.runs import evaluate, run; run.PART = 3; write = evaluate.write_part\n"
         "def slow(*part): time.sleep(0.1); write(*part)\n"
         "evaluate.write_part = slow\n"
         "from certipatch.cli import main; main()"

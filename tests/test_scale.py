@@ -14,11 +14,13 @@ from forks import Command, Forks
 from safetensors.torch import load_file
 from support import RECIPE, write_parquet, write_recipe
 
-from certipatch.cli.work import evaluate_into
 from certipatch.data import Pictures
 from certipatch.errors import InputError
-from certipatch.evaluation import records, run
 from certipatch.plumbing.distributed import Workers
+from certipatch.runs import records, run
+from certipatch.runs.evaluate import evaluate_into
+from certipatch.runs.experiment import DataRef
+from certipatch.saved import DefenseRef
 from certipatch.threats import PatchThreat
 from certipatch.training import read, train
 from certipatch.training.train import share_of_batch
@@ -68,8 +70,8 @@ def test_several_processes_give_the_summary_of_one(home, whole, forks, tmp_path,
 
 
 SLOW = {  # so that every worker gets some parts
-    "certipatch.evaluation.evaluate.write_part": "lambda *part: (__import__('time').sleep(0.1), "
-    "__import__('certipatch.evaluation.records').evaluation.records.write_part(*part))"
+    "certipatch.runs.evaluate.write_part": "lambda *part: (__import__('time').sleep(0.1), "
+    "__import__('certipatch.runs.records').runs.records.write_part(*part))"
 }
 
 
@@ -95,11 +97,9 @@ def test_the_first_makes_the_parts_of_one_that_is_gone(home, whole, tmp_path, mo
     shown = []
     evaluate_into(
         tmp_path / "run",
-        str(home / "model"),
-        str(home / "stripes"),
+        DefenseRef(str(home / "model")),
+        DataRef(str(home / "stripes")),
         PatchThreat(2),
-        None,
-        None,
         lambda *a: shown.append(a),
     )
     assert shown[-1][0] == 40
@@ -132,7 +132,7 @@ def test_other_pictures_on_another_host_are_refused(home, tmp_path, monkeypatch)
     monkeypatch.setattr(run, "PART", 4)
     sha256 = Pictures.sha256
     monkeypatch.setattr(Pictures, "sha256", lambda self, i: sha256(self, i) if i != 6 else "0" * 64)
-    arguments = (str(home / "model"), str(home / "stripes"), PatchThreat(2), None, None, lambda *_: None)
+    arguments = (DefenseRef(str(home / "model")), DataRef(str(home / "stripes")), PatchThreat(2))
     evaluate_into(tmp_path / "run", *arguments)  # the other host's records
     monkeypatch.setattr(Pictures, "sha256", sha256)
     (tmp_path / "run" / "summary.json").unlink()

@@ -1,7 +1,7 @@
 """``certipatch attack``: how much accuracy an attack leaves, and whether it breaks a certificate."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from certipatch.cli.options import (
     SparseOption,
     SplitOption,
     WhereOption,
+    accuracy_with_interval,
     changes_from,
     threat_from,
 )
@@ -100,7 +101,7 @@ def attack(
     if all_zoo:
         if defense or model or data or patch or sparse or epsilon:
             raise InputError("--all-zoo attacks every shipped model; leave --defense, --data and the threat out")
-        from certipatch.cli.attacking import campaign_into
+        from certipatch.runs.campaign import campaign_into
 
         with progress_bar("campaign") as progress:
             table = campaign_into(out, minutes, seed, progress)
@@ -115,7 +116,10 @@ def attack(
         threat = threat_from(patch, shape, count, where, sparse)
     elif name != "linf" or patch or sparse:
         raise InputError("--epsilon is the threat of --attack linf; give it alone")
-    from certipatch.cli.attacking import attack_into, summary_lines
+    from certipatch.report import of_attack
+    from certipatch.runs.attack import attack_into
+    from certipatch.runs.experiment import DataRef
+    from certipatch.saved import DefenseRef
 
     options = {
         "starts": starts,
@@ -131,9 +135,8 @@ def attack(
         "epsilon": _fraction(epsilon),
     }
     with progress_bar("attack") as progress:
-        summary = attack_into(
-            out, defense, data, threat, name, split, limit, progress, model, changes_from(settings), options
-        )
+        ref = DefenseRef(defense, model, changes_from(settings))
+        summary = attack_into(out, ref, DataRef(data, split, limit), threat, name, progress, options, of_attack)
     if not summary:  # another worker than the first
         return
     if as_json:
@@ -143,6 +146,39 @@ def attack(
             typer.echo(line)
     if summary["broken_certificates"]:
         raise typer.Exit(1)
+
+
+def summary_lines(summary: dict[str, Any], out: Path) -> list[str]:
+    """The result in a few lines."""
+
+    used, broken = summary["attack_settings"], summary["broken_certificates"]
+    note = f" ({summary['dataset_note']})" if "dataset_note" in summary else ""
+    how = f"{summary['attack']}, {used['starts']} starts x {used['steps']} steps{'' if used['adaptive'] else ', plain'}"
+    lines = [
+        f"{summary['defense']} on {summary['images']} pictures of {summary['dataset']} {summary['split']}{note}",
+        f"clean      {accuracy_with_interval(summary, 'clean')}",
+        f"attacked   {accuracy_with_interval(summary, 'attacked')}  {how}, against {words_of(summary['threat'])}",
+        f"certified  {accuracy_with_interval(summary, 'certified')}",
+        f"broken     {broken} certificates, in {summary['attacked_certified_places']} attacked pairs of picture and "
+        "certified place",
+    ]
+    if "changed_sampled_answers" in summary:
+        lines.append(
+            f"           {summary['changed_sampled_answers']} sampled answers changed, which each do with a probability "
+            f"of up to {1 - summary['confidence']:g}; not counted as broken"
+        )
+    if broken:
+        lines.append(f"           the pictures and patches are in {out / 'broken'}")
+    return [*lines, f"report     {out / 'report.html'}"]
+
+
+def words_of(threat: dict[str, Any]) -> str:
+    """A threat in words."""
+    from certipatch.threats import threat_from_dict
+
+    if threat["kind"] == "linf":
+        return f"changes of every value by up to {threat['epsilon']:.4g}"
+    return str(threat_from_dict(threat))
 
 
 def _fraction(text: str | None) -> float:

@@ -54,9 +54,12 @@ def certify(
     import json
 
     threat = threat_from(patch, shape, count, where, sparse)
-    from certipatch.cli.work import certify_files
+    from certipatch.report import CertifyPage
+    from certipatch.runs.certify import certify_files
+    from certipatch.saved import DefenseRef
 
-    found = certify_files(images, defense, threat, out, model, changes_from(settings))
+    page = None if out is None else CertifyPage()
+    found = certify_files(images, DefenseRef(defense, model, changes_from(settings)), threat, out, page)
     if as_json:
         print(json.dumps(found, ensure_ascii=False, allow_nan=False))
         return

@@ -22,7 +22,11 @@ def demo(
     """
     from certipatch.cli.evaluate import summary_lines
     from certipatch.cli.progress import progress_bar
-    from certipatch.cli.work import certify_sample, evaluate_into
+    from certipatch.report import of_run
+    from certipatch.runs.certify import certify_sample
+    from certipatch.runs.evaluate import evaluate_into
+    from certipatch.runs.experiment import DataRef
+    from certipatch.saved import DefenseRef
     from certipatch.threats import PatchThreat
 
     threat = PatchThreat(5)
@@ -30,7 +34,8 @@ def demo(
     for line in certify_sample("fashion-columns", "fashion-sample", threat, range(3)):
         typer.echo(f"  {line}")
     with progress_bar("evaluate") as progress:
-        summary = evaluate_into(out, "fashion-columns", "fashion-sample", threat, "test", None, progress)
+        data = DataRef("fashion-sample", "test")
+        summary = evaluate_into(out, DefenseRef("fashion-columns"), data, threat, progress, report=of_run)
     for line in summary_lines(summary, out):
         typer.echo(line)
     shares = summary["certified_by_patch"]
@@ -48,7 +53,9 @@ def _photographs(out: Path) -> None:
     if not found:
         typer.echo("photographs: pip install certipatch[photos], then certipatch demo again")
         return
-    from certipatch.cli.work import certify_files
+    from certipatch.report import CertifyPage
+    from certipatch.runs.certify import certify_files
+    from certipatch.saved import DefenseRef
     from certipatch.threats import PatchThreat
 
     threat = PatchThreat("2%")
@@ -56,7 +63,7 @@ def _photographs(out: Path) -> None:
         for name in ("config.yaml", "results.json", "summary.json", "report.html"):  # of a killed start
             (out / name).unlink(missing_ok=True)
         typer.echo(f"{len(found)} photographs, PatchCleanser around imagenet-lite (half a minute) …")
-        certify_files(found, "patchcleanser", threat, out, "imagenet-lite", {"masks": 3})
+        certify_files(found, DefenseRef("patchcleanser", "imagenet-lite", {"masks": 3}), threat, out, CertifyPage())
     for result in json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]:
         state = "certified" if result["certified"] else "not certified"
         typer.echo(f"  {Path(result['image']).stem}: {result['name']}, {state} against {threat}")

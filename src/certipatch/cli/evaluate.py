@@ -16,6 +16,7 @@ from certipatch.cli.options import (
     SparseOption,
     SplitOption,
     WhereOption,
+    accuracy_with_interval,
     changes_from,
     threat_from,
 )
@@ -65,10 +66,14 @@ def evaluate(
     from certipatch.cli.progress import progress_bar
 
     threat = threat_from(patch, shape, count, where, sparse)
-    from certipatch.cli.work import evaluate_into
+    from certipatch.report import of_run
+    from certipatch.runs.evaluate import evaluate_into
+    from certipatch.runs.experiment import DataRef
+    from certipatch.saved import DefenseRef
 
     with progress_bar("evaluate") as progress:
-        summary = evaluate_into(out, defense, data, threat, split, limit, progress, model, changes_from(settings), part)
+        ref = DefenseRef(defense, model, changes_from(settings))
+        summary = evaluate_into(out, ref, DataRef(data, split, limit), threat, progress, part, of_run)
     if not summary:  # another worker than the first
         return
     if as_json:
@@ -82,10 +87,6 @@ def summary_lines(summary: dict, out: Path) -> list[str]:
     """The result in three lines."""
     from certipatch.threats import threat_from_dict
 
-    def share(key: str) -> str:
-        low, high = summary[f"{key}_ci95"]
-        return f"{summary[f'{key}_accuracy']:7.2%}  (95 % interval {low:.2%} to {high:.2%})"
-
     confidence = summary.get("confidence", 1.0)
     by = ", by detection" if summary.get("notion") == "detection" else ""
     sampled = f", each with confidence {confidence:g}" if confidence < 1 else ""
@@ -93,7 +94,7 @@ def summary_lines(summary: dict, out: Path) -> list[str]:
     threat = threat_from_dict(summary["threat"])
     return [
         f"{summary['defense']} on {summary['images']} pictures of {summary['dataset']} {summary['split']}{note}",
-        f"clean      {share('clean')}",
-        f"certified  {share('certified')}  against {threat}{by}{sampled}",
+        f"clean      {accuracy_with_interval(summary, 'clean')}",
+        f"certified  {accuracy_with_interval(summary, 'certified')}  against {threat}{by}{sampled}",
         f"report     {out / 'report.html'}",
     ]

@@ -1,7 +1,7 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the line that several print."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -79,3 +79,9 @@ def changes_from(settings: list[str] | None) -> dict:
         except ValueError:
             raise InputError(f"--set {text!r}: {value!r} is not a value") from None
     return changes
+
+
+def accuracy_with_interval(summary: dict[str, Any], key: str) -> str:
+    """An accuracy of a run's summary with its confidence interval."""
+    low, high = summary[f"{key}_ci95"]
+    return f"{summary[f'{key}_accuracy']:7.2%}  (95 % interval {low:.2%} to {high:.2%})"

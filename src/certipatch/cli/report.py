@@ -24,7 +24,7 @@ def report(
 
       certipatch report runs/m --data path/to/mnist --model models/m
     """
-    from certipatch.cli.rebuild import rebuild
+    from certipatch.report import rebuild
 
     path = rebuild(run, data, model)
     typer.echo(f"report     {path}  ({path.stat().st_size / 1e6:.2g} MB)")

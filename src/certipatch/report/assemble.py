@@ -11,12 +11,12 @@ import torch
 from certipatch.certificate import Certificate
 from certipatch.defenses import Evidence
 from certipatch.errors import InputError
-from certipatch.evaluation.evaluate import Job
-from certipatch.evaluation.records import read_evidence, read_records, stored_evidence
 from certipatch.plumbing.files import read_config, read_json
 from certipatch.report.document import page
 from certipatch.report.places import Places, places
 from certipatch.report.shown import STATES, Explored, Shown, evenly
+from certipatch.runs.evaluate import Job
+from certipatch.runs.records import read_evidence, read_records, stored_evidence
 
 GALLERY = 1000  # pictures in the report of a run, at most
 PIXELS = 2**24  # of all of them together

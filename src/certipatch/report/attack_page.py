@@ -11,12 +11,12 @@ from markupsafe import Markup
 
 from certipatch.data import Pictures
 from certipatch.errors import InputError
-from certipatch.evaluation.attack import attacked_picture
-from certipatch.evaluation.records import read_evidence, read_records
 from certipatch.plumbing.files import read_config, read_json
 from certipatch.report import words
 from certipatch.report.colours import picture, png
 from certipatch.report.shown import evenly
+from certipatch.runs.attack_records import attacked_picture
+from certipatch.runs.records import read_evidence, read_records
 from certipatch.threats import PatchThreat, threat_from_dict
 
 LIMIT = 4_500_000  # bytes of a page

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from certipatch.evaluation.metrics import wilson
 from certipatch.report.compare import Comparison
 from certipatch.report.compare_labels import label
 from certipatch.report.compare_runs import Run
 from certipatch.report.compare_tables import amount, number
+from certipatch.runs.metrics import wilson
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#56789A", "#8C6D00", "#000000")  # after Okabe & Ito, all dark
 MARKERS = "os^Dv<>"

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Int8, Int64
 
 from certipatch.errors import InputError
-from certipatch.evaluation.metrics import wilson
-from certipatch.evaluation.records import RECORD
 from certipatch.plumbing.files import read_config, read_json
+from certipatch.runs.metrics import wilson
+from certipatch.runs.records import RECORD
 from certipatch.threats import PatchThreat, Threat, threat_from_dict
 
 WRONG, ALARM, RIGHT, CERTIFIED = range(4)

@@ -20,15 +20,15 @@ from certipatch import attacks
 from certipatch.data import Pictures, load
 from certipatch.defenses import Undefended
 from certipatch.errors import InputError
-from certipatch.evaluation.attack import AttackJob
-from certipatch.evaluation.attack import attack as run_attack
-from certipatch.evaluation.claim import FREE, plain
-from certipatch.evaluation.records import read_evidence, read_records
 from certipatch.evidence import PIXELS
 from certipatch.models.adapters import is_adapter, open_model
 from certipatch.plumbing import devices, resources
 from certipatch.reproduce.bench import Bench, Wanted
 from certipatch.reproduce.table import NotRun, Share
+from certipatch.runs.attack import AttackJob
+from certipatch.runs.attack import attack as run_attack
+from certipatch.runs.folder import IGNORED_KEYS, yaml_round_trip
+from certipatch.runs.records import read_evidence, read_records
 from certipatch.saved import Card, open_defense
 from certipatch.saved.open import ClassifierInfo, attacked_image_size, wrap_classifier
 from certipatch.threats import PatchThreat, Threat
@@ -192,8 +192,8 @@ def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Stren
         part=max(5, min(50, rows // 4)),
         batch=rows,
     )
-    config = plain(job.config(bench.fingerprint(found.card)))
-    asked = {key: value for key, value in config.items() if key not in FREE | {"versions", "dataset_note"}}
+    config = yaml_round_trip(job.config(bench.fingerprint(found.card)))
+    asked = {key: value for key, value in config.items() if key not in IGNORED_KEYS | {"versions", "dataset_note"}}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     folder = bench.out / "attacks" / f"{found.name.replace(':', '-').replace('/', '-')}-{attack.name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)

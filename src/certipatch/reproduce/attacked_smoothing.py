@@ -8,7 +8,6 @@ from dataclasses import replace
 from fractions import Fraction
 
 from certipatch.attacks.linf import step_size
-from certipatch.evaluation.metrics import wilson
 from certipatch.reproduce import plots
 from certipatch.reproduce.attacked import Attacked, Strength, lacking, outcome
 from certipatch.reproduce.bench import Bench, Wanted
@@ -16,6 +15,7 @@ from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.plots import BLUE, GREEN, RED, Series
 from certipatch.reproduce.studies import Study
 from certipatch.reproduce.table import Cell, NotRun, Row, Share, Table
+from certipatch.runs.metrics import wilson
 from certipatch.threats import PatchThreat
 
 PICTURES = 500  # the paper's

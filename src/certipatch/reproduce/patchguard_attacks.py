@@ -14,7 +14,6 @@ from torch import nn
 from certipatch.defenses import ClippedBagNet, Defense, PatchGuard, Undefended
 from certipatch.defenses.base import ViewDefense
 from certipatch.errors import InputError
-from certipatch.evaluation.records import read_records
 from certipatch.models import receptive_fields
 from certipatch.reproduce import local_logits
 from certipatch.reproduce.attacked import Attacked, Strength, Target, attacked, lacking, target
@@ -24,6 +23,7 @@ from certipatch.reproduce.papers import Numbers
 from certipatch.reproduce.studies import CIFAR10, IMAGENETTE, Study
 from certipatch.reproduce.table import Cell, Mean, NotRun, Row, Share, Table
 from certipatch.rules import ClippedSum, Median, TrimmedMean
+from certipatch.runs.records import read_records
 from certipatch.threats import PatchThreat
 from certipatch.views import Views
 

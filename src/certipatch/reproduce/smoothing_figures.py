@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 
 from certipatch.defenses import RandomizedAblation
-from certipatch.evaluation.metrics import wilson
 from certipatch.reproduce import plots
 from certipatch.reproduce.bench import Bench, Reach
 from certipatch.reproduce.papers import SMOOTHING_BEST, Numbers
@@ -28,6 +27,7 @@ from certipatch.reproduce.smoothing import (
 )
 from certipatch.reproduce.studies import Ablation, Kind, Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
+from certipatch.runs.metrics import wilson
 from certipatch.saved import open_defense
 from certipatch.threats import PatchThreat
 from certipatch.views import RandomPixels

@@ -8,7 +8,7 @@ from typing import Any, final
 import numpy as np
 from jaxtyping import Float
 
-from certipatch.evaluation.metrics import wilson
+from certipatch.runs.metrics import wilson
 
 
 @final

@@ -7,23 +7,32 @@ picture needs no true label, and one that is open somewhere is attacked where it
 round of a cell is written before the next begins: a campaign stops and resumes.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from certipatch import attacks
 from certipatch.attacks import Attack, Task, Victim, certifies
 from certipatch.attacks.universal import Universal
-from certipatch.data import Pictures
+from certipatch.data import Pictures, load
+from certipatch.data.known import SAMPLE, names
+from certipatch.data.loading import DATA_VARIABLE
 from certipatch.errors import InputError
-from certipatch.evaluation.attack import sampled, save_break
-from certipatch.evidence import PIXELS
-from certipatch.plumbing.files import read_json, write_json
-from certipatch.threats import PatchThreat, Threat
+from certipatch.plumbing.files import read_json, write_json, write_text
+from certipatch.plumbing.versions import versions
+from certipatch.runs.attack import default_batch, sampled
+from certipatch.runs.attack_records import save_break
+from certipatch.runs.folder import own_folder
+from certipatch.saved import Card, DefenseRef, zoo
+from certipatch.saved.open import open_named
+from certipatch.threats import PatchThreat, SparseThreat, Threat
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
 SMALL, LARGE = 2, 16  # pictures of a round: of the first one, and of slow defenses; of others
@@ -56,6 +65,67 @@ class Claim:
 
 
 Claims = dict[tuple[str, Threat, range], Claim]
+
+
+def campaign_into(out: Path, minutes: float, seed: int, progress: Progress) -> dict[str, Any]:
+    """Attack every shipped model with every attack that fits; gives the table, and writes it. Stops and resumes, and
+    goes on where more minutes are given than before.
+
+    Pictures are those of the model's own test split where they are at hand ($CERTIPATCH_DATA), else the shipped sample,
+    made to fit: certificates are claims about any picture.
+    """
+    cards = zoo()
+    config = {
+        "command": "campaign",
+        "minutes": minutes,
+        "seed": seed,
+        "models": {name: card.sha256 for name, card in cards.items()},
+        "versions": versions(),
+    }
+    own_folder(config, out, {"versions", "minutes"}, "campaign")
+    if (out / "summary.json").exists() and (table := read_json(out / "summary.json"))["minutes"] >= minutes:
+        return table
+    opened = cache(lambda name, threat: _open_shipped(name, cards[name], threat))
+    cells = [
+        Cell(name, attack, threat, partial(opened, name, threat))
+        for name in cards
+        for attack in attacks.ATTACKS.values()
+        if (threat := _fitting_threat(attack)) is not None
+    ]
+    rows = campaign(cells, out, 60 * minutes, seed, progress)
+    table = {
+        "minutes": round(sum(row["seconds"] for row in rows) / 60, 2),
+        **{
+            key: sum(row[key] for row in rows)
+            for key in ("certified_pairs", "broken_certificates", "changed_by_chance")
+        },
+        "rows": rows,
+        "text": as_text(rows),
+        "seed": seed,
+        "versions": config["versions"],
+    }
+    write_text(out / "campaign.md", table["text"] + "\n")
+    write_json(out / "summary.json", table)
+    return table
+
+
+def _fitting_threat(attack: Attack) -> Threat | None:
+    """The threat of a campaign that an attack fits; None for the L∞ attack, against which nothing is certified."""
+    for threat in (PatchThreat(5), SparseThreat(1)):
+        try:
+            attack.check(threat)
+        except InputError:
+            continue
+        return threat
+    return None
+
+
+def _open_shipped(name: str, card: Card, threat: Threat) -> tuple[Any, Pictures]:
+    """A shipped model, and pictures that fit it."""
+    defense = open_named(DefenseRef(name), threat)[0]
+    own = str(card.data.get("name"))
+    here = own in names() and Path(os.environ.get(DATA_VARIABLE, ""), own).is_dir() and DATA_VARIABLE in os.environ
+    return defense, load(own if here else SAMPLE, size=card.image_size, channels=card.channels)
 
 
 def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: Progress) -> list[dict[str, Any]]:
@@ -139,7 +209,7 @@ def attack_round(
         search="auto" if units >= SEARCH else "random",
         margins=margins,
         seed=seed + number,
-        batch=max(1, min(256, PIXELS // (images.shape[2] * images.shape[3]))),
+        batch=default_batch((images.shape[2], images.shape[3])),
     )
     tasks = [base]
     single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1

@@ -21,11 +21,18 @@ import pyarrow as pa
 import torch
 
 from certipatch.errors import InputError
-from certipatch.evaluation.claim import FREE, claim, difference, parts, plain, sweep
-from certipatch.evaluation.records import part_path, read_part
 from certipatch.plumbing.distributed import Workers
 from certipatch.plumbing.files import write_json
 from certipatch.plumbing.versions import versions
+from certipatch.runs.folder import (
+    IGNORED_KEYS,
+    difference,
+    parts,
+    prepare_run_folder,
+    remove_temporaries,
+    yaml_round_trip,
+)
+from certipatch.runs.records import part_path, read_part
 
 PART = 250  # pictures per record file; the batch that a killed run loses
 PATIENCE = 120.0  # seconds without a new part, or four times the longest, after which the first worker makes it itself
@@ -58,22 +65,26 @@ def configuration(command: str, job: Any, dataset_sha256: str | None, **own: Any
 
 @final
 @dataclass(frozen=True)
-class Kind:
+class RunType:
     """What is done with the pictures of a job: part by part, then summed up.
 
-    make: job, run folder, configuration, first picture, and what to tell when further pictures of the part are done →
+    process_shard: job, run folder, configuration, first picture, and what to tell when further pictures of the part are done →
     the part's records, written. counts: how many pictures of some records have which outcomes, by name. summarize:
     configuration, run folder, defense → summary. timing: job, run folder, pictures, seconds → speed.
     """
 
-    make: Callable[[Any, Path, dict[str, Any], int, Callable[[int], None]], pa.Table]
+    process_shard: Callable[[Any, Path, dict[str, Any], int, Callable[[int], None]], pa.Table]
     counts: Callable[[pa.Table], dict[str, int]]
     summarize: Callable[[dict[str, Any], Path, Any], dict[str, Any]]
     timing: Callable[[Any, Path, int, float], dict[str, Any]]
 
 
-def work(
-    job: Any, kind: Kind, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
+def run_shards(
+    job: Any,
+    run_type: RunType,
+    out: Path,
+    progress: Progress = lambda done, total, text: None,
+    workers: Workers | None = None,
 ) -> dict[str, Any]:
     """Go through the pictures of a job into the run folder ``out``; gives the summary.
 
@@ -83,56 +94,56 @@ def work(
     Errors: InputError where ``out`` holds another configuration, or cannot be written.
     """
     workers = workers or Workers()
-    plan = workers.share(lambda: claim(job.config(), out))
+    plan = workers.share(lambda: prepare_run_folder(job.config(), out))
     if plan["summary"] is not None:
         return plan["summary"]
     config, missing = plan["config"], plan["missing"]
     if not workers.first:
         _same_job(job.config(config["dataset_sha256"]), config, workers)
-    tally = _Tally(job, kind, out, config, progress)
+    tally = _Tally(job, run_type, out, config, progress)
     if workers.first:
-        tally.within(0)
+        tally.show_progress(0)
     job.defense.check(job.pictures.images(range(1)).to(job.device))  # tolerances from the same picture everywhere
     if workers.first:
-        tally.look()
+        tally.count_new_shards()
     started, longest = time.monotonic(), 0.0
     for ticket in workers.tickets(len(missing)):
         began = time.monotonic()
-        records = kind.make(job, out, config, missing[ticket], tally.within)
+        records = run_type.process_shard(job, out, config, missing[ticket], tally.show_progress)
         longest = max(longest, time.monotonic() - began)
         if workers.first:
             tally.add(missing[ticket], records)
             if workers.count > 1:
-                tally.look()
+                tally.count_new_shards()
     if not workers.first:
         return {}
     fresh = time.monotonic()
     while left := [first for first in missing if first not in tally.seen]:
-        if tally.look():
+        if tally.count_new_shards():
             longest, fresh = max(longest, time.monotonic() - fresh), time.monotonic()
         elif time.monotonic() - fresh > max(PATIENCE, 4 * longest):
-            tally.add(left[0], kind.make(job, out, config, left[0], tally.within))
+            tally.add(left[0], run_type.process_shard(job, out, config, left[0], tally.show_progress))
         else:
             time.sleep(0.05)
     seconds = time.monotonic() - started
-    summary = kind.summarize(config, out, job.defense)
+    summary = run_type.summarize(config, out, job.defense)
     count = workers.count
     if not missing and not (out / "timing.json").exists():  # killed between the last part and here: one part once more
         started = time.monotonic()
-        kind.make(job, out, config, 0, lambda done: None)
+        run_type.process_shard(job, out, config, 0, lambda done: None)
         seconds, missing, count = time.monotonic() - started, [0], 1
     if missing:
         evaluated = sum(len(_indices(config, first)) for first in missing)
-        timing = kind.timing(job, out, evaluated, seconds)
+        timing = run_type.timing(job, out, evaluated, seconds)
         write_json(out / "timing.json", timing | {"workers": count})
     write_json(out / "summary.json", summary)
-    sweep(out)
+    remove_temporaries(out)
     return summary
 
 
 def _same_job(own: dict[str, Any], config: dict[str, Any], workers: Workers) -> None:
     """InputError unless this worker would do what the first one does."""
-    if key := difference(config, plain(own), FREE):
+    if key := difference(config, yaml_round_trip(own), IGNORED_KEYS):
         first, here = (str(values.get(key))[:60] for values in (config, own))
         raise InputError(f"workers differ: {key} is {first} for the first, {here} for worker {workers.rank}")
 
@@ -145,24 +156,24 @@ def _indices(config: dict[str, Any], first: int) -> range:
 class _Tally:
     """The parts that are there, and the outcomes of their pictures."""
 
-    def __init__(self, job: Any, kind: Kind, out: Path, config: dict[str, Any], progress: Progress):
+    def __init__(self, job: Any, run_type: RunType, out: Path, config: dict[str, Any], progress: Progress):
         self.seen: set[int] = set()
-        self._job, self._kind, self._out, self._config, self._progress = job, kind, out, config, progress
+        self._job, self._run_type, self._out, self._config, self._progress = job, run_type, out, config, progress
         self._images, self._counts, self._text = 0, Counter(), ""
 
     def add(self, first: int, records: pa.Table) -> None:
         """Count the records of the part that begins with picture ``first``, and show how far the run is."""
         self.seen.add(first)
         self._images += len(records)
-        self._counts.update(self._kind.counts(records))
+        self._counts.update(self._run_type.counts(records))
         self._text = ", ".join(f"{name} {number / self._images:.1%}" for name, number in self._counts.items())
         self._progress(self._images, self._config["images"], self._text)
 
-    def within(self, done: int) -> None:
+    def show_progress(self, done: int) -> None:
         """Show that ``done`` pictures of the part at work are done."""
         self._progress(min(self._images + done, self._config["images"]), self._config["images"], self._text)
 
-    def look(self) -> bool:
+    def count_new_shards(self) -> bool:
         """Count the parts that are there and not yet counted; whether there were any.
 
         Errors: InputError where another worker read other pictures than this one.

@@ -7,7 +7,6 @@ clean ≥ attacked because only pictures with the right answer are counted; atta
 a proof: certified pictures are attacked like all others, and nothing is clamped.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,21 +15,23 @@ from typing import Any, final
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
-from safetensors.torch import save
 from torch import Tensor
 
-from certipatch.attacks import Attack, Outcome, Task, Victim, certifies
+from certipatch import attacks
+from certipatch.attacks import Attack, Task, Victim, certifies
 from certipatch.attacks.locate import check_search
-from certipatch.certificate import Certificate
 from certipatch.data import Pictures
 from certipatch.errors import InputError
-from certipatch.evaluation.metrics import wilson
-from certipatch.evaluation.records import ATTACK_EVIDENCE, ATTACK_RECORD, MAX_SCORES, read_records, write_part
-from certipatch.evaluation.run import Kind, Progress, configuration, part_of, work
+from certipatch.evidence import PIXELS
 from certipatch.plumbing.distributed import Workers
-from certipatch.plumbing.files import write_bytes
-from certipatch.threats import PatchThreat, SparseThreat, Threat
+from certipatch.runs.attack_records import attack_rows, save_break
+from certipatch.runs.experiment import DataRef, open_experiment
+from certipatch.runs.folder import remove_temporaries, write_report
+from certipatch.runs.metrics import wilson
+from certipatch.runs.records import ATTACK_EVIDENCE, ATTACK_RECORD, read_records, write_part
+from certipatch.runs.run import Progress, RunType, configuration, part_of, run_shards
+from certipatch.saved import DefenseRef
+from certipatch.threats import PatchThreat, Threat
 
 CPU = torch.device("cpu")
 PART = 50  # pictures per record file; what a killed run loses
@@ -93,10 +94,45 @@ class AttackJob:
         )
 
 
+def attack_into(
+    out: Path,
+    defense: DefenseRef,
+    data: DataRef,
+    threat: Threat | None,
+    attack_name: str,
+    progress: Progress = lambda done, total, text: None,
+    options: dict[str, Any] | None = None,
+    report: Callable[[Pictures, Path, dict[str, Any]], str] | None = None,
+) -> dict[str, Any]:
+    """Attack into a run folder; gives the summary. A finished run is left as it is.
+
+    Args:
+        options: fields of ``AttackJob``; those that are None get the attack's or the job's default.
+        report: makes the text of ``report.html`` from the pictures, the run folder and the summary; None for no page.
+    """
+    method = attacks.find(attack_name)
+    method.check(threat)
+    opened = open_experiment(defense, data, threat or PatchThreat(1), certified=False)
+    usual = {"starts": method.starts, "steps": method.steps, "batch": default_batch(opened.card.image_size)}
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    job = AttackJob(**opened.job(), threat=threat, attack=method, **(usual | given))
+    summary = attack(job, out, progress, opened.workers)
+    if opened.workers.first:
+        if report is not None:
+            write_report(out, lambda: report(job.pictures, out, summary))
+        remove_temporaries(out)
+    return summary
+
+
+def default_batch(image_size: tuple[int, int]) -> int:
+    """Attacked pictures that one gradient takes by default."""
+    return max(1, min(256, PIXELS // (image_size[0] * image_size[1])))
+
+
 def attack(
     job: AttackJob, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
 ) -> dict[str, Any]:
-    """Attack every picture of ``job`` into the run folder ``out``; gives the summary. As ``run.work``.
+    """Attack every picture of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``.
 
     Errors: InputError as there, and where the attack does not fit the threat or the defense.
     """
@@ -104,10 +140,12 @@ def attack(
     check_search(job.search)
     if job.target is not None and not 0 <= job.target < len(job.class_names):
         raise InputError(f"--target {job.target} is no class; give 0 to {len(job.class_names) - 1}")
-    return work(job, ATTACK, out, progress, workers)
+    return run_shards(job, ATTACK, out, progress, workers)
 
 
-def _make(job: AttackJob, out: Path, config: dict[str, Any], first: int, notify: Callable[[int], None]) -> pa.Table:
+def _process_shard(
+    job: AttackJob, out: Path, config: dict[str, Any], first: int, notify: Callable[[int], None]
+) -> pa.Table:
     """Certify and attack a part, and write it."""
     indices, images = part_of(job, config, first)
     victim, targets = Victim(job.defense, job.adaptive, job.bf16), job.pictures.labels[indices.start : indices.stop]
@@ -137,7 +175,7 @@ def _make(job: AttackJob, out: Path, config: dict[str, Any], first: int, notify:
         )
         skipped = len(indices) - len(chosen)
         outcome = job.attack.run(victim, task, lambda done: notify(done + skipped))
-    rows = _rows(job, indices, images.cpu(), label, alarm, found, chosen.tolist(), outcome)
+    rows = attack_rows(job, indices, images.cpu(), label, alarm, found, chosen.tolist(), outcome)
     records = pa.table({name: [row[name] for row in rows] for name in ATTACK_RECORD.names}, ATTACK_RECORD)
     evidence = pa.table({name: [row[name] for row in rows] for name in ATTACK_EVIDENCE.names}, ATTACK_EVIDENCE)
     for i, row in enumerate(rows):
@@ -153,106 +191,6 @@ def _learned(job: AttackJob, victim: Victim) -> Tensor | None:
     images = job.pictures.images(range(number)).to(job.device)
     label = victim.answer(images).label
     return job.attack.prepare(victim, job.task(images, label, None, list(range(number))))
-
-
-def _rows(
-    job: AttackJob,
-    indices: range,
-    images: Tensor,
-    label: Tensor,
-    alarm: Tensor,
-    found: Certificate | None,
-    chosen: list[int],
-    outcome: Outcome | None,
-) -> list[dict[str, Any]]:
-    """Records and evidence of a part, one dictionary per picture."""
-    position = {i: at for at, i in enumerate(chosen)}
-    sparse = isinstance(job.threat, SparseThreat)  # one location: the whole picture
-    single = isinstance(job.threat, PatchThreat) and job.threat.count == 1
-    locations = job.threat.locations(job.image_size) if isinstance(job.threat, PatchThreat) else None
-    rows = []
-    for i, index in enumerate(indices):
-        margins = None if found is None else found.margin[i].cpu()
-        row: dict[str, Any] = {
-            "index": index,
-            "sha256": job.pictures.sha256(index),
-            "target": int(job.pictures.labels[index]),
-            "label": int(label[i]),
-            "alarm": bool(alarm[i]),
-            "certified": margins is not None and bool((margins > 0).all()),
-            "margin": None if margins is None else margins.amin().item(),
-            "attacked": i in position,
-            "broken": False,
-            "attacked_label": int(label[i]),
-            "attacked_alarm": bool(alarm[i]),
-            "loss": None,
-            **dict.fromkeys(("top", "left", "height", "width")),
-            **dict.fromkeys(("places", "certified_places", "violated"), 0),
-            **dict.fromkeys(("pixels", "values", "tried")),
-        }
-        if outcome is not None and i in position:
-            at = position[i]
-            attacked_whole = len(outcome.tried[at]) > 0
-            tried = sorted(place for place in outcome.tried[at] if place >= 0)
-            pixels, values = _changed(images[i], outcome.attacked[at].cpu())
-            certified_places = 0
-            if margins is not None:
-                certified_places = int((margins[tried] > 0).sum()) if single else len(tried) * int(row["certified"])
-            row |= {
-                "broken": bool(outcome.broken[at]),
-                "attacked_label": int(outcome.label[at]),
-                "attacked_alarm": bool(outcome.alarm[at]),
-                "loss": float(outcome.loss[at]),
-                "places": int(attacked_whole) if sparse else len(tried),
-                "certified_places": int(attacked_whole and row["certified"]) if sparse else certified_places,
-                "violated": len(outcome.violated[at]),
-                "pixels": pixels,
-                "values": values,
-                "tried": np.array(tried, "<i4").tobytes(),
-            }
-            place = int(outcome.choice[at, 0])
-            if locations is not None and place >= 0:
-                row |= dict(zip(("top", "left", "height", "width"), locations.box(place), strict=True))
-        rows.append(row)
-    return rows
-
-
-def _changed(image: Tensor, attacked: Tensor) -> tuple[bytes | None, bytes | None]:
-    """Numbers and values of the pixels that differ; None where there are too many to be stored."""
-    pixels = (image != attacked).any(0).flatten().nonzero().flatten()
-    if len(pixels) * len(image) > MAX_SCORES:
-        return None, None
-    values = attacked.flatten(1)[:, pixels].float().numpy().astype("<f4")
-    return pixels.numpy().astype("<i4").tobytes(), values.tobytes()
-
-
-def attacked_picture(image: np.ndarray, row: dict[str, Any]) -> np.ndarray | None:
-    """The attacked picture as uint8 (H, W, C), from the picture and a row of the evidence; None if it was not stored."""
-    if row["pixels"] is None or row["values"] is None:
-        return None
-    pixels = np.frombuffer(row["pixels"], "<i4")
-    values = np.frombuffer(row["values"], "<f4").reshape(image.shape[2], -1)
-    result = image.copy().reshape(-1, image.shape[2])
-    if len(pixels) and not (pixels.min() >= 0 and pixels.max() < len(result) and values.shape[1] == len(pixels)):
-        raise InputError("attacked pixels lie outside of the picture; run attack again")
-    result[pixels] = np.clip(np.nan_to_num(values.T * 255), 0, 255).round().astype(np.uint8)
-    return result.reshape(image.shape)
-
-
-def save_break(out: Path, index: int, image: Tensor, attacked: Tensor, row: dict[str, Any]) -> None:
-    """The picture and the attacked one, as PNG to look at and exactly, for whoever finds out what went wrong."""
-    folder = out / "broken"
-    folder.mkdir(exist_ok=True)
-    meta = {
-        key: str(row[key]) for key in ("index", "label", "attacked_label", "margin", "top", "left", "height", "width")
-    }
-    write_bytes(folder / f"{index:08d}.safetensors", save({"picture": image, "attacked": attacked.contiguous()}, meta))
-    for name, pixels in (("picture", image), ("attacked", attacked)):
-        shown = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
-        picture = Image.fromarray(shown[..., 0] if shown.shape[2] == 1 else shown)
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        write_bytes(folder / f"{index:08d}-{name}.png", file.getvalue())
 
 
 def sampled(defense: Any) -> bool:
@@ -312,4 +250,4 @@ def _timing(job: AttackJob, out: Path, images: int, seconds: float) -> dict[str,
     }
 
 
-ATTACK = Kind(_make, _counts, summarize_attack, _timing)
+ATTACK = RunType(_process_shard, _counts, summarize_attack, _timing)

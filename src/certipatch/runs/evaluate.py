@@ -1,4 +1,4 @@
-"""What ``evaluate`` does with the pictures of a run: certify each, and sum up."""
+"""Evaluation: a resumable run in which every picture of a dataset is certified."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,11 +12,15 @@ import torch
 from certipatch.certificate import Certificate
 from certipatch.data import Pictures
 from certipatch.defenses.base import Defense, Evidence
-from certipatch.evaluation import run
-from certipatch.evaluation.metrics import wilson
-from certipatch.evaluation.records import RECORD, evidence_rows, read_evidence, read_records, write_part
-from certipatch.evaluation.run import Kind, Progress, configuration, part_of, work
+from certipatch.plumbing import files
 from certipatch.plumbing.distributed import Workers
+from certipatch.runs import run
+from certipatch.runs.experiment import DataRef, open_experiment, warn_if_trained_on
+from certipatch.runs.folder import remove_temporaries, write_report
+from certipatch.runs.metrics import wilson
+from certipatch.runs.records import RECORD, evidence_rows, read_evidence, read_records, write_part
+from certipatch.runs.run import Progress, RunType, configuration, part_of, run_shards
+from certipatch.saved import DefenseRef
 from certipatch.threats import Threat
 
 CPU = torch.device("cpu")
@@ -52,11 +56,61 @@ class Job:
         return configuration("evaluate", self, dataset_sha256, threat=self.threat.to_dict(), **engine)
 
 
+def evaluate_into(
+    out: Path,
+    defense: DefenseRef,
+    data: DataRef,
+    threat: Threat,
+    progress: Progress = lambda done, total, text: None,
+    part: int | None = None,
+    report: Callable[[Job, Path, dict[str, Any]], str] | None = None,
+) -> dict[str, Any]:
+    """Evaluate into a run folder; gives the summary. A finished run is left as it is.
+
+    Under torchrun this process is one of several workers; all but the first give an empty dictionary.
+
+    Args:
+        part: pictures per record file; None for ``run.PART``.
+        report: makes the text of ``report.html`` from the job, the run folder and the summary; None for no page.
+    """
+    opened = open_experiment(defense, data, threat, certified=True)
+    warn_if_trained_on(opened.pictures, opened.card, opened.name)
+    engine = choose_engine(opened.defense, opened.pictures, out, opened.device, opened.workers)
+    job = Job(**opened.job(), threat=threat, seed=opened.card.seed, part=part or run.PART, engine=engine)
+    summary = evaluate(job, out, progress, opened.workers)
+    if opened.workers.first:
+        if report is not None:
+            write_report(out, lambda: report(job, out, summary))
+        remove_temporaries(out)
+    return summary
+
+
+def choose_engine(
+    defense: Defense, pictures: Pictures, out: Path, device: torch.device, workers: Workers
+) -> str | None:
+    """The way in which all workers run the network: the one that the run began with, else the fastest that there is.
+
+    Collective: the first worker chooses, the others receive its choice. It measures nothing for a finished run.
+    """
+    images, each = pictures.images(range(1)).to(device), -(-len(pictures) // workers.count)
+
+    def first() -> str | None:
+        begun = files.read_config(out).get("engine") if (out / "config.yaml").exists() else None
+        if (out / "summary.json").exists():
+            return begun
+        return defense.quicken(images, each, begun)
+
+    engine = workers.share(first)
+    if not workers.first and engine is not None:
+        defense.quicken(images, each, engine)
+    return engine
+
+
 def evaluate(
     job: Job, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
 ) -> dict[str, Any]:
-    """Certify every picture of ``job`` into the run folder ``out``; gives the summary. As ``work``."""
-    return work(job, EVALUATE, out, progress, workers)
+    """Certify every picture of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``."""
+    return run_shards(job, EVALUATE, out, progress, workers)
 
 
 def summarize(config: dict[str, Any], out: Path, defense: Defense) -> dict[str, Any]:
@@ -88,7 +142,7 @@ def summarize(config: dict[str, Any], out: Path, defense: Defense) -> dict[str, 
     return summary
 
 
-def _make(job: Job, out: Path, config: dict[str, Any], first: int, notify: Callable[[int], None]) -> pa.Table:
+def _process_shard(job: Job, out: Path, config: dict[str, Any], first: int, notify: Callable[[int], None]) -> pa.Table:
     """Evaluate a part, and write it."""
     indices, images = part_of(job, config, first)
     evidence = job.defense.evidence(images)
@@ -168,4 +222,4 @@ def _over_all(timing: dict[str, Any], out: Path) -> dict[str, Any]:
     return timing | {"forward_passes_per_image": round(mean, 2), "multiply_adds_per_image": adds}
 
 
-EVALUATE = Kind(_make, _counts, summarize, _timing)
+EVALUATE = RunType(_process_shard, _counts, summarize, _timing)

@@ -1,1 +1,0 @@
-"""Evaluation: resumable runs, and metrics with confidence intervals."""
