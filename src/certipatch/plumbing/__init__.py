@@ -1,1 +1,1 @@
-"""Helpers that any room may use: parsing, files, resources, versions, devices, processes. They import none of the rooms."""
+"""Helpers that any room may use: parsing, files, resources, devices, processes. They import none of the rooms."""

@@ -113,9 +113,10 @@ def attack_into(
     method = attacks.find(attack_name)
     method.check(threat)
     opened = open_experiment(defense, data, threat or PatchThreat(1), certified=False)
-    usual = {"starts": method.starts, "steps": method.steps, "batch": default_batch(opened.card.image_size)}
-    given = {key: value for key, value in (options or {}).items() if value is not None}
-    job = AttackJob(**opened.job(), threat=threat, attack=method, **(usual | given))
+    fields = opened.job() | {"starts": method.starts, "steps": method.steps}
+    fields |= {"batch": default_batch(opened.card.image_size)}
+    fields |= {key: value for key, value in (options or {}).items() if value is not None}
+    job = AttackJob(**fields, threat=threat, attack=method)
     summary = attack(job, out, progress, opened.workers)
     if opened.workers.first:
         if report is not None:

@@ -42,13 +42,11 @@ class CertifiedBatch:
 
 
 class Report(Protocol):
-    """A page that grows with every batch, and is written when the run is done."""
+    """A page that sees every batch, and whose text is made of the settings and the summary when the run is done."""
 
-    def add(self, batch: CertifiedBatch) -> None:
-        """Show pictures of a batch."""
+    def add(self, batch: CertifiedBatch) -> None: ...
 
-    def page(self, config: dict[str, Any], summary: dict[str, Any]) -> str:
-        """The page's text."""
+    def page(self, config: dict[str, Any], summary: dict[str, Any]) -> str: ...
 
 
 def certify_files(

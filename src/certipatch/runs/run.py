@@ -66,17 +66,17 @@ def configuration(command: str, job: Any, dataset_sha256: str | None, **own: Any
 @final
 @dataclass(frozen=True)
 class RunType:
-    """What is done with the pictures of a job: part by part, then summed up.
-
-    process_shard: job, run folder, configuration, first picture, and what to tell when further pictures of the part are done →
-    the part's records, written. counts: how many pictures of some records have which outcomes, by name. summarize:
-    configuration, run folder, defense → summary. timing: job, run folder, pictures, seconds → speed.
-    """
+    """A kind of run over the pictures of a job: part by part, then summed up."""
 
     process_shard: Callable[[Any, Path, dict[str, Any], int, Callable[[int], None]], pa.Table]
+    """Job, run folder, configuration, first picture, and a function to tell how many pictures of the part are done → the
+    part's records, written."""
     counts: Callable[[pa.Table], dict[str, int]]
+    """Records → the number of pictures with each outcome, by name."""
     summarize: Callable[[dict[str, Any], Path, Any], dict[str, Any]]
+    """Configuration, run folder, defense → summary."""
     timing: Callable[[Any, Path, int, float], dict[str, Any]]
+    """Job, run folder, pictures, seconds → speed."""
 
 
 def run_shards(
