@@ -41,9 +41,7 @@ class BehindMasks(nn.Module):
         self.fill: Fill = checked_fill(getattr(model, "fill", 0.5) if fill is None else fill)
         self.steepness: float = getattr(model, "steepness", 1.0)
         self.training = False  # it is the model's own that matters
-        self._quick: tuple[nn.Module | None] = (
-            None,
-        )  # in a tuple, so that its weights are not counted as this module's
+        self._quick: tuple[nn.Module | None] = (None,)  # in a tuple, so that its weights are not counted as this module's
         self.backend = "torch"
         self.quick_of = b""
         """Digest of the weights that the faster way has."""
