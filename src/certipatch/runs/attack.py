@@ -113,7 +113,7 @@ def attack_into(
     method = attacks.find(attack_name)
     method.check(threat)
     opened = open_experiment(defense, data, threat or PatchThreat(1), certified=False)
-    fields = opened.job() | {"starts": method.starts, "steps": method.steps}
+    fields: dict[str, Any] = opened.job() | {"starts": method.starts, "steps": method.steps}
     fields |= {"batch": default_batch(opened.card.image_size)}
     fields |= {key: value for key, value in (options or {}).items() if value is not None}
     job = AttackJob(**fields, threat=threat, attack=method)
