@@ -62,7 +62,7 @@ def check_model(
 
     Errors: InputError that says which network changed a logit by more than rounding can, and on what.
     """
-    lipschitz = getattr(model, "steepness", 1.0)
+    lipschitz = getattr(model, "lipschitz", 1.0)
     if raw and lipschitz != 1:
         raise InputError(
             "model refused: a cascade's confidences are bounded, not their logarithms; choose other evidence"

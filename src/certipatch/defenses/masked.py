@@ -39,7 +39,7 @@ class BehindMasks(nn.Module):
             )
         self.model, self.encoding = model, "null" if encoding == "null" else "fill"
         self.fill: Fill = checked_fill(getattr(model, "fill", 0.5) if fill is None else fill)
-        self.steepness: float = getattr(model, "steepness", 1.0)
+        self.lipschitz: float = getattr(model, "lipschitz", 1.0)
         self.training = False  # it is the model's own that matters
         self._quick: tuple[nn.Module | None] = (None,)  # in a tuple, so that its weights are not counted as this module's
         self.backend = "torch"

@@ -85,7 +85,7 @@ class PatchCleanser(MaskDefense):
     ):
         super().__init__(model, threat, masks, stride, fill, batch_size)
         self.maps, self.sure, self.whole = maps, checked_sure(sure), checked_whole(whole)
-        own = getattr(model, "whole", None)
+        own = getattr(model, "unmasked", None)
         self.unmasked = BehindMasks(own if whole and isinstance(own, nn.Module) else model, fill)
         self.finer = per_axis(finer, "parts of finer masks")
         self.divisions = divisions(self.finer or (1, 1))

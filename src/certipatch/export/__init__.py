@@ -70,8 +70,10 @@ class AsGraph(nn.Module):
         if any(isinstance(module, SharedViT | Cascade) for module in self.modules()):
             self.model, self.unmasked = copy.deepcopy((self.model, self.unmasked))
             for module in self.modules():
-                if isinstance(module, SharedViT | Cascade):
-                    module.skips = False  # what it skips depends on the picture; without that it gives the same answers
+                if isinstance(module, SharedViT):  # what either skips depends on the picture; the answers are the same
+                    module.skip_hidden = False
+                elif isinstance(module, Cascade):
+                    module.early_exit = False
         sizes, confident, whole = [], (), None
         if isinstance(defense, PatchCleanser):
             sizes, confident = defense.larger(image_size), defense.confident

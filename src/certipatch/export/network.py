@@ -64,12 +64,12 @@ def _cropped(views: Bands | Blocks, image_size: tuple[int, int]) -> Callable[[Te
 def _kept_tokens(model: ViT, visible: Tensor) -> Logits:
     """The tokens that each view keeps, as indices; views of equally many share a batch."""
     blank = torch.zeros(1, model.in_channels, *visible.shape[1:])
-    found = groups(visible_tokens(null(blank, visible)[0], model.patch))
+    found = groups(visible_tokens(null(blank, visible)[0], model.patch_size))
     order = torch.cat([chosen for chosen, _ in found]).argsort()
 
     def answer(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V K"]:
         shown = null(images, visible)
-        pieces = cut(shown.flatten(0, 1), model.patch).unflatten(0, (-1, shown.shape[1]))
+        pieces = cut(shown.flatten(0, 1), model.patch_size).unflatten(0, (-1, shown.shape[1]))
         answers = []
         for chosen, index in found:
             kept = pieces[:, chosen[:, None], index]

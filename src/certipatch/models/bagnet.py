@@ -5,14 +5,53 @@ and their mean is the global logit. ``BagNet`` is ResNet-50 with most 3x3 kernel
 ``SmallBagNet`` is the same idea for pictures of 28x28 or 32x32 pixels as they are.
 """
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from certipatch.errors import InputError
 from certipatch.models.layers import Crop, Position, Resize
+from certipatch.models.settings import Depth, NetworkSettings, Pixels, Widths
+from certipatch.views import RandomViews, Views
+
+Depths = Annotated[tuple[Depth, ...], Field(min_length=4, max_length=4)]
+"""Blocks of each stage of a BagNet."""
+
+
+class BagNetSettings(NetworkSettings):
+    """BagNet-9, -17 or -33: local logits of small receptive fields in ResNet-50's layout."""
+
+    local_logits: ClassVar[bool] = True
+    name: Literal["bagnet"] = "bagnet"
+    receptive_field: Pixels = 17
+    """Side in pixels: 9, 17 or 33."""
+    widths: Widths = (64, 128, 256, 512)
+    depths: Depths = (3, 4, 6, 3)
+    resize: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Side in pixels that pictures are resized to inside the network; they stay as they are if absent."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        return BagNet(channels, classes, **self.sizes())
+
+
+class SmallBagNetSettings(NetworkSettings):
+    """A BagNet for small pictures: local logits of 10 or 12 pixels a side."""
+
+    local_logits: ClassVar[bool] = True
+    name: Literal["small-bagnet"] = "small-bagnet"
+    receptive_field: Pixels = 12
+    """Side in pixels: 10 or 12."""
+    widths: Widths = (64, 128, 256, 512)
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        return SmallBagNet(channels, classes, image_size, **self.sizes())
 
 
 class _Local(nn.Module):
@@ -64,7 +103,7 @@ class BagNet(_Local):
     Args:
         in_channels: C of the pictures.
         num_classes: K.
-        field: 9, 17 or 33: how many of the four stages begin with a 3x3 kernel.
+        receptive_field: 9, 17 or 33: how many of the four stages begin with a 3x3 kernel.
         widths: planes of each stage; (64, 128, 256, 512) is ResNet-50's.
         depths: blocks of each stage; (3, 4, 6, 3) is ResNet-50's.
         resize: pictures are resized (bicubic) to this side first, as Xiang et al. 2021 do with CIFAR-10 (192).
@@ -76,14 +115,14 @@ class BagNet(_Local):
         self,
         in_channels: int,
         num_classes: int,
-        field: int = 17,
+        receptive_field: int = 17,
         widths: tuple[int, ...] = (64, 128, 256, 512),
         depths: tuple[int, ...] = (3, 4, 6, 3),
         resize: int | None = None,
     ):
         super().__init__()
-        if field not in self.KERNELS:
-            raise InputError(f"a BagNet's receptive field is 9, 17 or 33 pixels, not {field}")
+        if receptive_field not in self.KERNELS:
+            raise InputError(f"a BagNet's receptive field is 9, 17 or 33 pixels, not {receptive_field}")
         layers: list[nn.Module] = [] if resize is None else [Resize(resize)]
         layers += [
             nn.Conv2d(in_channels, widths[0], 3, bias=False),
@@ -91,7 +130,7 @@ class BagNet(_Local):
             nn.ReLU(inplace=True),
         ]
         inputs = widths[0]
-        for planes, depth, large, stride in zip(widths, depths, self.KERNELS[field], (2, 2, 2, 1), strict=True):
+        for planes, depth, large, stride in zip(widths, depths, self.KERNELS[receptive_field], (2, 2, 2, 1), strict=True):
             for number in range(depth):
                 first = number == 0
                 layers.append(Bottleneck(inputs, planes, 3 if first and large else 1, stride if first else 1))
@@ -107,7 +146,7 @@ class SmallBagNet(_Local):
         in_channels: C of the pictures.
         num_classes: K.
         image_size: (H, W) in pixels; every cell knows its position, so that one network serves one size.
-        field: receptive field in pixels, 10 or 12 (stride 2); one 3x3 convolution more makes the difference.
+        receptive_field: side in pixels, 10 or 12 (stride 2); one 3x3 convolution more makes the difference.
         widths: channels before pooling, of the first and the second stage after it, and of the 1x1 layers.
 
     Zero padding keeps a cell for every 2x2 pixels, so that border cells see less of the picture, never more.
@@ -118,16 +157,16 @@ class SmallBagNet(_Local):
         in_channels: int,
         num_classes: int,
         image_size: tuple[int, int],
-        field: int = 12,
+        receptive_field: int = 12,
         widths: tuple[int, ...] = (64, 128, 256, 512),
     ):
         super().__init__()
-        if field not in (10, 12):
-            raise InputError(f"a small BagNet's receptive field is 10 or 12 pixels, not {field}")
+        if receptive_field not in (10, 12):
+            raise InputError(f"a small BagNet's receptive field is 10 or 12 pixels, not {receptive_field}")
         if len(widths) != 4:
             raise InputError(f"a small BagNet has four widths, not {len(widths)}")
         layers: list[nn.Module] = [_conv(in_channels, widths[0], 3), _conv(widths[0], widths[1], 3)]
-        if field == 12:
+        if receptive_field == 12:
             layers.append(_conv(widths[1], widths[1], 3))
         cells = (image_size[0] // 2, image_size[1] // 2)
         layers += [

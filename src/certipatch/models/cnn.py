@@ -1,8 +1,12 @@
 """The convolutional networks of Chiang et al. 2020 (appendix A.1): plain convolutions with ReLU, then linear layers."""
 
+from typing import Literal
+
 from torch import nn
 
 from certipatch.errors import InputError
+from certipatch.models.settings import Depth, NetworkSettings, Pixels, Widths, check_no_views
+from certipatch.views import RandomViews, Views
 
 # Kernel and stride of each convolution; channels of each, then neurons of the hidden linear layers.
 LAYOUTS = {
@@ -10,6 +14,24 @@ LAYOUTS = {
     4: ([(3, 1), (4, 2), (3, 1), (4, 2)], (4, 4, 8, 8, 256, 256)),
     5: ([(3, 1), (3, 1), (3, 2), (3, 1), (3, 1)], (64, 64, 128, 128, 128, 512)),
 }
+
+
+class CNNSettings(NetworkSettings):
+    """Logits of whole pictures by convolutions and hidden linear layers, all with ReLU."""
+
+    name: Literal["cnn"] = "cnn"
+    depth: Depth = 4
+    """Convolutions: 2, 4 or 5."""
+    widths: Widths | None = None
+    """Channels of each convolution, then neurons of the hidden linear layers; the paper's if absent."""
+    kernel: Pixels | None = None
+    """Side of the first convolution; the paper's if absent."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        check_no_views(self.name, views)
+        return CNN(channels, classes, image_size, **self.sizes())
 
 
 class CNN(nn.Module):

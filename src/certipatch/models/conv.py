@@ -3,13 +3,44 @@
 The layout follows what works at small budgets on CIFAR-10 (wide late stages, max pooling, GELU).
 """
 
+from typing import Annotated, Any, Literal
+
 import torch
 from jaxtyping import Float
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from certipatch.errors import InputError
 from certipatch.models.layers import Shortcut
+from certipatch.models.settings import Depth, NetworkSettings, Widths
 from certipatch.views import Bands, Blocks, Columns, Cross, RandomViews, Rows, Views
+
+WholeEncoding = Literal["fill", "null"]
+"""Hidden pixels of whole pictures: painted, or zeros in ``[x, 1 − x]``."""
+
+
+class ConvSettings(NetworkSettings):
+    """Logits of small pictures, whole, cropped to a band or block, or NULL-encoded, by plain convolutions."""
+
+    name: Literal["conv"] = "conv"
+    widths: Widths = (64, 128, 256)
+    stride: Annotated[int, Field(ge=1, le=4)] = 1
+    """Step of the first convolution."""
+    depth: Depth = 2
+    """Convolutions of each stage, at least 2."""
+    flip_tta: bool = False
+    """Mirror images, too, give logits once the network is trained; the mean counts."""
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """Divisor of the logits once the network is trained."""
+    encoding: Annotated[WholeEncoding, BeforeValidator(lambda value: "null" if value is None else value)] = "fill"
+    """Hidden pixels of whole pictures (YAML's own null is read as ``null``); views are encoded as they need."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        if isinstance(views, Cross):
+            return CrossConvNet(views, channels, classes, image_size, **self.sizes())
+        return ConvNet(views, channels, classes, image_size, **self.sizes())
 
 
 class ConvNet(nn.Module):
@@ -25,11 +56,12 @@ class ConvNet(nn.Module):
             short.
         stride: of the first convolution; 2 makes large pictures four times as cheap.
         depth: convolutions of a stage; from the third on, each adds to what comes in.
-        mirror: once trained, the answer is the mean of those to what is read and to its mirror image, left to right,
+        flip_tta: once trained, the answer is the mean of those to what is read and to its mirror image, left to right,
             which shows the same pixels; for networks that learned from pictures of both kinds.
         temperature: once trained, logits are divided by it; below 1 confidences are sharper, which robust masking and
             thresholds count on. To be chosen on held-out pictures.
-        null_encoding: whole pictures are read as ``[x, 1 − x]``, with zeros for hidden pixels, a value that no pixel has.
+        encoding: ``null`` if whole pictures are read as ``[x, 1 − x]``, with zeros for hidden pixels, a value that no pixel
+            has; ``fill`` if hidden pixels are painted.
 
     ``forward`` maps what is read (N, C + positions, h, w) to logits (N, K).
     """
@@ -43,24 +75,24 @@ class ConvNet(nn.Module):
         widths: tuple[int, ...] = (64, 128, 256),
         stride: int = 1,
         depth: int = 2,
-        mirror: bool = False,
+        flip_tta: bool = False,
         temperature: float = 1.0,
-        null_encoding: bool = False,
+        encoding: WholeEncoding = "fill",
     ):
         super().__init__()
         if depth < 2:
             raise InputError(f"a stage of the conv network has at least 2 convolutions, not {depth}")
-        self.views, self.width, self.mirror, self.temperature = views, image_size[1], mirror, temperature
+        self.views, self.width, self.flip_tta, self.temperature = views, image_size[1], flip_tta, temperature
         self.encoding = "picture" if views is None else "crop"
         size, channels = image_size, in_channels
-        if null_encoding and views is not None:
-            raise InputError("null_encoding is for whole pictures; leave it out, or views")
+        if encoding == "null" and views is not None:
+            raise InputError("encoding: null is for whole pictures; leave it out, or views")
         if isinstance(views, Bands):
             length = image_size[0] if views.name == "columns" else image_size[1]
             size, channels = (length, views.width), in_channels + 1
         elif isinstance(views, Blocks):
             size, channels = (views.width, views.width), in_channels + 2
-        elif isinstance(views, RandomViews) or null_encoding:
+        elif isinstance(views, RandomViews) or encoding == "null":
             self.encoding, channels = "null", 2 * in_channels
         elif views is not None:
             raise InputError(f"the conv network reads bands, blocks or whole pictures, not {views.settings()['name']}")
@@ -89,7 +121,7 @@ class ConvNet(nn.Module):
         answer = self._answer(views)
         if self.training:
             return answer
-        if self.mirror:
+        if self.flip_tta:
             answer = (answer + self._answer(self.mirrored(views))) / 2
         return answer / self.temperature
 
@@ -115,22 +147,10 @@ class CrossConvNet(nn.Module):
 
     encoding = "crop"
 
-    def __init__(
-        self,
-        views: Cross,
-        in_channels: int,
-        num_classes: int,
-        image_size: tuple[int, int],
-        widths: tuple[int, ...] = (64, 128, 256),
-        stride: int = 1,
-        depth: int = 2,
-        mirror: bool = False,
-        temperature: float = 1.0,
-    ):
+    def __init__(self, views: Cross, in_channels: int, num_classes: int, image_size: tuple[int, int], **sizes: Any):
         super().__init__()
         self.parts = nn.ModuleList(
-            ConvNet(part, in_channels, num_classes, image_size, widths, stride, depth, mirror, temperature)
-            for part in views.parts
+            ConvNet(part, in_channels, num_classes, image_size, **sizes) for part in views.parts
         )
         self.num_classes = num_classes
 

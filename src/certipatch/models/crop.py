@@ -1,10 +1,27 @@
 """Crop network: gets the band alone, and works on it in two dimensions until it collapses."""
 
+from typing import Literal
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from certipatch.models.resnet import stages
-from certipatch.views import Bands, Blocks
+from certipatch.models.settings import Depth, NetworkSettings, Widths, bands_or_blocks
+from certipatch.views import Bands, Blocks, RandomViews, Views
+
+
+class CropSettings(NetworkSettings):
+    """Logits of one band or block from its pixels and its position alone."""
+
+    name: Literal["crop"] = "crop"
+    widths: Widths = (64, 128, 256)
+    depth: Depth = 2
+    """Residual blocks per stage."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        return CropNet(bands_or_blocks(self.name, views), channels, classes, **self.sizes())
 
 
 class CropNet(nn.Module):

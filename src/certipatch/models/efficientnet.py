@@ -5,12 +5,15 @@ Nothing is dropped at random in training: masks over the pictures do what dropou
 """
 
 import math
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.errors import InputError
+from certipatch.models.settings import NetworkSettings, check_no_views
+from certipatch.views import RandomViews, Views
 
 STAGES = (  # of Lite0: expansion, channels, blocks, step, kernel
     (1, 16, 1, 1, 3),
@@ -23,6 +26,20 @@ STAGES = (  # of Lite0: expansion, channels, blocks, step, kernel
 )
 STEM, HEAD = 32, 1280
 MEAN, STD = 127 / 255, 128 / 255
+
+
+class EfficientNetLiteSettings(NetworkSettings):
+    """EfficientNet-Lite0 for whole photographs, from scratch or with its ImageNet weights."""
+
+    name: Literal["efficientnet-lite0"] = "efficientnet-lite0"
+    flip_tta: bool = False
+    """Mirror images, too, give logits once the network is trained; the mean counts."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        check_no_views(self.name, views)
+        return EfficientNetLite(channels, classes, **self.sizes())
 
 
 class SamePadding(nn.Conv2d):
@@ -65,7 +82,7 @@ class EfficientNetLite(nn.Module):
     Args:
         in_channels: C of the pictures: 3.
         num_classes: K.
-        mirror: once trained, the answer is the mean of those to the picture and to its mirror image, left to right; for
+        flip_tta: once trained, the answer is the mean of those to the picture and to its mirror image, left to right; for
             networks that learned from pictures of both kinds.
 
     Errors: InputError on pictures without three channels.
@@ -74,9 +91,9 @@ class EfficientNetLite(nn.Module):
     encoding = "picture"
     fill = MEAN  # what masks are painted with: the network reads it as 0
 
-    def __init__(self, in_channels: int, num_classes: int, mirror: bool = False):
+    def __init__(self, in_channels: int, num_classes: int, flip_tta: bool = False):
         super().__init__()
-        self.mirror = mirror
+        self.flip_tta = flip_tta
         if in_channels != 3:
             raise InputError(f"efficientnet-lite0 reads three colours; the pictures have {in_channels} channels")
         blocks, channels = [], STEM
@@ -90,7 +107,7 @@ class EfficientNetLite(nn.Module):
         self.head = nn.Linear(HEAD, num_classes)
 
     def forward(self, pictures: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N K"]:
-        if self.mirror and not self.training:
+        if self.flip_tta and not self.training:
             return (self._answer(pictures) + self._answer(pictures.flip(3))) / 2
         return self._answer(pictures)
 

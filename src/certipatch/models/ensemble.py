@@ -1,17 +1,43 @@
 """Several networks that answer together (Lakshminarayanan et al. 2017, of logits): errors that they do not share cancel."""
 
 from collections.abc import Sequence
-from typing import ClassVar, final
+from typing import Annotated, ClassVar, Literal, final
 
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 
 from certipatch.errors import InputError
+from certipatch.models.cnn import CNNSettings
+from certipatch.models.conv import ConvSettings
+from certipatch.models.efficientnet import EfficientNetLiteSettings
+from certipatch.models.mlp import MLPSettings
+from certipatch.models.resnet import ResNet18Settings
+from certipatch.models.settings import NetworkSettings, refuse_names
+from certipatch.views import RandomViews, Views
 from certipatch.views.render import Fill, constant
+
+Member = ConvSettings | ResNet18Settings | MLPSettings | CNNSettings | EfficientNetLiteSettings
+"""Settings of networks whose logits may be averaged."""
+EnsembleMember = Annotated[
+    Member, Field(discriminator="name"), refuse_names("the ensemble cannot have {name} as a member; use {known}")
+]
+
+
+class EnsembleSettings(NetworkSettings):
+    """Several networks that answer together: the mean of their logits."""
+
+    name: Literal["ensemble"] = "ensemble"
+    members: tuple[EnsembleMember, ...] = Field(min_length=2, max_length=8)
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        return Ensemble([one.build(views, channels, classes, image_size) for one in self.members])
 
 
 @final
-class Filled(nn.Module):
+class NullToFill(nn.Module):
     """A network of filled pictures that is shown NULL-encoded ones: pixels that are zeros in all channels get its ``fill``.
 
     ``forward`` maps ``[x, 1 − x]`` (N, 2C, H, W) to logits (N, K).
@@ -38,14 +64,14 @@ class Ensemble(nn.Module):
     ``forward`` maps what they read (N, C, H, W) to logits (N, K). Errors: InputError where they read something else.
     """
 
-    unsaid: ClassVar[str] = "null"
-    """What networks read that do not say it."""
+    DEFAULT_ENCODING: ClassVar[str] = "null"
+    """The ``encoding`` of networks that have no such attribute."""
 
     def __init__(self, parts: Sequence[nn.Module]):
         super().__init__()
-        read = [getattr(part, "encoding", self.unsaid) for part in parts]
+        read = [getattr(part, "encoding", self.DEFAULT_ENCODING) for part in parts]
         if "null" in read and set(read) <= {"null", "picture", "fill"}:
-            parts = [part if reads == "null" else Filled(part) for part, reads in zip(parts, read, strict=True)]
+            parts = [part if reads == "null" else NullToFill(part) for part, reads in zip(parts, read, strict=True)]
             read = ["null"] * len(parts)
         ways = {(reads, _fill(part)) for part, reads in zip(parts, read, strict=True)}
         if len(ways) > 1:

@@ -1,8 +1,25 @@
 """A network of fully connected layers on all pixels of a picture."""
 
 import itertools
+from typing import Literal
 
 from torch import nn
+
+from certipatch.models.settings import NetworkSettings, Widths, check_no_views
+from certipatch.views import RandomViews, Views
+
+
+class MLPSettings(NetworkSettings):
+    """Logits of whole pictures by fully connected layers with ReLU."""
+
+    name: Literal["mlp"] = "mlp"
+    widths: Widths = (255,)
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        check_no_views(self.name, views)
+        return MLP(channels, classes, image_size, **self.sizes())
 
 
 class MLP(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from certipatch.inference import one_thread
 from certipatch.models.adapters.onnx import OnnxNetwork
 from certipatch.models.cascade import Cascade
-from certipatch.models.specialists import Specialists
+from certipatch.models.fallback_ensemble import FallbackEnsemble
 
 WORTH = 30.0  # seconds of work that make an export, which takes 2 to 10, worth its time
 CLOSE = 1e-3  # largest change of a logit, relative to 1 + the largest, that counts as the same network
@@ -38,7 +38,7 @@ def quickest(
     tried where ``number`` pictures take less than half a minute, or elsewhere than on the CPU. With ``only`` it is that
     way, without measurement, or torch as it is where that cannot be had. The networks of a cascade run as is best for its first.
     """
-    if isinstance(network, Specialists):  # the first is asked almost always
+    if isinstance(network, FallbackEnsemble):  # the first is asked almost always
         return quickest(network.parts[0], pictures, number, only)
     if isinstance(network, Cascade):
         first, *others = network.parts

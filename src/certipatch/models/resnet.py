@@ -1,8 +1,27 @@
 """ResNet-18 for small pictures: the base classifier of Levine & Feizi 2020, on NULL-encoded ablated pictures."""
 
+from typing import Literal
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from certipatch.models.settings import Depth, NetworkSettings, Widths
+from certipatch.views import RandomViews, Views
+
+
+class ResNet18Settings(NetworkSettings):
+    """ResNet-18 for small pictures: logits of NULL-encoded views of any kind."""
+
+    name: Literal["resnet18"] = "resnet18"
+    widths: Widths = (64, 128, 256, 512)
+    depth: Depth = 2
+    """Residual blocks per stage."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        return ResNet18(channels, classes, **self.sizes())
 
 
 class Residual(nn.Module):

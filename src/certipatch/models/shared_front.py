@@ -6,18 +6,61 @@ PatchCURE, USENIX Security 2024).
 """
 
 from abc import abstractmethod
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from certipatch.errors import InputError
-from certipatch.models.bagnet import BagNet
+from certipatch.models.bagnet import BagNet, Depths
 from certipatch.models.layers import Position
 from certipatch.models.passes import run_in_passes
 from certipatch.models.receptive_field import receptive_fields
-from certipatch.models.vit import ROWS, Block, check_tokens, cut, groups, null_encoded, visible_pixels
-from certipatch.views import ReceptiveFields
+from certipatch.models.settings import Depth, NetworkSettings, Pixels, Widths
+from certipatch.models.vit import ROWS, Block, EmbedDim, check_tokens, cut, groups, null_encoded, visible_pixels
+from certipatch.views import RandomViews, ReceptiveFields, Views
+
+
+class SharedBagNetSettings(NetworkSettings):
+    """BagNet-like front of small receptive fields, and a light convolutional back end."""
+
+    shared_front: ClassVar[bool] = True
+    name: Literal["shared-bagnet"] = "shared-bagnet"
+    receptive_field: Pixels = 6
+    """Side in pixels of the front's: 6, 10, 9, 17 or 33."""
+    widths: Widths | None = None
+    """Of the front, its features and the back end; those of the receptive field's layout if absent."""
+    depths: Depths = (3, 4, 6, 3)
+    """Blocks of each stage of a BagNet."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        return SharedBagNet(channels, classes, image_size, **self.sizes())
+
+
+class SharedViTSettings(NetworkSettings):
+    """Vision transformer whose first blocks attend within windows, and whose others skip hidden windows."""
+
+    shared_front: ClassVar[bool] = True
+    name: Literal["shared-vit"] = "shared-vit"
+    patch_size: Pixels = 2
+    """Side of a token in pixels."""
+    window_size: Pixels = 2
+    """Side in tokens of the windows that the front attends within."""
+    embed_dim: EmbedDim = 128
+    front_depth: Depth = 4
+    """Blocks of the front."""
+    depth: Depth = 2
+    """Blocks of the back end."""
+    num_heads: Depth = 4
+    """Heads of each attention."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        return SharedViT(channels, classes, image_size, **self.sizes())
 
 
 class SharedFront(nn.Module):
@@ -74,7 +117,7 @@ class SharedBagNet(SharedFront):
         in_channels: C of the pictures.
         num_classes: K.
         image_size: (H, W) in pixels.
-        field: receptive field of the front in pixels: 6 or 10 at a stride of 2, for small pictures; 9, 17 or 33 at a stride
+        receptive_field: of the front in pixels: 6 or 10 at a stride of 2, for small pictures; 9, 17 or 33 at a stride
             of 8, a BagNet's.
         widths: channels of the front's two or three stages, of its features, and of the two stages of the back end; of a
             BagNet the planes of its four stages, of its features, and of the back end.
@@ -86,18 +129,18 @@ class SharedBagNet(SharedFront):
         in_channels: int,
         num_classes: int,
         image_size: tuple[int, int],
-        field: int = 6,
+        receptive_field: int = 6,
         widths: tuple[int, ...] | None = None,
         depths: tuple[int, ...] = (3, 4, 6, 3),
     ):
-        if field in (6, 10):
+        if receptive_field in (6, 10):
             widths = widths or (64, 128, 64, 96, 128)
-            front = _small_front(2 * in_channels, image_size, field, _checked(widths, 5)[:3])
-        elif field in BagNet.KERNELS:
+            front = _small_front(2 * in_channels, image_size, receptive_field, _checked(widths, 5)[:3])
+        elif receptive_field in BagNet.KERNELS:
             widths = widths or (64, 128, 256, 512, 128, 128, 256)
-            front = BagNet(2 * in_channels, _checked(widths, 7)[4], field, widths[:4], depths).local
+            front = BagNet(2 * in_channels, _checked(widths, 7)[4], receptive_field, widths[:4], depths).local
         else:
-            raise InputError(f"the receptive field of a shared front is 6, 10, 9, 17 or 33 pixels, not {field}")
+            raise InputError(f"the receptive field of a shared front is 6, 10, 9, 17 or 33 pixels, not {receptive_field}")
         super().__init__(in_channels, image_size, receptive_fields(front.eval(), image_size))
         self.local = front.train()
         (features, first, second), layers = widths[-3:], []
@@ -119,13 +162,13 @@ class SharedViT(SharedFront):
     Args:
         in_channels: C of the pictures.
         num_classes: K.
-        image_size: (H, W) in pixels, multiples of patch · window.
-        patch: side of a token in pixels.
-        window: side of a window in tokens; a cell of the front is a window, and sees its pixels.
-        dim: channels of a token, a multiple of ``heads``.
-        local: blocks within windows.
+        image_size: (H, W) in pixels, multiples of patch_size · window_size.
+        patch_size: side of a token in pixels.
+        window_size: side of a window in tokens; a cell of the front is a window, and sees its pixels.
+        embed_dim: channels of a token, a multiple of ``num_heads``.
+        front_depth: blocks within windows.
         depth: blocks of the back end.
-        heads: of each attention.
+        num_heads: of each attention.
     """
 
     def __init__(
@@ -133,35 +176,37 @@ class SharedViT(SharedFront):
         in_channels: int,
         num_classes: int,
         image_size: tuple[int, int],
-        patch: int = 2,
-        window: int = 2,
-        dim: int = 128,
-        local: int = 4,
+        patch_size: int = 2,
+        window_size: int = 2,
+        embed_dim: int = 128,
+        front_depth: int = 4,
         depth: int = 2,
-        heads: int = 4,
+        num_heads: int = 4,
     ):
-        side = patch * window
+        side = patch_size * window_size
         if any(pixels % side for pixels in image_size):
-            raise InputError(f"windows of {side} pixels do not fill {image_size[0]}x{image_size[1]}; use another patch")
-        if dim % heads:
-            raise InputError(f"{heads} heads cannot share {dim} channels; use a multiple")
-        check_tokens(image_size, patch)
+            raise InputError(
+                f"windows of {side} pixels do not fill {image_size[0]}x{image_size[1]}; use another patch_size"
+            )
+        if embed_dim % num_heads:
+            raise InputError(f"{num_heads} heads cannot share {embed_dim} channels; use a multiple")
+        check_tokens(image_size, patch_size)
         grid = (image_size[0] // side, image_size[1] // side)
         super().__init__(in_channels, image_size, ReceptiveFields((side, side), (side, side), (0, 0), grid))
-        self.patch, self.window, self.skips = patch, window, True
-        self.embed = nn.Linear(2 * in_channels * patch**2, dim)
-        self.position = nn.Parameter(torch.zeros(grid[0] * grid[1], window**2, dim))
-        self.first = nn.Parameter(torch.zeros(1, 1, dim))
-        self.local = nn.ModuleList(Block(dim, heads) for _ in range(local))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, num_classes)
+        self.patch_size, self.window_size, self.skip_hidden = patch_size, window_size, True
+        self.embed = nn.Linear(2 * in_channels * patch_size**2, embed_dim)
+        self.position = nn.Parameter(torch.zeros(grid[0] * grid[1], window_size**2, embed_dim))
+        self.first = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.local = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(front_depth))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(embed_dim, eps=1e-6), nn.Linear(embed_dim, num_classes)
         for tensor in (self.first, self.position):
             nn.init.trunc_normal_(tensor, std=0.02)
 
     def front(self, views: Float[Tensor, "N C2 H W"]) -> Float[Tensor, "N D h w"]:
-        side = self.patch * self.window
+        side = self.patch_size * self.window_size
         windows = cut(views, side).flatten(0, 1).unflatten(1, (views.shape[1], side, side))
-        tokens = self.embed(cut(windows, self.patch)).unflatten(0, (-1, len(self.position))) + self.position
+        tokens = self.embed(cut(windows, self.patch_size)).unflatten(0, (-1, len(self.position))) + self.position
         tokens = tokens.flatten(0, 1)
         for block in self.local:
             tokens = block(tokens)
@@ -169,9 +214,9 @@ class SharedViT(SharedFront):
 
     def back(self, features: Float[Tensor, "n D1 h w"]) -> Float[Tensor, "n K"]:
         cells = features.flatten(2).mT
-        shown, tokens = cells[..., -1] > 0.5, cells[..., :-1].unflatten(2, (self.window**2, -1))
-        if not self.skips:
-            return self._answer(tokens, shown.repeat_interleave(self.window**2, 1))
+        shown, tokens = cells[..., -1] > 0.5, cells[..., :-1].unflatten(2, (self.window_size**2, -1))
+        if not self.skip_hidden:
+            return self._answer(tokens, shown.repeat_interleave(self.window_size**2, 1))
         answers, members = [], []
         for chosen, index in groups(shown):
 

@@ -6,7 +6,7 @@ on its position, and on nothing else. No picture is ablated and no hidden pixel 
 all W column bands costs about one ordinary forward pass, where NULL-encoded pictures cost one pass per band.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,24 @@ from torch.nn import functional as F
 
 from certipatch.errors import InputError
 from certipatch.models.resnet import stages
-from certipatch.views import Bands, Blocks, Cross, Rows
+from certipatch.models.settings import Depth, NetworkSettings, Widths, bands_or_blocks
+from certipatch.views import Bands, Blocks, Cross, RandomViews, Rows, Views
+
+
+class StripSettings(NetworkSettings):
+    """Logits of all bands or blocks, or of a cross, from one pass over the whole picture."""
+
+    name: Literal["strip"] = "strip"
+    widths: Widths = (48, 96, 160)
+    depth: Depth = 1
+    """Residual blocks per stage."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        if isinstance(views, Cross):
+            return CrossNet(views, channels, classes, image_size, **self.sizes())
+        return StripNet(bands_or_blocks(self.name, views), channels, classes, image_size, **self.sizes())
 
 
 class StripNet(nn.Module):

@@ -6,26 +6,49 @@ encoding gives them, so that a view's answer depends on its visible pixels alone
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.errors import InputError
 from certipatch.models.passes import run_in_passes
+from certipatch.models.settings import Depth, NetworkSettings, Pixels
 from certipatch.views import RandomViews, Views
 
 MAX_TOKENS = 2**16  # of a picture
 ROWS = 8  # of equally many tokens in a pass
 
+EmbedDim = Annotated[int, Field(ge=1, le=1280)]
+"""Channels of a token."""
 
-def check_tokens(image_size: tuple[int, int], patch: int) -> None:
+
+class ViTSettings(NetworkSettings):
+    """Vision transformer: logits of NULL-encoded views of any kind, and of whole pictures; hidden tokens cost nothing."""
+
+    name: Literal["vit"] = "vit"
+    patch_size: Pixels = 4
+    """Side of a token in pixels."""
+    embed_dim: EmbedDim = 192
+    depth: Depth = 6
+    """Blocks."""
+    num_heads: Depth = 3
+    """Heads of each attention."""
+
+    def build(
+        self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
+    ) -> nn.Module:
+        return ViT(views, channels, classes, image_size, **self.sizes())
+
+
+def check_tokens(image_size: tuple[int, int], patch_size: int) -> None:
     """InputError where a picture has too many tokens to learn a position of each."""
-    if (image_size[0] // patch) * (image_size[1] // patch) > MAX_TOKENS:
+    if (image_size[0] // patch_size) * (image_size[1] // patch_size) > MAX_TOKENS:
         raise InputError(
-            f"tokens of {patch} pixels are too many for {image_size[0]}x{image_size[1]}; use a larger patch"
+            f"tokens of {patch_size} pixels are too many for {image_size[0]}x{image_size[1]}; use a larger patch_size"
         )
 
 
@@ -33,22 +56,22 @@ class Block(nn.Module):
     """Attention among tokens, then two linear layers on each; layer norm before both, shortcuts around both.
 
     Args:
-        dim: channels of a token.
-        heads: of the attention; they share the channels.
+        embed_dim: channels of a token.
+        num_heads: of the attention; they share the channels.
     """
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.num_heads = num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6), nn.LayerNorm(embed_dim, eps=1e-6)
+        self.qkv, self.proj = nn.Linear(embed_dim, 3 * embed_dim), nn.Linear(embed_dim, embed_dim)
+        self.fc1, self.fc2 = nn.Linear(embed_dim, 4 * embed_dim), nn.Linear(4 * embed_dim, embed_dim)
 
     def forward(
         self, tokens: Float[Tensor, "N t D"], shown: Bool[Tensor, "N 1 1 t"] | None = None
     ) -> Float[Tensor, "N t D"]:
         """Tokens that are not ``shown`` are read by none."""
-        q, k, v = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=shown)
         tokens = tokens + self.proj(mixed.transpose(1, 2).flatten(2))
         return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
@@ -61,15 +84,15 @@ class ViT(nn.Module):
         views: taken for the sake of the other networks; it reads all kinds.
         in_channels: C of the pictures.
         num_classes: K.
-        image_size: (H, W) in pixels, multiples of ``patch``; positions are learned, so one network serves one size.
-        patch: side of a token in pixels.
-        dim: channels of a token, a multiple of ``heads``.
+        image_size: (H, W) in pixels, multiples of ``patch_size``; positions are learned, so one network serves one size.
+        patch_size: side of a token in pixels.
+        embed_dim: channels of a token, a multiple of ``num_heads``.
         depth: blocks.
-        heads: of each attention.
+        num_heads: of each attention.
 
     ``forward`` maps NULL-encoded views ``[x, 1 − x]`` (N, 2C, H, W), or whole pictures (N, C, H, W), to logits (N, K).
     Which pixels are visible is read off the views: there the two halves add up to 1, elsewhere to 0. Views of equally many
-    tokens share passes of ``ROWS``. With ``skips`` False hidden tokens are computed and masked in every attention, to the same
+    tokens share passes of ``ROWS``. With ``skip_hidden`` False hidden tokens are computed and masked in every attention, to the same
     answers.
     """
 
@@ -81,32 +104,35 @@ class ViT(nn.Module):
         in_channels: int,
         num_classes: int,
         image_size: tuple[int, int],
-        patch: int = 4,
-        dim: int = 192,
+        patch_size: int = 4,
+        embed_dim: int = 192,
         depth: int = 6,
-        heads: int = 3,
+        num_heads: int = 3,
     ):
         super().__init__()
-        if any(side % patch for side in image_size):
-            raise InputError(f"tokens of {patch} pixels do not fill {image_size[0]}x{image_size[1]}; use another patch")
-        check_tokens(image_size, patch)
-        if dim % heads:
-            raise InputError(f"{heads} heads cannot share {dim} channels; use a multiple")
-        self.in_channels, self.patch, self.image_size = in_channels, patch, image_size
-        self.skips = True
-        self.embed = nn.Linear(2 * in_channels * patch**2, dim)
-        self.first = nn.Parameter(torch.zeros(1, 1, dim))  # the token that gathers the answer, its position included
-        self.position = nn.Parameter(torch.zeros((image_size[0] // patch) * (image_size[1] // patch), dim))
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, num_classes)
+        if any(side % patch_size for side in image_size):
+            raise InputError(
+                f"tokens of {patch_size} pixels do not fill {image_size[0]}x{image_size[1]}; use another patch_size"
+            )
+        check_tokens(image_size, patch_size)
+        if embed_dim % num_heads:
+            raise InputError(f"{num_heads} heads cannot share {embed_dim} channels; use a multiple")
+        self.in_channels, self.patch_size, self.image_size = in_channels, patch_size, image_size
+        self.skip_hidden = True
+        self.embed = nn.Linear(2 * in_channels * patch_size**2, embed_dim)
+        self.first = nn.Parameter(torch.zeros(1, 1, embed_dim))  # the token that gathers the answer, its position included
+        tokens = (image_size[0] // patch_size) * (image_size[1] // patch_size)
+        self.position = nn.Parameter(torch.zeros(tokens, embed_dim))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
         for tensor in (self.first, self.position):
             nn.init.trunc_normal_(tensor, std=0.02)
 
     def forward(self, views: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         views = null_encoded(views, self.in_channels, self.image_size)
-        pieces, shown = cut(views, self.patch), visible_tokens(views, self.patch)
-        if not self.skips:
+        pieces, shown = cut(views, self.patch_size), visible_tokens(views, self.patch_size)
+        if not self.skip_hidden:
             seen = F.pad(shown, (1, 0), value=True)[:, None, None]
             return self.answer(self.embed(pieces) + self.position, seen)
         answers, members = [], []
@@ -146,15 +172,15 @@ def visible_pixels(views: Float[Tensor, "N C2 H W"]) -> Bool[Tensor, "N H W"]:
     return (one + other)[:, 0] > 0.5
 
 
-def visible_tokens(views: Float[Tensor, "N C2 H W"], patch: int) -> Bool[Tensor, "N T"]:
+def visible_tokens(views: Float[Tensor, "N C2 H W"], patch_size: int) -> Bool[Tensor, "N T"]:
     """Which tokens of NULL-encoded views show a pixel, row by row."""
-    shown = visible_pixels(views).unflatten(2, (-1, patch)).unflatten(1, (-1, patch))
+    shown = visible_pixels(views).unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))
     return shown.any(4).any(2).flatten(1)
 
 
-def cut(views: Float[Tensor, "N C H W"], patch: int) -> Float[Tensor, "N T P"]:
-    """Squares of ``patch`` x ``patch`` pixels, row by row; P runs over channels, rows and columns."""
-    grid = views.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # N C h p w p
+def cut(views: Float[Tensor, "N C H W"], patch_size: int) -> Float[Tensor, "N T P"]:
+    """Squares of ``patch_size`` x ``patch_size`` pixels, row by row; P runs over channels, rows and columns."""
+    grid = views.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # N C h p w p
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
@@ -220,7 +246,7 @@ def from_timm(
 
 def sizes_of(weights: Mapping[str, Tensor], channels: int = 3) -> dict[str, Any]:
     """Settings of the ViT that ``from_timm`` weights fit, but for its heads."""
-    dim, pixels = weights["embed.weight"].shape
-    patch = round((pixels / (2 * channels)) ** 0.5)
+    embed_dim, pixels = weights["embed.weight"].shape
+    patch_size = round((pixels / (2 * channels)) ** 0.5)
     depth = sum(name.endswith("norm1.weight") for name in weights)
-    return {"patch": patch, "dim": dim, "depth": depth}
+    return {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth}

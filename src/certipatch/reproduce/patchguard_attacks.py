@@ -54,10 +54,10 @@ ATTACKED_MNIST = Study(
 )
 ATTACKED = (ATTACKED_CIFAR10, ATTACKED_IMAGENETTE, ATTACKED_MNIST)
 COMMANDS = {
-    "cifar10-bagnet10": "cifar10-bagnet --set name=cifar10-bagnet10 --set model.field=10",
+    "cifar10-bagnet10": "cifar10-bagnet --set name=cifar10-bagnet10 --set model.receptive_field=10",
     "mnist-bagnet": "cifar10-bagnet --set name=mnist-bagnet --set data=mnist --set augment.flip=false",
-    "imagenette-bagnet9": "imagenette-bagnet17 --set name=imagenette-bagnet9 --set model.field=9",
-    "imagenette-bagnet33": "imagenette-bagnet17 --set name=imagenette-bagnet33 --set model.field=33",
+    "imagenette-bagnet9": "imagenette-bagnet17 --set name=imagenette-bagnet9 --set model.receptive_field=9",
+    "imagenette-bagnet33": "imagenette-bagnet17 --set name=imagenette-bagnet33 --set model.receptive_field=33",
     "imagenette-plain": "cifar10-plain --set name=imagenette-plain --set data=imagenette --set holdout=469 "
     "--set 'model.widths=[32,64,128,256,384]' --set augment.shift=16 --set epochs=40 --set batch_size=64",
 }

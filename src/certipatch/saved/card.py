@@ -19,7 +19,7 @@ from certipatch.defenses.base import Defense
 from certipatch.defenses.registry import METHODS, SETTINGS, THREAT_SPECIFIC_METHODS, WHOLE_IMAGE_METHODS
 from certipatch.defenses.settings import Side, ViewSettings
 from certipatch.errors import InputError, problem
-from certipatch.models import LOCAL, ModelSettings, create
+from certipatch.models import ModelSettings
 from certipatch.saved.weights import SCALE, restored, sha256
 from certipatch.threats import PatchThreat, Threat
 
@@ -46,13 +46,13 @@ class DefenseSpec(BaseModel):
     def _complete(self) -> Self:
         settings = SETTINGS[self.defense].model_validate(self.settings)
         object.__setattr__(self, "settings", settings.model_dump(mode="json"))
-        local = self.model.name in LOCAL
+        local = self.model.local_logits
         if local == (self.views is not None) and self.defense not in WHOLE_IMAGE_METHODS:
             needs = "has receptive fields of its own; leave views out" if local else "needs views"
             raise ValueError(f"{self.defense} with the network {self.model.name} {needs}")
         if self.defense in WHOLE_IMAGE_METHODS and (self.views is not None or local):
             raise ValueError(f"{self.defense} reads whole pictures, without views; {self.model.name} cannot")
-        if self.defense == "patchcure" and not self.model.name.startswith("shared-"):
+        if self.defense == "patchcure" and not self.model.shared_front:
             raise ValueError(
                 f"patchcure needs a network with a shared front, shared-bagnet or shared-vit, not {self.model.name}"
             )
@@ -101,7 +101,7 @@ class Card(DefenseSpec):
 
     def network(self) -> nn.Module:
         """The network of this card, with fresh weights."""
-        return create(self.model, self.view_set(), self.channels, len(self.classes), self.image_size)
+        return self.model.build(self.view_set(), self.channels, len(self.classes), self.image_size)
 
 
 def build_defense(

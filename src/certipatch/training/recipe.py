@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from certipatch.defenses.registry import WHOLE_IMAGE_METHODS
 from certipatch.defenses.settings import Side
 from certipatch.errors import InputError, problem
-from certipatch.models import LOCAL
+from certipatch.models import BagNetSettings, FallbackEnsembleSettings
 from certipatch.plumbing.parsing import from_yaml
 from certipatch.saved.card import DefenseSpec
 from certipatch.threats import PatchThreat, SparseThreat, Threat
@@ -251,8 +251,10 @@ class Recipe(DefenseSpec):
             raise ValueError(f"training with interval bounds is for interval-bounds, not {self.defense}")
         if self.epochs == 0 and self.start is None:
             raise ValueError("epochs: 0 trains nothing; give at least 1, or trained models as start")
-        if self.model.name == "specialists" and self.epochs:
-            raise ValueError("specialists are trained one by one; give the trained models as start, with epochs: 0")
+        if isinstance(self.model, FallbackEnsembleSettings) and self.epochs:
+            raise ValueError(
+                "members of a fallback-ensemble are trained one by one; give the trained models as start, with epochs: 0"
+            )
         if self.interval is not None and asked != Objective():
             raise ValueError("interval stands instead of objective; leave one out")
         if self.masking is not None and (self.interval is not None or asked != Objective()):
@@ -263,13 +265,13 @@ class Recipe(DefenseSpec):
             raise ValueError(f"training under masks is for {', '.join(MASKED)}, not {self.defense}")
         if self.halving is not None and self.interval is None:
             raise ValueError("halving begins when intervals are whole; it needs interval")
-        if self.model.name in LOCAL and asked.views_per_step != "all":
+        if self.model.local_logits and asked.views_per_step != "all":
             raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
         if self.defense in WHOLE_IMAGE_METHODS and (
             asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy
         ):
             raise ValueError("a network without views has no margin to raise; use cross_entropy alone")
-        if self.augment.crop is not None and (self.model.name != "bagnet" or self.model.resize):
+        if self.augment.crop is not None and (not isinstance(self.model, BagNetSettings) or self.model.resize):
             raise ValueError("augment.crop is for networks of any picture size: a bagnet without resize")
         if self.views is not None and self.views.random and asked.views_per_step == "all":
             raise ValueError(f"{self.views.name} cannot all be shown; use objective.views_per_step: 1")
@@ -302,7 +304,7 @@ def read(path: Path, changes: list[str] | None = None) -> Recipe:
     except ValidationError as error:
         place, words = problem(error, Recipe.model_fields)
         given = error.errors()[0]
-        if place and given["type"] not in ("extra_forbidden", "missing"):
+        if place and given["type"] not in ("extra_forbidden", "missing", "unknown_setting"):
             words += f", not {json.dumps(given['input'], default=str)[:80]}"
         raise InputError(f"{path}: {place or 'recipe'}: {words}") from None
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from certipatch.errors import InputError
-from certipatch.models import CrossConvNet, CrossNet, EfficientNetLite, Ensemble, Filled
+from certipatch.models import CrossConvNet, CrossNet, EfficientNetLite, Ensemble, NullToFill
 from certipatch.models.adapters import open_model
 from certipatch.saved import card as cards
 from certipatch.saved import locate
@@ -22,7 +22,7 @@ def identity(start: Start) -> str | list[str]:
 
 
 def start_from(start: Start, network: nn.Module, classes: tuple[str, ...]) -> None:
-    """Give a network, or those of a cross, ensemble or specialists, the weights of trained models. InputError where they are
+    """Give a network, or those of a cross or ensemble, the weights of trained models. InputError where they are
     others."""
     if start == PRETRAINED:
         return _pretrained(network, classes)
@@ -41,8 +41,8 @@ def start_from(start: Start, network: nn.Module, classes: tuple[str, ...]) -> No
 
 
 def _members(network: nn.Module) -> list[nn.Module]:
-    """Networks that are trained one by one, in the order of the recipe; also those of an ensemble within specialists."""
-    if isinstance(network, Filled):
+    """Networks that are trained one by one, in the order of the recipe; also those of an ensemble within a fallback ensemble."""
+    if isinstance(network, NullToFill):
         return [network.network]
     nested = isinstance(network, CrossConvNet | CrossNet | Ensemble)
     return [member for part in network.parts for member in _members(part)] if nested else [network]

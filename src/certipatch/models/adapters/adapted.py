@@ -97,9 +97,9 @@ class Adapted(nn.Module):
         return known if known is None or self.kept is None else tuple(known[i] for i in self.kept.tolist())
 
     @property
-    def whole(self) -> "Adapted | None":
-        """Its network of whole pictures, where it has one of its own (see ``PatchCleanser``), behind the same preprocessing."""
-        network = getattr(self.network, "whole", None)
+    def unmasked(self) -> "Adapted | None":
+        """Its network for unmasked pictures, where it has one of its own (see ``PatchCleanser``), behind the same preprocessing."""
+        network = getattr(self.network, "unmasked", None)
         if not isinstance(network, nn.Module):
             return None
         found = Adapted(network, self.preprocessing, self.name, self.identity)
