@@ -31,7 +31,6 @@ from certipatch.bounds import (
 )
 from certipatch.defenses import IntervalBounds
 from certipatch.errors import InputError
-from certipatch.models import ModelSettings
 from certipatch.testing import check_defense
 from certipatch.threats import PatchThreat, SparseThreat
 
@@ -169,7 +168,7 @@ def nets():
 
 
 def created(channels=2, classes=3, size=SIZE, **settings):
-    return models.create(ModelSettings(**settings), None, channels, classes, size).eval()
+    return models.NETWORKS[settings["name"]](**settings).build(None, channels, classes, size).eval()
 
 
 def pictures(number=2, channels=2, size=SIZE, seed=0):

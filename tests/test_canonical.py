@@ -159,7 +159,8 @@ def test_a_leak_in_any_view_is_found(view):
 
 
 @pytest.mark.parametrize(
-    "views", [vw.Columns(4), vw.Rows(3, stride=2), vw.Blocks(6, 2), vw.ReceptiveFields((17, 17), (8, 8), (0, 0), (3, 3))]
+    "views",
+    [vw.Columns(4), vw.Rows(3, stride=2), vw.Blocks(6, 2), vw.ReceptiveFields((17, 17), (8, 8), (0, 0), (3, 3))],
 )
 def test_tiles_cover_what_views_hide(views):
     shown = views.visible((32, 32))
@@ -207,10 +208,15 @@ def test_a_picture_has_one_answer_alone_and_among_others(threads):
 
 def networks():
     torch.manual_seed(0)
-    conv = nn.Sequential(nn.Conv2d(1, 7, 3), nn.GELU(), nn.Flatten(), nn.Linear(7 * 36, 33), nn.Tanh(), nn.Linear(33, 5))
+    conv = nn.Sequential(
+        nn.Conv2d(1, 7, 3), nn.GELU(), nn.Flatten(), nn.Linear(7 * 36, 33), nn.Tanh(), nn.Linear(33, 5)
+    )
     yield "convolution", conv
     yield "linear", nn.Sequential(nn.Flatten(), nn.Linear(64, 257), nn.ReLU(), nn.Linear(257, 11), nn.Softplus())
-    yield "cascade", Cascade([nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), nn.Sequential(nn.Flatten(), nn.Linear(64, 4))])
+    yield (
+        "cascade",
+        Cascade([nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), nn.Sequential(nn.Flatten(), nn.Linear(64, 4))]),
+    )
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 31, 32, 33, 100, 512])

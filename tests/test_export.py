@@ -14,7 +14,7 @@ from certipatch.defenses import MinorityReports, PatchCleanser, PatchCURE, Undef
 from certipatch.errors import InputError
 from certipatch.export import AsGraph, to_onnx
 from certipatch.export.rules import graph
-from certipatch.models import Cascade, ModelSettings, Specialists
+from certipatch.models import Cascade, FallbackEnsemble
 from certipatch.saved import Card, open_defense
 from certipatch.views.render import null, render
 
@@ -57,7 +57,7 @@ def test_zoo_models_answer_alike_in_onnxruntime(name, sample, tmp_path):
 def network(views: vw.Views | None, **settings) -> torch.nn.Module:
     """A random network of five classes, each of which it finds in some pictures."""
     torch.manual_seed(0)
-    found = models.create(ModelSettings(**settings), views, 1, 5, SIZE).eval().requires_grad_(False)
+    found = models.NETWORKS[settings["name"]](**settings).build(views, 1, 5, SIZE).eval().requires_grad_(False)
     for tensor in found.parameters():
         tensor += 0.2 * torch.randn(tensor.shape)
     heads = [
@@ -96,29 +96,30 @@ def whole(found: torch.nn.Module) -> torch.Tensor:
     return null(shown, torch.ones(1, *SIZE, dtype=torch.bool))[:, 0] if found.encoding == "null" else shown
 
 
-VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
+VIT = {"name": "vit", "patch_size": 2, "embed_dim": 8, "depth": 1, "num_heads": 2}
 CONV = {"name": "conv", "widths": (8, 8)}
+SHARED_VIT = {"embed_dim": 8, "front_depth": 1, "depth": 1, "num_heads": 2}
 THREAT = cp.PatchThreat(2)
 
 
-def cascade(null_encoding: bool | None = None) -> Cascade:
+def cascade(encoding: str = "fill") -> Cascade:
     """Of two networks; the first is confident about half of the pictures."""
-    first = network(None, **CONV, null_encoding=null_encoding)
-    found = Cascade([first, network(None, name="conv", widths=(4, 8))], mirror=True).eval()
+    first = network(None, **CONV, encoding=encoding)
+    found = Cascade([first, network(None, name="conv", widths=(4, 8))], flip_tta=True).eval()
     best = first(whole(first)).softmax(1).topk(2, 1).values
-    found.confident = float((best[:, 0] - best[:, 1]).median())
+    found.exit_gap = float((best[:, 0] - best[:, 1]).median())
     return found
 
 
-def specialists() -> Specialists:
+def fallback_ensemble() -> FallbackEnsemble:
     """A cascade for masked pictures, and another network for whole ones."""
-    return Specialists([cascade(), network(None, name="conv", widths=(8, 8))]).eval()
+    return FallbackEnsemble([cascade(), network(None, name="conv", widths=(8, 8))]).eval()
 
 
 def composed(name: str) -> defenses.Defense:
     """Defenses of all encodings and rules."""
     columns, cross = vw.Columns(3, 2), vw.Cross(3, 2)
-    local = network(None, name="small-bagnet", field=10, widths=(4, 4, 8, 8))
+    local = network(None, name="small-bagnet", receptive_field=10, widths=(4, 4, 8, 8))
     return {
         "votes of a ViT": lambda: cp.DerandomizedSmoothing(network(columns, **VIT), columns, threshold=None),
         "cropped columns": lambda: cp.BagCert(network(columns, **CONV), columns),
@@ -129,16 +130,16 @@ def composed(name: str) -> defenses.Defense:
         "local logits": lambda: cp.PatchGuard(local, cp.PatchThreat(1), clip=2.0),
         "detection": lambda: cp.PatchGuardPlusPlus(local, cp.PatchThreat(1), threshold=0.5),
         "double masking": lambda: PatchCleanser(network(None, **CONV), THREAT, masks=3),
-        "shared front": lambda: PatchCURE(network(None, name="shared-vit", dim=8, local=1, depth=1, heads=2), THREAT, masks=3),
+        "shared front": lambda: PatchCURE(network(None, name="shared-vit", **SHARED_VIT), THREAT, masks=3),
         "double masking of a shared ViT": lambda: PatchCleanser(
-            network(None, name="shared-vit", dim=8, local=1, depth=1, heads=2), THREAT, masks=2),
+            network(None, name="shared-vit", **SHARED_VIT), THREAT, masks=2),
         "double masking of a ViT": lambda: PatchCleanser(network(None, **VIT), THREAT, masks=2),
         "double masking of a cascade": lambda: PatchCleanser(cascade(), THREAT, masks=3, sure=0.2),
         "double masking with finer masks": lambda: PatchCleanser(
             network(None, **CONV), THREAT, masks=2, finer=2, confident=0.4),
         "double masking and the whole picture": lambda: PatchCleanser(
-            specialists(), THREAT, masks=2, finer=2, confident=0.4, whole=True),
-        "double masking of a NULL-encoded cascade": lambda: PatchCleanser(cascade(True), THREAT, masks=3, sure=0.2),
+            fallback_ensemble(), THREAT, masks=2, finer=2, confident=0.4, whole=True),
+        "double masking of a NULL-encoded cascade": lambda: PatchCleanser(cascade("null"), THREAT, masks=3, sure=0.2),
         "minority reports": lambda: MinorityReports(network(None, **CONV), THREAT, masks=3, threshold=0.35),
         "undefended": lambda: Undefended(network(None, **CONV)),
     }[name]()  # fmt: skip

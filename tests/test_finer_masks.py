@@ -208,8 +208,8 @@ class LeadsBy(torch.nn.Module):
 
     def __init__(self, large: float, small: float):
         super().__init__()
-        self.large, self.small, self.whole = large, small, torch.nn.Flatten()
-        self.whole.forward = lambda x: self.seen(x)
+        self.large, self.small, self.unmasked = large, small, torch.nn.Flatten()
+        self.unmasked.forward = lambda x: self.seen(x)
 
     def seen(self, x):
         return torch.tensor([[0.0, 9.0], [9.0, 0.0]])[(x > 0.9).flatten(1).any(1).long()]

@@ -414,9 +414,9 @@ TINY = {
 
 
 FINER = TINY["settings"] | {"finer": 2, "confident": 0.4}
-NULL = TINY["model"] | {"null_encoding": True}
+NULL = TINY["model"] | {"encoding": "null"}
 SHARED = {"name": "shared-bagnet", "widths": [8, 8, 8, 8, 8]}
-VIT = {"name": "vit", "patch": 2, "dim": 8, "depth": 1, "heads": 2}
+VIT = {"name": "vit", "patch_size": 2, "embed_dim": 8, "depth": 1, "num_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -453,7 +453,7 @@ def test_recipes_train_any_network(changes, tmp_path):
 
 def test_some_batches_learn_under_finer_masks_in_the_end():
     torch.manual_seed(0)
-    network = models.ConvNet(None, 2, 3, SIZE, (8, 8), null_encoding=True)
+    network = models.ConvNet(None, 2, 3, SIZE, (8, 8), encoding="null")
     larger, small = levels(2)[0], mask_set([THREAT], SIZE, (2, 2), None, [(2, 2)])
     memory = Memory(8, larger)
     memory.turn_to(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))

@@ -10,13 +10,13 @@ from support import write_parquet, write_recipe
 from torch import nn
 
 import certipatch as cp
-from certipatch import cli, models
+from certipatch import cli
 from certipatch import evidence as ev
 from certipatch import views as vw
 from certipatch.defenses import BagCert, ClippedBagNet, PatchGuard, PatchGuardPlusPlus, Undefended
 from certipatch.defenses.patchguard import malicious_windows
 from certipatch.errors import InputError
-from certipatch.models import ModelSettings, SmallBagNet
+from certipatch.models import ConvSettings, SmallBagNet, StripSettings
 from certipatch.saved import open_defense
 from certipatch.testing import check_defense
 from certipatch.threats import PatchThreat, SparseThreat
@@ -55,7 +55,7 @@ def bagnet():
 
 def strip(views):
     torch.manual_seed(1)
-    network = models.create(ModelSettings(name="strip", widths=(8, 16), depth=1), views, 1, 3, SIZE)
+    network = StripSettings(widths=(8, 16), depth=1).build(views, 1, 3, SIZE)
     return confident(network, views)
 
 
@@ -200,7 +200,7 @@ def test_settings_that_do_not_fit():
 
 def test_undefended_certifies_nothing():
     torch.manual_seed(0)
-    network = models.create(ModelSettings(name="conv", widths=(8, 8)), None, 1, 3, SIZE).eval()
+    network = ConvSettings(widths=(8, 8)).build(None, 1, 3, SIZE).eval()
     defense = Undefended(network)
     cert = defense.certify(pictures(), BUILT)
     assert (cert.margin == -math.inf).all()
@@ -227,7 +227,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     write_parquet(folder / "stripes", size=(14, 12))
     bag = {
-        "model": {"name": "small-bagnet", "field": 10, "widths": [4, 6, 8, 8]},
+        "model": {"name": "small-bagnet", "receptive_field": 10, "widths": [4, 6, 8, 8]},
         "views": None,
         "defense": "patchguard",
     }
@@ -318,12 +318,20 @@ def test_settings_of_a_defense_are_part_of_a_run(home, tmp_path, capsys):
         ({"settings": {"threshold": 7}, "objective": {"views_per_step": "all"}}, "threshold"),
         ({"objective": {"views_per_step": "all", "cross_entropy": 0}}, "nothing would be trained"),
         ({"objective": {"views_per_step": 3, "vote_margin": 1}}, "vote_margin needs"),
-        ({"model": {"name": "small-bagnet", "field": 11}, "objective": {"views_per_step": "all"}}, "10 or 12"),
+        (
+            {"model": {"name": "small-bagnet", "receptive_field": 11}, "objective": {"views_per_step": "all"}},
+            "10 or 12",
+        ),
         ({"model": {"name": "small-bagnet", "depth": 2}, "objective": {"views_per_step": "all"}}, "depth"),
     ],
 )
 def test_recipes_that_do_not_fit(home, tmp_path, capsys, changes, message):
-    base = {"model": {"name": "small-bagnet", "field": 10}, "views": None, "defense": "patchguard", "settings": {}}
+    base = {
+        "model": {"name": "small-bagnet", "receptive_field": 10},
+        "views": None,
+        "defense": "patchguard",
+        "settings": {},
+    }
     recipe = write_recipe(tmp_path / "r.yaml", **(base | changes))
     assert main(["train", str(recipe), "--data", str(home / "stripes"), "--out", str(tmp_path / "m")]) == 2
     assert message in capsys.readouterr().err

@@ -423,7 +423,7 @@ def test_models_that_break_the_assumption_are_refused():
 
     with pytest.raises(InputError, match="model refused"):
         RandomizedAblation(Coupled((6, 7), 0).eval(), vw.RandomPixels(3)).predict(pictures())
-    strip = models.create(models.ModelSettings(name="strip", widths=(4, 4)), vw.Columns(2), 1, 3, (6, 7)).eval()
+    strip = models.StripSettings(widths=(4, 4)).build(vw.Columns(2), 1, 3, (6, 7)).eval()
     assert RandomizedAblation(strip, vw.Columns(2)).forward_passes((6, 7)) == 1
     with pytest.raises(InputError, match="cannot be shown to this network"):
         RandomizedAblation(strip, vw.RandomPixels(3)).predict(pictures())

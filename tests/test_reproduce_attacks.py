@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from certipatch import reproduce as tables
 from certipatch.cli import app
 from certipatch.errors import InputError
-from certipatch.models import ModelSettings
+from certipatch.models import MLPSettings
 from certipatch.report import rebuild
 from certipatch.reproduce import attacked, attacked_interval, attacked_smoothing
 from certipatch.reproduce.bench import Bench, Wanted
@@ -51,7 +51,7 @@ def world(tmp_path_factory):
         defense="interval-bounds",
         settings={},
         views=None,
-        model=ModelSettings(name="mlp", widths=(8,)),
+        model=MLPSettings(widths=(8,)),
         image_size=(12, 12),
         channels=1,
         classes=tuple("0123456789"),

@@ -113,7 +113,7 @@ def world(tmp_path_factory):
         "defense": "patchguard",
         "settings": {"evidence": "logits", "patch": 2},
         "views": None,
-        "model": {"name": "small-bagnet", "field": 10, "widths": [4, 4, 8, 8]},
+        "model": {"name": "small-bagnet", "receptive_field": 10, "widths": [4, 4, 8, 8]},
         "objective": {"views_per_step": "all"},
     }
     for name, changes in (

@@ -17,7 +17,7 @@ from certipatch.data import load
 from certipatch.data.known import known_classes
 from certipatch.defenses.settings import ViewSettings
 from certipatch.errors import InputError
-from certipatch.models import ModelSettings
+from certipatch.models import NETWORKS
 from certipatch.plumbing import resources
 from certipatch.reproduce import papers, smoothing, smoothing_figures
 from certipatch.reproduce.bench import Bench, Outcomes
@@ -39,7 +39,7 @@ def untrained(folder, views, network, defense="derandomized-smoothing", size=SIZ
         defense=defense,
         settings=settings,
         views=views,
-        model=ModelSettings(name=network, widths=None if network == "resnet18" else (8, 8)),
+        model=NETWORKS[network](**({} if network == "resnet18" else {"widths": (8, 8)})),
         image_size=size,
         channels=1,
         classes=tuple("0123456789"),

@@ -9,7 +9,7 @@ from certipatch import evidence, models
 from certipatch.defenses import PatchCleanser, PatchCURE
 from certipatch.defenses.patchcure import cell_masks
 from certipatch.errors import InputError
-from certipatch.models import ModelSettings
+from certipatch.models import ConvSettings, SharedBagNetSettings, SharedViTSettings
 from certipatch.rules import DoubleMask
 from certipatch.training.recipe import Recipe
 from certipatch.views import MaskPairs
@@ -18,9 +18,9 @@ from certipatch.views.render import render
 
 SIZE = (16, 24)
 NETWORKS = {
-    "bagnet 6": ModelSettings(name="shared-bagnet", field=6, widths=(4, 6, 4, 6, 8)),
-    "bagnet 10": ModelSettings(name="shared-bagnet", field=10, widths=(4, 6, 4, 6, 8)),
-    "vit": ModelSettings(name="shared-vit", patch=2, window=2, dim=8, local=1, depth=1, heads=2),
+    "bagnet 6": SharedBagNetSettings(receptive_field=6, widths=(4, 6, 4, 6, 8)),
+    "bagnet 10": SharedBagNetSettings(receptive_field=10, widths=(4, 6, 4, 6, 8)),
+    "vit": SharedViTSettings(patch_size=2, window_size=2, embed_dim=8, front_depth=1, depth=1, num_heads=2),
 }
 THREATS = [cp.PatchThreat(3), cp.PatchThreat((2, 5)), cp.PatchThreat(4, shape="line"), cp.PatchThreat(2, count=2)]
 
@@ -28,7 +28,7 @@ THREATS = [cp.PatchThreat(3), cp.PatchThreat((2, 5)), cp.PatchThreat(4, shape="l
 def network(name: str) -> models.SharedFront:
     """In eval mode, float64, random in every parameter and statistic; classes are balanced over random pictures."""
     torch.manual_seed(0)
-    found = models.create(NETWORKS[name], None, 2, 3, SIZE).double().eval().requires_grad_(False)
+    found = NETWORKS[name].build(None, 2, 3, SIZE).double().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for key, tensor in [*found.named_parameters(), *found.named_buffers()]:
         if tensor.is_floating_point() and not key.startswith("_"):
@@ -179,7 +179,7 @@ def test_recipes_train_both_kinds(tmp_path):
     data = write_parquet(tmp_path / "data")
     for settings in (
         {"name": "shared-bagnet", "widths": [8, 8, 8, 16, 16]},
-        {"name": "shared-vit", "dim": 8, "heads": 2},
+        {"name": "shared-vit", "embed_dim": 8, "num_heads": 2},
     ):
         changes = {"views": None, "model": settings, "defense": "patchcure", "settings": {"patch": 2, "masks": 2},
                    "objective": {}, "epochs": 1, "learning_rate": 0.01}  # fmt: skip
@@ -196,15 +196,15 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="shared-bagnet or shared-vit"):
         PatchCURE(models.ConvNet(None, 1, 2, SIZE, (4,)).eval(), THREATS[0])
     with pytest.raises(InputError, match="6, 10, 9, 17 or 33 pixels, not 7"):
-        models.SharedBagNet(1, 2, SIZE, field=7)
+        models.SharedBagNet(1, 2, SIZE, receptive_field=7)
     with pytest.raises(InputError, match="do not fill"):
         models.SharedViT(1, 2, (16, 22))
     with pytest.raises(InputError, match="5 widths, not 2"):
         models.SharedBagNet(1, 2, SIZE, widths=(4, 4))
     with pytest.raises(ValueError, match="needs a network with a shared front"):
-        Recipe(name="n", data="d", epochs=1, defense="patchcure", model=ModelSettings(name="conv"))
+        Recipe(name="n", data="d", epochs=1, defense="patchcure", model=ConvSettings())
     with pytest.raises(InputError, match="cannot share"):
-        models.SharedViT(1, 2, SIZE, dim=10)
+        models.SharedViT(1, 2, SIZE, embed_dim=10)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -6,12 +6,12 @@ from torch import nn
 
 import certipatch as cp
 from certipatch import evidence as ev
-from certipatch import model_check, models
+from certipatch import model_check
 from certipatch import views as vw
 from certipatch.certificate import Certificate
 from certipatch.defenses import DerandomizedSmoothing, base
 from certipatch.errors import InputError
-from certipatch.models import ModelSettings
+from certipatch.models import NETWORKS
 from certipatch.testing import check_defense
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.views.incidence import sees
@@ -31,8 +31,8 @@ def defense(name="strip", views=None, threshold=0.4, seed=1, **settings):
     """A random network of three classes whose answers are confident, yet differ from picture to picture."""
     torch.manual_seed(seed)
     views = views or vw.Columns(2)
-    chosen = ModelSettings(name=name, widths=(8, 16), depth=1)
-    network = models.create(chosen, views, 1, 3, SIZE).eval().requires_grad_(False)
+    chosen = NETWORKS[name](widths=(8, 16), depth=1)
+    network = chosen.build(views, 1, 3, SIZE).eval().requires_grad_(False)
     answers = ev.logits(network, views, pictures())
     mean, spread = answers.mean((0, 1)), answers.std((0, 1))
     network.head.weight.copy_(network.head.weight * (3 / spread)[:, None])

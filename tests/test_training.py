@@ -16,7 +16,7 @@ from torch import nn
 
 from certipatch import saved
 from certipatch.errors import InputError
-from certipatch.models import EfficientNetLite, create
+from certipatch.models import EfficientNetLite
 from certipatch.models.adapters import Adapted, Preprocessing
 from certipatch.plumbing import resources
 from certipatch.rules import RobustMask, Vote, Windows
@@ -234,7 +234,7 @@ def test_every_recipe_describes_a_network(name):
     assert name == f"{recipe.name}.yaml"
     channels, side = SIZES.get(recipe.data, (3, recipe.resize[0] if recipe.resize else 64))
     with torch.device("meta"):
-        network = create(recipe.model, recipe.created_views(), channels, 10, (side, side))
+        network = recipe.model.build(recipe.created_views(), channels, 10, (side, side))
     assert sum(p.numel() for p in network.parameters()) > 0
 
 
@@ -269,7 +269,7 @@ def test_a_cross_that_starts_from_its_columns_and_rows_and_takes_evenly_spaced_v
 
 
 WHOLE = {"views": None, "defense": "patchcleanser", "settings": {"patch": 2, "masks": 3}, "objective": {}}
-MEMBERS = [{"name": "conv", "widths": [4, 6], "mirror": True}, {"name": "resnet18", "widths": [4, 6], "depth": 1}]
+MEMBERS = [{"name": "conv", "widths": [4, 6], "flip_tta": True}, {"name": "resnet18", "widths": [4, 6], "depth": 1}]
 
 
 def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
@@ -291,10 +291,10 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
         defense, _ = load_defense(tmp_path / stored)
         assert (defense.model.model(images) - expected).abs().max() < off * expected.abs().max()
         assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)
-    first = both | {"name": "cascade", "confident": 0.3}
+    first = both | {"name": "cascade", "exit_gap": 0.3}
     train(read(recipe, [f"model={json.dumps(first)}"]), tmp_path / "cascade")
     defense, card = load_defense(tmp_path / "cascade", changes={"sure": 0.2})
-    assert (card.model.confident, defense.sure) == (0.3, 0.2)
+    assert (card.model.exit_gap, defense.sure) == (0.3, 0.2)
     networks = defense.model.model.parts
     assert torch.allclose(networks[0](images), load_defense(tmp_path / "0")[0].model.model(images), atol=1e-6)
     assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)
@@ -302,7 +302,8 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
         (["model.members=[{name: conv, widths: [5, 7], stride: 2}]"], "at least 2 items"),
         ([f"start=['{starts[0]}', '{starts[1]}', '{starts[1]}']"], "has 2 parts, but 3 models are given"),
         ([f"start=['{starts[1]}', '{starts[0]}']"], "holds another network"),
-        (["model.widths=[4]"], "no sizes of its own"),
+        (["model.widths=[4]"], "the ensemble network has no 'widths'; it has name, members"),
+        (["model.confident=0.5", "model.name=cascade"], "confident has a new name: use exit_gap"),
         (["model.members=[{name: conv}, {name: vit}]"], "the ensemble cannot have vit as a member"),
         (["start=null"], "epochs: 0 trains nothing"),
     ):
@@ -368,7 +369,7 @@ LOCAL = {
     "defense": "patchguard",
     "views": None,
     "settings": {"evidence": "logits", "patch": 4},
-    "model": {"name": "bagnet", "field": 9, "widths": [4, 4, 4, 4], "depths": [1, 1, 1, 1]},
+    "model": {"name": "bagnet", "receptive_field": 9, "widths": [4, 4, 4, 4], "depths": [1, 1, 1, 1]},
     "objective": {
         "views_per_step": "all",
         "cross_entropy": 0.0,

@@ -6,10 +6,10 @@ from support import write_parquet, write_recipe
 from torch.nn import functional as F
 
 import certipatch as cp
-from certipatch import evidence, model_check, models
+from certipatch import model_check
 from certipatch import views as vw
 from certipatch.errors import InputError
-from certipatch.models import ModelSettings, ViT, vit
+from certipatch.models import ViT, ViTSettings, vit
 from certipatch.models.vit import cut, from_timm, sizes_of, visible_tokens
 from certipatch.views.render import null, render
 
@@ -32,10 +32,11 @@ VIEWS = [vw.Columns(4, 4), vw.Columns(3), vw.Columns(4, 3, wrap=False), vw.Rows(
          vw.Columns(2, count=2), masks()]  # fmt: skip
 
 
-def network(patch: int = 4, channels: int = 2, **sizes: int) -> ViT:
+def network(patch_size: int = 4, channels: int = 2, **sizes: int) -> ViT:
     """A small ViT in float64 whose every parameter matters."""
     generator = torch.Generator().manual_seed(1)
-    found = ViT(None, channels, 3, SIZE, patch=patch, **({"dim": 8, "depth": 2, "heads": 2} | sizes)).double().eval()
+    sizes = {"embed_dim": 8, "depth": 2, "num_heads": 2} | sizes
+    found = ViT(None, channels, 3, SIZE, patch_size=patch_size, **sizes).double().eval()
     for tensor in found.parameters():
         tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
     return found
@@ -51,7 +52,7 @@ def test_skipping_tokens_equals_masked_attention_over_all_of_them(views, patch):
     model, images = network(patch), pictures()
     rendered = render("null", images, views, torch.arange(views.number(SIZE))).flatten(0, 1)
     skipped = model(rendered)
-    model.skips = False
+    model.skip_hidden = False
     dense = model(rendered)
     torch.testing.assert_close(skipped, dense, rtol=1e-11, atol=1e-11)
     assert dense.unflatten(0, (2, -1)).std(1).min() > 1e-3  # views differ
@@ -143,7 +144,7 @@ def timm_forward(w: dict[str, torch.Tensor], images: torch.Tensor, patch: int, d
 def test_timm_weights_give_a_plain_vit():
     weights = timm_weights(8, 2, 4, 6, 5)
     ours = from_timm(weights)
-    model = ViT(None, 3, 5, SIZE, heads=2, **sizes_of(ours)).double().eval()
+    model = ViT(None, 3, 5, SIZE, num_heads=2, **sizes_of(ours)).double().eval()
     model.load_state_dict(ours)
     images = pictures(3, channels=3)
     torch.testing.assert_close(model(images), timm_forward(weights, images, 4, 2, 2), rtol=1e-9, atol=1e-9)
@@ -169,7 +170,7 @@ def test_timm_itself():
     timm = pytest.importorskip("timm", reason="needs timm, which needs torchvision")
     theirs = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=7).eval()
     ours = from_timm(theirs.state_dict())
-    model = ViT(None, 3, 7, (224, 224), heads=3, **sizes_of(ours)).eval()
+    model = ViT(None, 3, 7, (224, 224), num_heads=3, **sizes_of(ours)).eval()
     model.load_state_dict(ours)
     images = torch.rand(1, 3, 224, 224)
     torch.testing.assert_close(model(images), theirs((images - 0.5) / 0.5), rtol=1e-4, atol=1e-4)
@@ -182,7 +183,7 @@ def test_recipes_train_it_and_the_defense_loads_and_certifies(tmp_path):
     data = write_parquet(tmp_path / "data")
     changes = {
         "views": {"name": "columns", "width": 4, "stride": 2},
-        "model": {"name": "vit", "patch": 2, "dim": 16, "depth": 2, "heads": 2},
+        "model": {"name": "vit", "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2},
         "objective": {"views_per_step": 3},
         "epochs": 15,
         "learning_rate": 0.01,
@@ -200,14 +201,16 @@ def test_recipes_train_it_and_the_defense_loads_and_certifies(tmp_path):
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(InputError, match="do not fill 8x12"):
-        ViT(None, 1, 2, SIZE, patch=5)
+        ViT(None, 1, 2, SIZE, patch_size=5)
     with pytest.raises(InputError, match="too many for 4096x4096"):
-        ViT(None, 1, 2, (4096, 4096), patch=1)
+        ViT(None, 1, 2, (4096, 4096), patch_size=1)
     with pytest.raises(InputError, match="cannot share"):
-        ViT(None, 1, 2, SIZE, dim=10, heads=4)
+        ViT(None, 1, 2, SIZE, embed_dim=10, num_heads=4)
     with pytest.raises(InputError, match="not \\(3, 8, 12\\)"):
         network()(torch.rand(1, 3, *SIZE, dtype=torch.float64))
     with pytest.raises(ValueError, match="validation error"):
-        ModelSettings(name="vit", dim=4096)
-    with pytest.raises(InputError, match="widths"):
-        models.create(ModelSettings(name="vit", widths=(4,)), None, 1, 2, SIZE)
+        ViTSettings(embed_dim=4096)
+    with pytest.raises(
+        ValueError, match="the vit network has no 'widths'; it has name, patch_size, embed_dim, depth, num_heads"
+    ):
+        ViTSettings(**{"widths": (4,)})

@@ -1,4 +1,4 @@
-"""Double masking where the whole picture's answer takes the majority's place: reference, attacks, specialists, refusals."""
+"""Double masking where the whole picture's answer takes the majority's place: reference, attacks, refusals."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from certipatch import evidence as ev
 from certipatch import rules
 from certipatch.attacks import losses
 from certipatch.errors import InputError
-from certipatch.models import Filled, ModelSettings, Specialists, create
+from certipatch.models import CascadeSettings, ConvSettings, FallbackEnsemble, FallbackEnsembleSettings, NullToFill
 from certipatch.models.adapters.adapted import Adapted, Preprocessing
 from certipatch.saved import Card
 from certipatch.testing import check_defense
@@ -21,7 +21,7 @@ from certipatch.views import MaskPairs, mask_set
 from certipatch.views import create as create_views
 
 CONV = {"name": "conv", "widths": (8, 8)}
-NULL = CONV | {"null_encoding": True}
+NULL = CONV | {"encoding": "null"}
 
 
 class Brightest(nn.Module):
@@ -37,9 +37,9 @@ class Brightest(nn.Module):
         return 40 * (F.adaptive_avg_pool2d(x.mean(1, keepdim=True), (3, 1)).flatten(1) + self.weight)
 
 
-def specialists() -> Specialists:
+def fallback_ensemble() -> FallbackEnsemble:
     """Two networks that see things differently."""
-    return Specialists([Brightest(), Brightest(2)]).eval()
+    return FallbackEnsemble([Brightest(), Brightest(2)]).eval()
 
 
 def several() -> torch.Tensor:
@@ -57,13 +57,13 @@ def several() -> torch.Tensor:
 
 @pytest.mark.parametrize("maps", [True, False])
 @pytest.mark.parametrize("sure", [0.0, 0.3])
-@pytest.mark.parametrize("network", [Brightest().eval(), specialists()], ids=["one", "two"])
+@pytest.mark.parametrize("network", [Brightest().eval(), fallback_ensemble()], ids=["one", "two"])
 def test_the_full_table_says_the_same(network, sure, maps):
     x = several()
     defense = cp.PatchCleanser(network, THREAT, masks=3, sure=sure, maps=maps, whole=True)
     evidence = defense.evidence(x)
     found = defense.certificate(evidence, THREAT)
-    whole = ev.scores(getattr(network, "whole", network)(x))
+    whole = ev.scores(getattr(network, "unmasked", network)(x))
     table = torch.cat([full_table(defense, x), whole[:, None]], 1)
     relation = defense.relation(THREAT, SIZE)
     assert relation.rows[:, -1].all()  # the attacker has the whole picture wherever the patch lies
@@ -80,7 +80,7 @@ def test_the_full_table_says_the_same(network, sure, maps):
 
 
 def test_finer_masks_know_nothing_of_it():
-    x, network = several(), specialists()
+    x, network = several(), fallback_ensemble()
     given = {"masks": 2, "finer": 2, "confident": 0.3}
     defense = cp.PatchCleanser(network, THREAT, **given, whole=True)
     found, paper = defense.certify(x, THREAT), cp.PatchCleanser(network, THREAT, **given).certify(x, THREAT)
@@ -89,12 +89,12 @@ def test_finer_masks_know_nothing_of_it():
     assert torch.equal(defense.predict(x), found.label)
     no_mask_wins = (found.margin <= 0).all(1)
     assert no_mask_wins.any()
-    assert torch.equal(found.label[no_mask_wins], network.whole(x).argmax(1)[no_mask_wins])
+    assert torch.equal(found.label[no_mask_wins], network.unmasked(x).argmax(1)[no_mask_wins])
 
 
 @pytest.mark.parametrize("finer", [None, 2])
 def test_certificates_hold_against_pasted_patches(finer):
-    defense = cp.PatchCleanser(specialists(), THREAT, masks=3, finer=finer, confident=0.3, whole=True)
+    defense = cp.PatchCleanser(fallback_ensemble(), THREAT, masks=3, finer=finer, confident=0.3, whole=True)
     tried = check_defense(defense, several(), THREAT, slack=1e-5, trials=8)
     assert tried.certified > 50
     assert tried.changed > 10
@@ -117,7 +117,7 @@ def test_certificates_do_not_depend_on_the_whole_picture():
     """Whatever an attacker makes of it: certified labels stay, and others follow it."""
     x, network, answers = several(), Brightest().eval(), []
     for label in range(3):
-        network.whole = Says(label)
+        network.unmasked = Says(label)
         answers.append(cp.PatchCleanser(network, THREAT, masks=6, whole=True).certify(x, THREAT))
     certified, labels = answers[0].margin > 0, torch.stack([one.label for one in answers])
     assert all(torch.equal(one.margin > 0, certified) for one in answers)
@@ -130,34 +130,34 @@ def test_certificates_do_not_depend_on_the_whole_picture():
 def test_a_model_may_bring_its_own():
     """As an attribute, also behind a preprocessing; without ``whole`` nobody looks at it."""
     x, network = torch.cat([several(), several()[:, :1]], 1), Brightest().eval()
-    network.whole = Says(2)
+    network.unmasked = Says(2)
     found = cp.PatchCleanser(network, THREAT, masks=3, whole=True).certify(x, THREAT)
     asked = Adapted(network, Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3), "mine").eval()
     assert torch.equal(
         cp.PatchCleanser(asked, THREAT, masks=3, fill=0.0, whole=True).certify(x, THREAT).label, found.label
     )
     assert (found.label[(found.margin <= 0).all(1)] == 2).all()
-    network.whole = Says(2, classes=5)
+    network.unmasked = Says(2, classes=5)
     cp.PatchCleanser(network, THREAT, masks=3).certify(x, THREAT)
     with pytest.raises(InputError, match="whole pictures with 5 classes, masked ones with 3"):
         cp.PatchCleanser(network, THREAT, masks=3, whole=True).predict(x)
-    network.whole = nn.Sequential(nn.BatchNorm2d(3), Brightest()).train()
+    network.unmasked = nn.Sequential(nn.BatchNorm2d(3), Brightest()).train()
     with pytest.raises(InputError, match="train"):
         cp.PatchCleanser(network, THREAT, masks=3, whole=True).predict(x)
-    network.whole = Says(2).double()
+    network.unmasked = Says(2).double()
     assert torch.equal(cp.PatchCleanser(network, THREAT, masks=3, whole=True).predict(x), found.label)
 
 
 def test_attacks_go_through_the_whole_picture():
     x = pictures(4).requires_grad_()
-    network = specialists()
+    network = fallback_ensemble()
     defense = cp.PatchCleanser(network, THREAT, masks=3, whole=True)
     leads = losses.leads(defense, x, torch.Generator().manual_seed(0))
     assert leads.shape == (4, 3)
     paper = losses.leads(cp.PatchCleanser(network, THREAT, masks=3), x, torch.Generator().manual_seed(0))
     assert not torch.allclose(leads, paper)
     plain = losses.bare_leads(defense, x, torch.Generator())
-    torch.testing.assert_close(plain, losses.lead_of(network.whole(x)))
+    torch.testing.assert_close(plain, losses.lead_of(network.unmasked(x)))
     evidence = torch.tensor([[[0.9, 0.1]] * 3 + [[0.2, 0.8]], [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.2, 0.8]]])
     found = losses.rule_leads(rules.DoubleMask(whole=True), evidence)
     assert torch.equal(found.argmax(1), rules.DoubleMask(whole=True).predict(evidence))
@@ -172,14 +172,13 @@ def test_views():
     assert torch.equal(again.visible(SIZE), views.visible(SIZE))
 
 
-def test_specialists_start_from_networks_that_were_trained_one_by_one(tmp_path):
+def test_a_fallback_ensemble_starts_from_networks_that_were_trained_one_by_one(tmp_path):
     from certipatch.saved import card as cards
     from certipatch.saved.weights import save_weights
 
-    masked = {"name": "cascade", "members": (NULL, CONV), "mirror": True}
-    settings = ModelSettings(name="specialists", members=(masked, CONV))
-    made = create(settings, None, 3, 4, SIZE).eval()
-    single = [create(ModelSettings(**one), None, 3, 4, SIZE).eval() for one in (NULL, CONV, CONV)]
+    masked = {"name": "cascade", "members": (NULL, CONV), "flip_tta": True}
+    made = FallbackEnsembleSettings(members=(masked, CONV)).build(None, 3, 4, SIZE).eval()
+    single = [ConvSettings(**one).build(None, 3, 4, SIZE).eval() for one in (NULL, CONV, CONV)]
     for i, (network, of) in enumerate(zip(single, (NULL, CONV, CONV), strict=True)):
         (folder := tmp_path / str(i)).mkdir()
         sha = save_weights(folder, network, "float32")
@@ -188,11 +187,11 @@ def test_specialists_start_from_networks_that_were_trained_one_by_one(tmp_path):
     start_from(tuple(str(tmp_path / str(i)) for i in range(3)), made, tuple("abcd"))
     x = torch.rand(5, 3, *SIZE, generator=torch.Generator().manual_seed(0))
     encoded = torch.cat([x, 1 - x], 1)
-    assert isinstance(made.parts[1], Filled)
+    assert isinstance(made.parts[1], NullToFill)
     with torch.inference_mode():
         turned = torch.cat([x.flip(3), 1 - x.flip(3)], 1)
         said = [single[0](encoded), single[0](turned), *(net(way) for net in single[1:] for way in (x, x.flip(3)))]
-        torch.testing.assert_close(made.whole(encoded), torch.stack(said).mean(0))
+        torch.testing.assert_close(made.unmasked(encoded), torch.stack(said).mean(0))
         cascade = made.parts[0]
         torch.testing.assert_close(cascade.parts[0](encoded), single[0](encoded))
         torch.testing.assert_close(cascade.parts[1](encoded), single[1](x))
@@ -207,11 +206,11 @@ def test_refusals_and_settings():
         cp.PatchCleanser(network, THREAT, whole=1)
     assert cp.PatchCleanser(network, THREAT, whole=True).settings()["whole"] is True
     with pytest.raises(InputError, match="at least two networks"):
-        Specialists([network])
-    with pytest.raises(ValueError, match="the cascade cannot have specialists as a member"):
-        ModelSettings(name="cascade", members=(CONV, {"name": "specialists", "members": (CONV, CONV)}))
-    two = {"name": "specialists", "members": (CONV, CONV)}
+        FallbackEnsemble([network])
+    with pytest.raises(ValueError, match="the cascade cannot have fallback-ensemble as a member"):
+        CascadeSettings(members=(CONV, {"name": "fallback-ensemble", "members": (CONV, CONV)}))
+    two = {"name": "fallback-ensemble", "members": (CONV, CONV)}
     told = {"name": "mine", "data": "cifar10", "model": two, "defense": "patchcleanser"}
-    with pytest.raises(ValueError, match="specialists are trained one by one"):
+    with pytest.raises(ValueError, match="members of a fallback-ensemble are trained one by one"):
         Recipe(**told, settings={"whole": True}, epochs=3)
     assert "whole" not in cp.PatchCleanser(network, THREAT).settings()

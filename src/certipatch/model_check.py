@@ -16,7 +16,7 @@ from certipatch.evidence import Tolerance, logits, precision_of
 from certipatch.inference import call_network, rows_per_pass
 from certipatch.models.ensemble import Ensemble
 from certipatch.views import Views
-from certipatch.views.render import Fill, render_each
+from certipatch.views.render import render_each
 
 # By parameter type: the largest change of a logit, relative to 1 + the largest, that counts as rounding; the least
 # tolerance of a score.
@@ -175,9 +175,13 @@ class _Check:
             raise InputError(f"model refused: it knows {alone.shape[-1]} class; a certificate needs at least two")
         if not bool(torch.isfinite(alone).all()):
             raise InputError("model refused: its answers are not finite")
-        self.compare(torch.cat([self.answer(row[None]) for row in rows]), alone, "the same view twice gives two answers")
+        self.compare(
+            torch.cat([self.answer(row[None]) for row in rows]), alone, "the same view twice gives two answers"
+        )
         self.compare(self.served(pictures, index), alone, COUPLED)
-        extreme = torch.cat([torch.zeros_like(pictures[:1]), torch.ones_like(pictures[:1]), self.random_like(pictures[:1])])
+        extreme = torch.cat(
+            [torch.zeros_like(pictures[:1]), torch.ones_like(pictures[:1]), self.random_like(pictures[:1])]
+        )
         beside = self.render(extreme, index)
         for number in sorted({2, 5, 9, rows_per_pass(self.network, rows[:1], self.batch_size)}):
             some = beside.repeat(-(-number // len(beside)), *[1] * (beside.ndim - 1))[: number - 1]
@@ -230,7 +234,8 @@ class _Check:
         plain = self.answer(pictures[-1:].repeat(4, 1, 1, 1))
         for tile in hidden_tiles(shown):
             blind = ~(shown & tile).flatten(1).any(1)
-            changed = torch.cat([torch.where(tile.to(pictures.device), fill, pictures[-1:]) for fill in self.fills(pictures[-1:])])
+            fills = self.fills(pictures[-1:])
+            changed = torch.cat([torch.where(tile.to(pictures.device), fill, pictures[-1:]) for fill in fills])
             view = int(blind.nonzero()[0])
             leak = f"view {view} leaks: its answer depends on hidden pixels"
             blind = blind.to(pictures.device)
@@ -246,7 +251,9 @@ class _Check:
             for fill in self.fills(each):
                 row = render_each(self.encoding, torch.where(shown, each, fill), self.views, view, self.fill)
                 if not same_bits(row, plain):
-                    raise InputError(f"model refused: view {int(view[0])} leaks: its rendering depends on hidden pixels")
+                    raise InputError(
+                        f"model refused: view {int(view[0])} leaks: its rendering depends on hidden pixels"
+                    )
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -41,7 +41,9 @@ class BehindMasks(nn.Module):
         self.fill: Fill = checked_fill(getattr(model, "fill", 0.5) if fill is None else fill)
         self.lipschitz: float = getattr(model, "lipschitz", 1.0)
         self.training = False  # it is the model's own that matters
-        self._quick: tuple[nn.Module | None] = (None,)  # in a tuple, so that its weights are not counted as this module's
+        self._quick: tuple[nn.Module | None] = (
+            None,
+        )  # in a tuple, so that its weights are not counted as this module's
         self.backend = "torch"
         self.quick_of = b""
         """Digest of the weights that the faster way has."""

@@ -130,7 +130,9 @@ class BagNet(_Local):
             nn.ReLU(inplace=True),
         ]
         inputs = widths[0]
-        for planes, depth, large, stride in zip(widths, depths, self.KERNELS[receptive_field], (2, 2, 2, 1), strict=True):
+        for planes, depth, large, stride in zip(
+            widths, depths, self.KERNELS[receptive_field], (2, 2, 2, 1), strict=True
+        ):
             for number in range(depth):
                 first = number == 0
                 layers.append(Bottleneck(inputs, planes, 3 if first and large else 1, stride if first else 1))

@@ -149,9 +149,7 @@ class CrossConvNet(nn.Module):
 
     def __init__(self, views: Cross, in_channels: int, num_classes: int, image_size: tuple[int, int], **sizes: Any):
         super().__init__()
-        self.parts = nn.ModuleList(
-            ConvNet(part, in_channels, num_classes, image_size, **sizes) for part in views.parts
-        )
+        self.parts = nn.ModuleList(ConvNet(part, in_channels, num_classes, image_size, **sizes) for part in views.parts)
         self.num_classes = num_classes
 
     def forward(self, views: Float[Tensor, "N C2 h w"]) -> Float[Tensor, "N K"]:

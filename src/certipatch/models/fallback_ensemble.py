@@ -65,7 +65,9 @@ class FallbackEnsemble(Ensemble):
     def __init__(self, parts: Sequence[nn.Module]):
         super().__init__(parts)
         if len(parts) < 2:
-            raise InputError("a fallback ensemble has at least two networks: one for masked pictures, and one more for unmasked ones")
+            raise InputError(
+                "a fallback ensemble has at least two networks: one for masked pictures, and one more for unmasked ones"
+            )
         self.lipschitz: float = getattr(self.parts[0], "lipschitz", 1.0)
 
     @property

@@ -80,7 +80,11 @@ def refuse_names(refusal: str = "there is no network {name}; use {known}") -> Wr
         context = error.get("ctx", {})
         if error["type"] == "union_tag_invalid":
             name = context["tag"]
-            words = {"name": " ".join(name.split())[:80], "known": context["expected_tags"].replace("'", ""), "new": RENAMED.get(name, "")}
+            words = {
+                "name": " ".join(name.split())[:80],
+                "known": context["expected_tags"].replace("'", ""),
+                "new": RENAMED.get(name, ""),
+            }
             text = "{name} has a new name: use {new}" if name in RENAMED else refusal
             return {"type": PydanticCustomError("unknown_network", text, words), "loc": ("name",), "input": name}
         kind, text, place = error["type"], error["msg"], error["loc"][1:]  # the first is the name of the network

@@ -140,7 +140,9 @@ class SharedBagNet(SharedFront):
             widths = widths or (64, 128, 256, 512, 128, 128, 256)
             front = BagNet(2 * in_channels, _checked(widths, 7)[4], receptive_field, widths[:4], depths).local
         else:
-            raise InputError(f"the receptive field of a shared front is 6, 10, 9, 17 or 33 pixels, not {receptive_field}")
+            raise InputError(
+                f"the receptive field of a shared front is 6, 10, 9, 17 or 33 pixels, not {receptive_field}"
+            )
         super().__init__(in_channels, image_size, receptive_fields(front.eval(), image_size))
         self.local = front.train()
         (features, first, second), layers = widths[-3:], []

@@ -92,8 +92,8 @@ class ViT(nn.Module):
 
     ``forward`` maps NULL-encoded views ``[x, 1 − x]`` (N, 2C, H, W), or whole pictures (N, C, H, W), to logits (N, K).
     Which pixels are visible is read off the views: there the two halves add up to 1, elsewhere to 0. Views of equally many
-    tokens share passes of ``ROWS``. With ``skip_hidden`` False hidden tokens are computed and masked in every attention, to the same
-    answers.
+    tokens share passes of ``ROWS``. With ``skip_hidden`` False hidden tokens are computed and masked in every
+    attention, to the same answers.
     """
 
     encoding = "null"
@@ -120,7 +120,9 @@ class ViT(nn.Module):
         self.in_channels, self.patch_size, self.image_size = in_channels, patch_size, image_size
         self.skip_hidden = True
         self.embed = nn.Linear(2 * in_channels * patch_size**2, embed_dim)
-        self.first = nn.Parameter(torch.zeros(1, 1, embed_dim))  # the token that gathers the answer, its position included
+        self.first = nn.Parameter(
+            torch.zeros(1, 1, embed_dim)
+        )  # the token that gathers the answer, its position included
         tokens = (image_size[0] // patch_size) * (image_size[1] // patch_size)
         self.position = nn.Parameter(torch.zeros(tokens, embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))

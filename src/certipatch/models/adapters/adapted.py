@@ -98,7 +98,7 @@ class Adapted(nn.Module):
 
     @property
     def unmasked(self) -> "Adapted | None":
-        """Its network for unmasked pictures, where it has one of its own (see ``PatchCleanser``), behind the same preprocessing."""
+        """Its network for unmasked pictures, if it has one (see ``PatchCleanser``), behind the same preprocessing."""
         network = getattr(self.network, "unmasked", None)
         if not isinstance(network, nn.Module):
             return None
