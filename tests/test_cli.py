@@ -305,6 +305,10 @@ def test_settings_that_are_not_known_are_told_with_those_that_are(certipatch, tm
     assert "threshold: Input should be" in refused(certipatch(*command, "--set", "threshold=high"))
     line = refused(certipatch("train", "r.yaml", "--set", "epoch=3", "--out", tmp_path / "model"))
     assert "epoch: there is no such setting; there are defense, settings" in line
+    line = refused(certipatch("train", "r.yaml", "--set", "model.dpth=2", "--out", tmp_path / "model"))
+    assert line.endswith("model: the strip network has no 'dpth'; it has name, widths, depth")
+    line = refused(certipatch("train", "r.yaml", "--set", "model.name=specialists", "--out", tmp_path / "model"))
+    assert "model.name: specialists has a new name: use fallback-ensemble" in line
 
 
 def test_pictures_of_the_training_are_told(certipatch, tmp_path):

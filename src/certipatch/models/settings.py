@@ -57,13 +57,11 @@ class NetworkSettings(BaseModel):
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
         known = cls.model_fields
-        for key in values if isinstance(values, dict) else ():
-            if key in known:
-                continue
-            if RENAMED.get(key) in known:
-                raise PydanticCustomError(
-                    "unknown_setting", "{old} has a new name: use {new}", {"old": key, "new": RENAMED[key]}
-                )
+        unknown = [key for key in values if key not in known] if isinstance(values, dict) else []
+        for old in (key for key in unknown if RENAMED.get(key) in known):
+            words = {"old": old, "new": RENAMED[old]}
+            raise PydanticCustomError("unknown_setting", "{old} has a new name: use {new}", words)
+        for key in unknown:
             words = {"name": known["name"].default, "key": repr(key)[:80], "known": ", ".join(known)}
             raise PydanticCustomError("unknown_setting", "the {name} network has no {key}; it has {known}", words)
         return values
