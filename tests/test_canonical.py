@@ -102,7 +102,7 @@ class Fallback(Sure):
     """Asks a network of its own about unmasked pictures."""
 
     @property
-    def whole(self):
+    def unmasked(self):
         return Coupled().eval()
 
 

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, LiteralString, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_serializer, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
@@ -71,7 +71,7 @@ class NetworkSettings(BaseModel):
         return {key: value for key, value in serialize(self).items() if value is not None}
 
 
-def refuse_names(refusal: str = "there is no network {name}; use {known}") -> WrapValidator:
+def refuse_names(refusal: LiteralString = "there is no network {name}; use {known}") -> WrapValidator:
     """Errors of a union by ``name``: unknown names are refused in these words, others are placed as the file has them."""
 
     def placed(error: ErrorDetails) -> InitErrorDetails:
@@ -88,7 +88,7 @@ def refuse_names(refusal: str = "there is no network {name}; use {known}") -> Wr
         kind, text, place = error["type"], error["msg"], error["loc"][1:]  # the first is the name of the network
         if kind == "union_tag_not_found":
             kind, text, place = "missing", "Field required", ("name",)
-        return {"type": PydanticCustomError(kind, "{text}", {"text": text}), "loc": place, "input": error["input"]}
+        return {"type": PydanticCustomError(cast(LiteralString, kind), "{text}", {"text": text}), "loc": place, "input": error["input"]}
 
     def validate(value: Any, choose: Callable[[Any], NetworkSettings]) -> NetworkSettings:
         try:
