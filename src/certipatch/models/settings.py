@@ -88,7 +88,8 @@ def refuse_names(refusal: LiteralString = "there is no network {name}; use {know
         kind, text, place = error["type"], error["msg"], error["loc"][1:]  # the first is the name of the network
         if kind == "union_tag_not_found":
             kind, text, place = "missing", "Field required", ("name",)
-        return {"type": PydanticCustomError(cast(LiteralString, kind), "{text}", {"text": text}), "loc": place, "input": error["input"]}
+        same = PydanticCustomError(cast(LiteralString, kind), "{text}", {"text": text})
+        return {"type": same, "loc": place, "input": error["input"]}
 
     def validate(value: Any, choose: Callable[[Any], NetworkSettings]) -> NetworkSettings:
         try:
