@@ -12,7 +12,7 @@ import certipatch
 ROOT = Path(certipatch.__file__).parent
 FREE = {"errors", "plumbing"}  # helpers: they import none of the rooms
 ORDER = ["threats", "views", "inference", "models", "evidence", "model_check", "certificate", "rules", "bounds", "defenses",
-         "saved", "export", "attacks", "data", "training", "runs", "evaluation", "audit", "report", "reproduce", "testing",
+         "saved", "export", "attacks", "data", "training", "runs", "audit", "report", "comparison", "reproduce", "testing",
          "cli", "__main__"]  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -21,19 +21,14 @@ from scipy.stats import binomtest, bootstrap, multinomial
 from support import png, stripes, write_parquet
 
 from certipatch import cli
-from certipatch.evaluation.paired import Z, mcnemar, paired, tango
-from certipatch.report import compare_figures
-from certipatch.report.compare import compare, of_runs, to_dict
-from certipatch.report.compare_gallery import read_pictures
-from certipatch.report.compare_runs import CERTIFIED, RIGHT, read_run
-from certipatch.report.compare_tables import (
-    differences,
-    in_csv,
-    in_latex,
-    in_markdown,
-    latex,
-    markdown,
-)
+from certipatch.comparison.figures import figures
+from certipatch.comparison.gallery import read_pictures
+from certipatch.comparison.notes import notes
+from certipatch.comparison.paired import Z, mcnemar, paired, tango
+from certipatch.comparison.pairs import compare, compare_runs
+from certipatch.comparison.runs import CERTIFIED, RIGHT, read_run
+from certipatch.comparison.texts import differences_csv, latex, markdown, to_dict
+from certipatch.report.table import in_csv, in_latex, in_markdown
 from certipatch.runs.records import RECORD
 from certipatch.threats import PatchThreat, SparseThreat
 
@@ -234,9 +229,9 @@ def test_numbers_are_counted_from_the_records(two):
 def test_pictures_are_matched_by_content_not_by_place(tmp_path):
     a, b = codes(60, 0), codes(60, 1)
     order = np.random.default_rng(0).permutation(60)
-    plain = of_runs([read_run(write_run(tmp_path / "a", a)), read_run(write_run(tmp_path / "b", b))])
+    plain = compare_runs([read_run(write_run(tmp_path / "a", a)), read_run(write_run(tmp_path / "b", b))])
     rows = write_run(tmp_path / "c", b[order], indices=order)
-    assert to_dict(of_runs([plain.runs[0], read_run(rows)]))["pairs"] == to_dict(plain)["pairs"]
+    assert to_dict(compare_runs([plain.runs[0], read_run(rows)]))["pairs"] == to_dict(plain)["pairs"]
 
 
 def test_identical_pictures_are_paired_in_their_order(tmp_path):
@@ -245,7 +240,7 @@ def test_identical_pictures_are_paired_in_their_order(tmp_path):
         read_run(write_run(tmp_path / str(k), code, hashes=hashes, indices=range(0, 18, 3)))
         for k, code in enumerate(([3, 2, 3, 2, 0, 3], [2, 2, 3, 3, 0, 3]))
     ]
-    counts = of_runs(runs).pairs[0].certified
+    counts = compare_runs(runs).pairs[0].certified
     assert counts is not None
     assert (counts.both, counts.first_only, counts.second_only, counts.neither) == (2, 1, 1, 2)
 
@@ -259,7 +254,7 @@ def test_runs_over_other_pictures_are_not_paired(tmp_path):
     assert found.pairs[0].clean is None
     assert found.pairs[0].reason == "A (stripes test) and B (dots test) share no picture: not paired"
     assert "not paired" in markdown(found)
-    assert found.notes[0] == found.pairs[0].reason
+    assert notes(found)[0] == found.pairs[0].reason
 
 
 def test_another_true_class_is_another_picture(tmp_path):
@@ -274,7 +269,7 @@ def test_runs_that_share_some_pictures_are_paired_on_these(tmp_path):
     assert found.pairs[0].n == 40
     a, b = codes(100, 0)[60:], codes(80, 1)[:40]
     assert found.pairs[0].certified == paired(a == CERTIFIED, b == CERTIFIED)
-    assert any("40 pictures that both evaluated" in note for note in found.notes)
+    assert any("40 pictures that both evaluated" in note for note in notes(found))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +317,7 @@ def test_pairs_of_many_runs_are_with_the_first(tmp_path):
     assert [(pair.first, pair.second) for pair in compare(runs).pairs] == [(0, k) for k in range(1, 6)]
     few = compare(runs[:4])
     assert len(few.pairs) == 6
-    counts = few.together()
+    counts = few.agreement()
     assert counts is not None
     certified = np.stack([codes(40, k) == CERTIFIED for k in range(4)])
     assert counts["all"] == certified.all(0).sum()
@@ -332,7 +327,7 @@ def test_pairs_of_many_runs_are_with_the_first(tmp_path):
 
 def test_sampled_certificates_are_named(tmp_path):
     runs = [write_run(tmp_path / "a", codes(20, 0)), write_run(tmp_path / "b", codes(20, 1), confidence=0.95)]
-    assert any(note.startswith("B: certificates rest on samples") and "0.05" in note for note in compare(runs).notes)
+    assert any(note.startswith("B: certificates rest on samples") and "0.05" in note for note in notes(compare(runs)))
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
@@ -381,13 +376,13 @@ def test_all_files_are_written_twice_the_same(certipatch, two, tmp_path):
         written.append({str(path.relative_to(tmp_path / "c")): path.read_bytes() for path in paths})
     files = written[0]
     assert written[1] == files
-    figures = {
+    drawings = {
         f"figures/{name}.{kind}"
         for name in ("differences", "patch-size", "cost-milliseconds")
         for kind in ("png", "pdf")
     }
     texts = {"comparison.md", "comparison.csv", "comparison.tex", "comparison.html", "comparison.json", "pairs.csv"}
-    assert set(files) == figures | texts | {"differences.csv"}  # one run alone knows its multiply-adds: no such figure
+    assert set(files) == drawings | texts | {"differences.csv"}  # one run alone knows its multiply-adds: no such figure
     html = files["comparison.html"].decode()
     assert not re.search(r"https?://|<script|url\(", html)
     assert "their data, nowhere, is not on this machine" in html
@@ -397,7 +392,7 @@ def test_all_files_are_written_twice_the_same(certipatch, two, tmp_path):
 
 
 def test_differences_name_every_picture_that_differs(two):
-    lines = list(csv.reader(io.StringIO(differences(compare(two)))))
+    lines = list(csv.reader(io.StringIO(differences_csv(compare(two)))))
     assert lines[0] == ["index", "sha256", "A columns", "B masks"]
     a, b = codes(120, 0), codes(120, 1)
     assert [int(line[0]) for line in lines[1:]] == np.flatnonzero(a != b).tolist()
@@ -482,9 +477,9 @@ def test_the_gallery_shows_only_the_very_pictures(tmp_path):
 
 def test_no_figure_without_something_to_show(tmp_path):
     runs = [write_run(tmp_path / k, codes(20, 0), defense=k, threat=SparseThreat(2), timing=None) for k in "ab"]
-    assert set(compare_figures.figures(compare(runs))) == {"differences"}
+    assert set(figures(compare(runs))) == {"differences"}
     found = compare([write_run(tmp_path / k, [0] * 20, defense=k, first=99 * i) for i, k in enumerate("cd")])
-    assert set(compare_figures.figures(found)) == {"patch-size", "cost-multiply-adds", "cost-milliseconds"}
+    assert set(figures(found)) == {"patch-size", "cost-multiply-adds", "cost-milliseconds"}
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------------

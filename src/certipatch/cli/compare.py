@@ -11,7 +11,7 @@ from certipatch.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table as Drawn
 
-    from certipatch.report.compare_tables import Table
+    from certipatch.report.table import Table
 
 FORMATS = ("table", "markdown", "csv", "latex")
 
@@ -47,27 +47,22 @@ def compare(
         raise InputError("--data is for the gallery of the page; give --out too")
     import json
 
-    from certipatch.report import compare_tables, compare_write
-    from certipatch.report.compare import compare, to_dict
+    from certipatch.comparison import notes, pairs, tables, texts, write
 
     if out is not None:
-        compare_write.check(out)
-    found = compare(runs)
+        write.check_writable(out)
+    comparison = pairs.compare(runs)
     if out is not None:
-        compare_write.write(found, out, data)
+        write.write(comparison, out, data)
     if as_json:
-        print(json.dumps(to_dict(found), ensure_ascii=False, allow_nan=False))
+        print(json.dumps(texts.to_dict(comparison), ensure_ascii=False, allow_nan=False))
     elif format_ in (None, "table"):
-        _show(compare_tables.tables(found), compare_tables.sentences(found))
+        _show(tables.tables(comparison), notes.sentences(comparison))
         if out is not None:
             typer.echo(f"page: {out / 'comparison.html'}")
     else:
-        kinds = {
-            "markdown": compare_tables.markdown,
-            "csv": compare_tables.comma_separated,
-            "latex": compare_tables.latex,
-        }
-        typer.echo(kinds[format_](found), nl=False)
+        formats = {"markdown": texts.markdown, "csv": texts.runs_csv, "latex": texts.latex}
+        typer.echo(formats[format_](comparison), nl=False)
 
 
 def _show(tables: "list[Table]", sentences: list[str]) -> None:

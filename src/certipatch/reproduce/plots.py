@@ -7,7 +7,7 @@ from typing import Any, final
 
 import numpy as np
 
-from certipatch.report.compare_labels import label
+from certipatch.reproduce.labels import label
 
 BLUE, RED, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA3377", "#000000"  # after Okabe & Ito
 STYLE: Any = {

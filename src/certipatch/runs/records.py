@@ -70,6 +70,7 @@ ATTACK_EVIDENCE = pa.schema(
 SCHEMAS = {"evaluate": (RECORD, EVIDENCE), "attack": (ATTACK_RECORD, ATTACK_EVIDENCE)}
 MAX_ROW = 4096  # bytes of a record; larger ones are not ours
 MAX_READ = 4 * 2**30  # of a run's records, or of its evidence
+AGAIN = "delete its summary.json and run evaluate again"
 MAX_SCORES = 65_536  # stored numbers per picture; larger evidence is computed again where it is needed
 
 
@@ -167,13 +168,15 @@ def _read(path: Path, schema: pa.Schema, most: int, each: int) -> pa.Table:
     """
     texts = [field.name for field in schema if field.type in (pa.string(), pa.binary())]
     with pq.ParquetFile(path, read_dictionary=texts) as file:
+        if lacking := set(schema.names) - set(file.schema_arrow.names):
+            raise ValueError(f"{path.name} lacks the columns {', '.join(sorted(lacking))}")
         stored = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         size = max(stored, 8 * len(schema) * file.metadata.num_rows)
         most = min(most, 2**20 + each * file.metadata.num_rows)
         table = file.read(columns=schema.names) if size <= most else None
     size += 0 if table is None else sum(_unfolded(table[name]) for name in texts)
     if table is None or size > most:
-        raise ValueError(f"{path.name} unfolds to {size >> 20:,} MiB, which is far too much")
+        raise ValueError(f"{path.name} is too large: it unfolds to {size >> 20:,} MiB, which is far too much")
     return table.cast(schema)
 
 
@@ -200,7 +203,7 @@ def _read_all(out: Path, folder: str, columns: Sequence[str] | None = None) -> p
             tables.append(table)
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"cannot read {out / folder}: {reason}; run evaluate again") from None
+        raise InputError(f"cannot read the {folder} in {out}: {reason}; {AGAIN}") from None
     if not tables:
         raise InputError(f"{out / folder} holds no records; run evaluate again")
     return pa.concat_tables(tables)
