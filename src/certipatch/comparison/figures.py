@@ -3,7 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,10 @@ from certipatch.runs.metrics import wilson
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#56789A", "#8C6D00", "#000000")  # after Okabe & Ito, all dark
 RULES: Any = {
     "font.size": 9.0,
-    "font.family": "sans-serif",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#555555",
     "axes.labelcolor": "#222222",
-    "axes.titlesize": 9.0,
     "xtick.color": "#333333",
     "ytick.color": "#333333",
     "axes.grid": True,
@@ -32,14 +30,12 @@ RULES: Any = {
     "lines.linewidth": 1.6,
     "legend.frameon": False,
     "legend.fontsize": 8.0,
-    "figure.dpi": 100.0,
     "savefig.dpi": 220.0,
     "svg.hashsalt": "certipatch",
     "pdf.fonttype": 42,
 }
-DETECTION = (0, (4, 1.6))
 COSTS = {"multiply_adds": "multiply-adds per picture", "milliseconds": "milliseconds per picture"}
-DISC = (0.045, 0.055)  # width and height of a letter's disc, as fractions of the axes
+WIDTH, HEIGHT = 0.045, 0.055  # of a letter's disc, as fractions of the axes
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
@@ -60,11 +56,11 @@ def rendered(figure: Any, kind: str) -> bytes:
 
 
 def patch_size(comparison: Comparison) -> Any:
-    """Certified accuracy against the side of a square patch: a line where a run knows it, else a point at its threat."""
+    """Certified accuracy at the side of each run's square patch, and a line against all sides where a run knows it."""
     runs = comparison.runs
     relative = len({run.image_size for run in runs}) > 1
     lines = {i: _line(run, relative) for i, run in enumerate(runs) if run.by_patch}
-    sides = {i: _scaled(run, side, relative) for i, run in enumerate(runs) if not run.by_patch and (side := run.side)}
+    sides = {i: _scaled(run, side, relative) for i, run in enumerate(runs) if (side := run.side) is not None}
     if not lines and len(sides) < 2:
         return None
     figure, axes = _axes(6.2, 3.9)
@@ -74,22 +70,15 @@ def patch_size(comparison: Comparison) -> Any:
     unit = "% of the picture's side" if relative else "pixels"
     axes.set(xlabel=f"side of a square patch placed anywhere, {unit}", ylabel="certified accuracy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    discs = _points(axes, comparison, sides)
     for i, line in lines.items():
-        run, look = runs[i], _look(runs[i], i)
         x, y = line.T
-        low, high = 100 * np.array([wilson(round(share * run.n / 100), run.n) for share in y]).T
-        axes.fill_between(x, low, high, color=look["color"], alpha=0.13, linewidth=0)
-        axes.plot(x, y, **look)
-        evaluated = -1.0
-        if run.side in run.by_patch:
-            evaluated = _scaled(run, run.side, relative)
-            height = float(np.interp(evaluated, x, y))
-            axes.plot([evaluated], [height], marker="o", markersize=8, fillstyle="none", color=look["color"])
-        places = [(a, b) for a, b in line[1:] if a != evaluated] or [tuple(line[-1])]
-        a, b = _first_free(axes, discs, [(a, b, b) for a, b in places])[:2]
-        _letter(axes, comparison, i, a, b)
-    _legend(figure, comparison, [*lines, *sides])
+        low, high = 100 * np.array([wilson(round(share * runs[i].n / 100), runs[i].n) for share in y]).T
+        axes.fill_between(x, low, high, color=_colour(i), alpha=0.13, linewidth=0)
+        axes.plot(x, y, color=_colour(i), linestyle=_dashes(runs[i]))
+        if i not in sides:
+            _letter(axes, comparison, i, *line[len(line) // 2])
+    _points(axes, comparison, sides)
+    _legend(figure, comparison, sorted({*lines, *sides}))
     return figure
 
 
@@ -107,8 +96,7 @@ def cost(comparison: Comparison, kind: str) -> Any:
     ends = [100 * end for i in values for end in runs[i].interval(runs[i].certified)]
     middle, half = (min(ends) + max(ends)) / 2, max(0.62 * (max(ends) - min(ends)), 8)
     axes.set_ylim(max(middle - half, -2), min(middle + half, 102))
-    places = [place for place, *_ in _points(axes, comparison, values)]
-    aside = " (close ones side by side)" if places != list(values.values()) else ""
+    aside = " (close ones side by side)" if _points(axes, comparison, values) else ""
     against = f" against {runs[0].threat}" if len({str(run.threat) for run in runs}) == 1 else ""
     axes.set(xlabel=COSTS[kind] + aside, ylabel=f"certified accuracy{against}, %")
     words = number if kind == "milliseconds" else amount
@@ -189,9 +177,12 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _look(run: Run, i: int) -> dict[str, Any]:
-    """Colour and line of run i: detection is dashed."""
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": DETECTION if run.notion == "detection" else "-"}
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _dashes(run: Run) -> Any:
+    return (0, (4, 1.6)) if run.notion == "detection" else "-"
 
 
 def _scaled(run: Run, side: float, relative: bool) -> float:
@@ -205,49 +196,32 @@ def _line(run: Run, relative: bool) -> np.ndarray:
     return np.array([(_scaled(run, side, relative), 100 * share) for side, share in shares.items()][:last])
 
 
-Box = tuple[float, float, float]  # x, lowest y, highest y
-
-
-def _points(axes: Any, comparison: Comparison, places: dict[int, float]) -> list[Box]:
-    """Draw runs' certified accuracies with their intervals, side by side if they would overlap; gives their boxes."""
-    drawn: list[Box] = []
-    step = axes.transScale + axes.transLimits
+def _points(axes: Any, comparison: Comparison, places: dict[int, float]) -> bool:
+    """Draw certified accuracies of runs with their intervals, side by side where they would overlap; True if any would."""
+    fractions = axes.transScale + axes.transLimits
+    taken: list[tuple[float, float, float]] = []
     for i, place in places.items():
         run = comparison.runs[i]
-        low, high = (100 * end for end in run.interval(run.certified))
-        start = step.transform((place, 0))
-        shifted = [step.inverted().transform(start + (k * DISC[0], 0))[0] for k in range(1, 2 * len(places))]
-        x, *_ = _first_free(axes, drawn, [(x, low, high) for x in (place, *shifted)])
-        axes.plot([x, x], [low, high], linewidth=1.2, color=_look(run, i)["color"])
-        _letter(axes, comparison, i, x, 100 * run.certified / run.n)
-    return drawn
-
-
-def _first_free(axes: Any, taken: list[Box], boxes: Iterable[Box]) -> Box:
-    """The first of some boxes whose disc or interval overlaps none of those ``taken``, else the first; it is taken then."""
-    boxes, fractions = list(boxes), axes.transScale + axes.transLimits
-
-    def corners(box: Box) -> np.ndarray:
-        x, low, high = box
-        ends = fractions.transform([(x, low), (x, high)])
-        return ends + np.array([(-0.495, -0.495), (0.495, 0.495)]) * DISC
-
-    def overlap(one: np.ndarray, other: np.ndarray) -> bool:
-        return bool((one[0] < other[1]).all() and (other[0] < one[1]).all())
-
-    others = [corners(box) for box in taken]
-    free = (box for box in boxes if not any(overlap(corners(box), other) for other in others))
-    taken.append(next(free, boxes[0]))
-    return taken[-1]
+        ends = [100 * end for end in run.interval(run.certified)]
+        (x, low), (_, high) = fractions.transform([(place, end) for end in ends])
+        while any(abs(x - u) < 0.99 * WIDTH and low < b + HEIGHT and a < high + HEIGHT for u, a, b in taken):
+            x += WIDTH
+        taken.append((x, low, high))
+        place = fractions.inverted().transform((x, 0))[0]
+        axes.plot([place, place], ends, linewidth=1.2, color=_colour(i))
+        _letter(axes, comparison, i, place, 100 * run.certified / run.n)
+    return any(x != fractions.transform((place, 0))[0] for (x, *_), place in zip(taken, places.values(), strict=True))
 
 
 def _letter(axes: Any, comparison: Comparison, i: int, x: float, y: float) -> None:
     """Draw the letter of run i in a disc: filled, or hollow for detection."""
-    colour, hollow = _look(comparison.runs[i], i)["color"], comparison.runs[i].notion == "detection"
-    edge, face, ink = (colour, "white", colour) if hollow else ("white", colour, "white")
+    colour = _colour(i)
+    edge, face, ink = (
+        (colour, "white", colour) if comparison.runs[i].notion == "detection" else ("white", colour, "white")
+    )
     axes.plot([x], [y], marker="o", markersize=11, markerfacecolor=face, markeredgecolor=edge, zorder=4)
-    style = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "fontweight": "bold", "zorder": 5}
-    axes.annotate(comparison.letters[i], (x, y), color=ink, **style)
+    axes.annotate(comparison.letters[i], (x, y), color=ink, ha="center", va="center_baseline", fontsize=7.5, weight="bold",
+                  zorder=5)  # fmt: skip
 
 
 def _legend(figure: Any, comparison: Comparison, shown: list[int]) -> None:
@@ -255,8 +229,7 @@ def _legend(figure: Any, comparison: Comparison, shown: list[int]) -> None:
     from matplotlib.lines import Line2D
 
     labels = run_labels(comparison)
-    shown = sorted(shown)
-    handles = [Line2D([], [], **_look(comparison.runs[i], i)) for i in shown]
+    handles = [Line2D([], [], color=_colour(i), linestyle=_dashes(comparison.runs[i])) for i in shown]
     columns = 2 if max(len(labels[i]) for i in shown) * 2 < 13 * figure.get_figwidth() else 1
     figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(shown) / columns))
     legend = figure.legend(handles, [labels[i] for i in shown], loc="outside lower left", ncols=columns)

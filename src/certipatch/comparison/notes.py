@@ -72,7 +72,8 @@ def notes(comparison: Comparison) -> list[str]:
             names = f"{comparison.letters[pair.first]} and {comparison.letters[pair.second]}"
             texts.append(f"{names} are paired on the {pair.n:,} pictures that both evaluated, of up to {larger:,}")
     for remark in dict.fromkeys(run.note for run in runs if run.note):
-        texts.append(f"about the data of {letters(lambda run, remark=remark: run.note == remark)}: {remark}")
+        names = letters(lambda run, remark=remark: run.note == remark)
+        texts.append(f"about the data of {names}: {remark}")
     if any(run.milliseconds is None for run in runs):
         texts.append(f"{letters(lambda run: run.milliseconds is None)}: no time was measured (no timing.json)")
     if devices := dict.fromkeys(run.device for run in runs if run.device):
