@@ -1,4 +1,4 @@
-"""Figures of tables: lines and points that are named where they are drawn, in colours that every eye tells apart."""
+"""Figures of tables: lines and points with a legend, in colours that every eye tells apart."""
 
 import io
 from collections.abc import Sequence
@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
-
-from certipatch.reproduce.labels import label
 
 BLUE, RED, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA3377", "#000000"  # after Okabe & Ito
 STYLE: Any = {
@@ -20,6 +18,8 @@ STYLE: Any = {
     "grid.color": "#E4E4E0",
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
     "savefig.dpi": 200.0,
 }
 
@@ -30,7 +30,7 @@ class Series:
     """Points of one kind.
 
     Args:
-        name: written beside the line, or before the first of the ``tags``; "" for none.
+        name: written in the legend; "" for none.
         points: (x, y).
         intervals: (lowest, highest) y of each point, or none.
         tags: written beside each point, or none.
@@ -66,24 +66,10 @@ def draw(
         axes.set(xlabel=axis_names[0], ylabel=axis_names[1], xlim=limits[0], ylim=limits[1])
         if ticks:
             axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
-        names, colours, anchors, obstacles, unnamed = [], [], [], [], []
         for one in series:
             _plot(axes, one)
-            path = _path(one)
-            for i, tag in enumerate(one.tags):
-                names.append(f"{one.name}, {tag}" if one.name and i == 0 else tag)
-                colours.append(one.colour)
-                anchors.append(np.array([one.points[i]], dtype=float))
-                obstacles.append(path)
-            if one.name and not one.tags:
-                names.append(one.name)
-                colours.append(one.colour)
-                anchors.append(np.array(one.points, dtype=float))
-                obstacles.append(path)
-            elif not one.tags:
-                unnamed.append(path)
-        if names:
-            label(axes, names, colours, anchors, obstacles + unnamed, 8.0)
+        if any(one.name for one in series):
+            figure.legend(loc="outside right upper")
         else:
             axes.text(0.5, 0.5, "no model was run", transform=axes.transAxes, ha="center", color="#555555")
         file = io.BytesIO()
@@ -104,7 +90,6 @@ def histograms(
         FigureCanvasAgg(figure)
         every = figure.subplots(max(1, len(panels)), squeeze=False)[:, 0]
         every[-1].set(xlabel=axis_names[0])
-        outlines = []
         for axes, (title, shown) in zip(every, panels, strict=False):
             values = np.concatenate([found for _, found, _ in shown])
             edges = np.linspace(values.min(), max(values.max(), values.min() + 1e-6), bins + 1)
@@ -114,30 +99,15 @@ def histograms(
             axes.set_ylim(lowest, min(100.0, 4 * np.max(shares)))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.set_title(title, fontsize=9, loc="left")
-            for share, (_, _, colour) in zip(shares, shown, strict=True):
+            for share, (name, _, colour) in zip(shares, shown, strict=True):
                 axes.stairs(share, edges, baseline=lowest, fill=True, color=colour, alpha=0.13)
-                axes.stairs(share, edges, baseline=lowest, color=colour, linewidth=1.2)
-            outlines.append((edges, np.array(shares)))
-        for axes, (_, shown), (edges, shares) in zip(every, panels, outlines, strict=False):
-            names, colours = [name for name, _, _ in shown], [colour for _, _, colour in shown]
-            label(axes, names, colours, *_tops(edges, shares, axes.get_ylim()[0]), 8.0)
+                axes.stairs(share, edges, baseline=lowest, color=colour, linewidth=1.2, label=name)
+            axes.legend()
         if not panels:
             every[0].text(0.5, 0.5, "no model was run", transform=every[0].transAxes, ha="center", color="#555555")
         file = io.BytesIO()
         figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
-
-
-def _tops(edges: np.ndarray, shares: np.ndarray, lowest: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Where histograms can be named, on bars that stand highest there; and what names keep off: the bars, and all below."""
-    middles = (edges[:-1] + edges[1:]) / 2
-    anchors, bars = [], []
-    for share in shares:
-        bars.append(np.stack([middles, share], 1))
-        highest = (share >= shares.max(0)) & (share > lowest)
-        anchors.append(bars[-1][highest if highest.any() else share > lowest])
-    below = np.geomspace(lowest, 0.8 * shares.max(0), 12)
-    return anchors, [*bars, np.stack([np.tile(middles, 12), below.ravel()], 1)]
 
 
 def shades(colour: str, number: int) -> list[str]:
@@ -162,13 +132,7 @@ def _plot(axes: Any, one: Series) -> None:
         markersize=5 if one.hollow else 4,
         markerfacecolor="white" if one.hollow else one.colour,
         linestyle="-" if one.joined else "",
+        label=one.name or None,
     )
-
-
-def _path(one: Series) -> np.ndarray:
-    """Where the series lies, densely, for the labels to keep off."""
-    points = np.array(one.points, dtype=float)
-    if not one.joined or len(points) < 2:
-        return points
-    steps = np.linspace(0, len(points) - 1, 12 * len(points))
-    return np.stack([np.interp(steps, np.arange(len(points)), column) for column in points.T], 1)
+    for tag, point in zip(one.tags, one.points, strict=False):
+        axes.annotate(tag, point, (4, 4), textcoords="offset points", color=one.colour, fontsize=8.0)
