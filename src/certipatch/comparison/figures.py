@@ -1,10 +1,6 @@
-"""The figures of a comparison: readable in print and in every common colour blindness, each run drawn as its letter."""
+"""The figures of a comparison: each run is drawn as its letter."""
 
-import io
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,47 +8,19 @@ import numpy as np
 from certipatch.comparison.pairs import Comparison
 from certipatch.comparison.runs import Run
 from certipatch.comparison.tables import amount, number
+from certipatch.report.drawing import COLOURS, new_figure, style
 from certipatch.runs.metrics import wilson
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#56789A", "#8C6D00", "#000000")  # after Okabe & Ito, all dark
-RULES: Any = {
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.labelcolor": "#222222",
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E0",
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "savefig.dpi": 220.0,
-    "svg.hashsalt": "certipatch",
-    "pdf.fonttype": 42,
-}
 COSTS = {"multiply_adds": "multiply-adds per picture", "milliseconds": "milliseconds per picture"}
 WIDTH, HEIGHT = 0.045, 0.055  # of a letter's disc, as fractions of the axes
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
     """Matplotlib figures by name; one that has nothing to show is left out."""
-    with _style():
+    with style():
         drawn = {"differences": differences(comparison), "patch-size": patch_size(comparison)}
         drawn |= {f"cost-{kind.replace('_', '-')}": cost(comparison, kind) for kind in COSTS}
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def rendered(figure: Any, kind: str) -> bytes:
-    """A figure as ``png``, ``pdf`` or ``svg``. The same figure gives the same bytes."""
-    file = io.BytesIO()
-    date = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Producer": None}}
-    with _style():
-        figure.savefig(file, format=kind, metadata=date.get(kind, {"Software": None}))
-    return file.getvalue()
 
 
 def patch_size(comparison: Comparison) -> Any:
@@ -63,7 +31,8 @@ def patch_size(comparison: Comparison) -> Any:
     sides = {i: _scaled(run, side, relative) for i, run in enumerate(runs) if (side := run.side) is not None}
     if not lines and len(sides) < 2:
         return None
-    figure, axes = _axes(6.2, 3.9)
+    figure = new_figure(6.2, 3.9)
+    axes = figure.add_subplot()
     reach = max([*(line[-1, 0] for line in lines.values()), *sides.values()])
     axes.set_xlim(0, 1.03 * reach + (0 if lines else reach))
     axes.set_ylim(0, 100)
@@ -88,7 +57,8 @@ def cost(comparison: Comparison, kind: str) -> Any:
     values = {i: float(value) for i, run in enumerate(runs) if (value := getattr(run, kind)) is not None}
     if len(values) < 2:
         return None
-    figure, axes = _axes(4.7, 3.7)
+    figure = new_figure(4.7, 3.7)
+    axes = figure.add_subplot()
     low, high = min(values.values()), max(values.values())
     room = max(2.0, (high / low) ** 0.35)
     axes.set_xscale("log")
@@ -114,18 +84,19 @@ def differences(comparison: Comparison) -> Any:
     if not pairs:
         return None
     labels = run_labels(comparison)
-    figure, axes = _axes(4.1 + 0.062 * max(map(len, labels)), 0.9 + 0.5 * len(pairs))
+    figure = new_figure(4.1 + 0.062 * max(map(len, labels)), 0.9 + 0.5 * len(pairs))
+    axes = figure.add_subplot()
     axes.axvline(0, color="#333333", linewidth=0.9)
     ends = [0.0]
     for row, pair in enumerate(pairs):
-        for one, place, colour, style in (
+        for one, place, colour, marker in (
             (pair.certified, row - 0.14, COLOURS[0], {"marker": "o"}),
             (pair.clean, row + 0.14, "#666666", {"marker": "D", "markerfacecolor": "white"}),
         ):
             if one is not None:
                 low, high = one.ci95
                 axes.plot([100 * low, 100 * high], [place] * 2, color=colour, linewidth=1.5)
-                axes.plot([100 * one.difference], [place], color=colour, markersize=5, linestyle="", **style)
+                axes.plot([100 * one.difference], [place], color=colour, markersize=5, linestyle="", **marker)
                 ends += [100 * low, 100 * high]
         if pair.certified is None:
             axes.annotate("certified: not subtracted", (0, row - 0.14), (4, 0), textcoords="offset points", va="center",
@@ -157,24 +128,6 @@ def run_labels(comparison: Comparison) -> list[str]:
         parts = [f"{letter} {name}", *(text for text in more if text not in name)]
         labels.append(", ".join([*parts, *["detection"] * (run.notion == "detection")]))
     return labels
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context(RULES), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name may hold letters that the font lacks
-        yield
-
-
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
 
 
 def _colour(i: int) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from certipatch.comparison.figures import rendered
 from certipatch.comparison.gallery import GalleryPictures, galleries
 from certipatch.comparison.notes import sentences, verdict
 from certipatch.comparison.pairs import Comparison
@@ -21,6 +20,7 @@ from certipatch.comparison.tables import (
 )
 from certipatch.report import words
 from certipatch.report.colours import png
+from certipatch.report.drawing import rendered
 
 MAX_PIXELATED = 160  # pixels of a side up to which an image is shown with its pixels as squares
 SIGNS = {CERTIFIED: "✓ certified", RIGHT: "○ right", WRONG: "✕", ALARM: "! alarm"}

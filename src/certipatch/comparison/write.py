@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-from certipatch.comparison.figures import COSTS, figures, rendered
+from certipatch.comparison.figures import COSTS, figures
 from certipatch.comparison.gallery import read_pictures
 from certipatch.comparison.page import page
 from certipatch.comparison.pairs import Comparison
 from certipatch.comparison.texts import differences_csv, latex, markdown, pairs_csv, runs_csv, to_dict
 from certipatch.errors import InputError
 from certipatch.plumbing.files import write_text
+from certipatch.report.drawing import rendered
 
 FIGURES = ("differences", "patch-size", *(f"cost-{kind.replace('_', '-')}" for kind in COSTS))
 

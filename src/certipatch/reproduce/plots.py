@@ -1,27 +1,14 @@
 """Figures of tables: lines and points with a legend, in colours that every eye tells apart."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
 
-BLUE, RED, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#AA3377", "#000000"  # after Okabe & Ito
-STYLE: Any = {
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E0",
-    "grid.linewidth": 0.7,
-    "lines.linewidth": 1.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "savefig.dpi": 200.0,
-}
+from certipatch.report.drawing import COLOURS, new_figure, rendered, style
+
+BLUE, RED, GREEN, PURPLE, *_, BLACK = COLOURS
 
 
 @final
@@ -55,13 +42,8 @@ def draw(
     ticks: Sequence[tuple[float, str]] = (),
 ) -> bytes:
     """The figure as PNG; where there is no series, an empty one that says so."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 4.6), layout="constrained")
-        FigureCanvasAgg(figure)
+    with style():
+        figure = new_figure(7.0, 4.6)
         axes = figure.add_subplot()
         axes.set(xlabel=axis_names[0], ylabel=axis_names[1], xlim=limits[0], ylim=limits[1])
         if ticks:
@@ -72,22 +54,15 @@ def draw(
             figure.legend(loc="outside right upper")
         else:
             axes.text(0.5, 0.5, "no model was run", transform=axes.transAxes, ha="center", color="#555555")
-        file = io.BytesIO()
-        figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return rendered(figure, "png")
 
 
 def histograms(
     panels: Sequence[tuple[str, Sequence[tuple[str, np.ndarray, str]]]], axis_names: tuple[str, str], bins: int
 ) -> bytes:
     """Histograms (name, values, colour) over each other, a panel for each title, as PNG; percent, logarithmic."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 0.6 + 2.7 * max(1, len(panels))), layout="constrained")
-        FigureCanvasAgg(figure)
+    with style():
+        figure = new_figure(7.0, 0.6 + 2.7 * max(1, len(panels)))
         every = figure.subplots(max(1, len(panels)), squeeze=False)[:, 0]
         every[-1].set(xlabel=axis_names[0])
         for axes, (title, shown) in zip(every, panels, strict=False):
@@ -105,9 +80,7 @@ def histograms(
             axes.legend()
         if not panels:
             every[0].text(0.5, 0.5, "no model was run", transform=every[0].transAxes, ha="center", color="#555555")
-        file = io.BytesIO()
-        figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    return rendered(figure, "png")
 
 
 def shades(colour: str, number: int) -> list[str]:
