@@ -28,6 +28,11 @@ from certipatch.comparison.paired import Z, mcnemar, paired, tango
 from certipatch.comparison.pairs import compare, compare_runs
 from certipatch.comparison.runs import CERTIFIED, RIGHT, read_run
 from certipatch.comparison.texts import differences_csv, latex, markdown, to_dict
+<<<<<<< HEAD
+=======
+from certipatch.errors import InputError
+from certipatch.runs.records import RECORD
+>>>>>>> abd12b4 (A record file with text where numbers belong is refused before it unfolds)
 from certipatch.report.table import in_csv, in_latex, in_markdown
 from certipatch.runs.records import RECORD
 from certipatch.threats import PatchThreat, SparseThreat
@@ -573,6 +578,18 @@ def test_damaged_files(certipatch, two):
     assert "is not finished (120 of 120 pictures)" in answer()
     (two[1] / "config.yaml").write_text("a: *b")
     assert "no run folder" in answer()
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.binary(10**6)])
+def test_long_texts_in_the_place_of_numbers_are_not_unfolded(two, text):
+    part = two[1] / "records" / "part-00000001.parquet"
+    table = pq.read_table(part)
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 60, pa.int32()), pa.array([b"x" * 10**6]).cast(text))
+    for name in ("certified", "sha256") if text != pa.string() else ("certified",):
+        pq.write_table(table.set_column(table.column_names.index(name), name, long), part, store_schema=False)
+        assert part.stat().st_size < 10**6
+        with pytest.raises(InputError, match=f"cannot read the records.*holds text in the column {name}"):
+            read_run(two[1])
 
 
 def test_an_alias_bomb_is_not_unfolded(certipatch, two):

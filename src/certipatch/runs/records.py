@@ -168,8 +168,12 @@ def _read(path: Path, schema: pa.Schema, most: int, each: int) -> pa.Table:
     """
     texts = [field.name for field in schema if field.type in (pa.string(), pa.binary())]
     with pq.ParquetFile(path, read_dictionary=texts) as file:
-        if lacking := set(schema.names) - set(file.schema_arrow.names):
+        columns = [(c.path, c.physical_type) for c in map(file.schema.column, range(len(file.schema)))]
+        if lacking := set(schema.names) - {name for name, _ in columns}:  # of a list, too: its path is longer
             raise ValueError(f"{path.name} lacks the columns {', '.join(sorted(lacking))}")
+        bytes_ = {(name, kind) for name, kind in columns if name in schema.names and "BYTE_ARRAY" in kind}
+        if strange := bytes_ - {(name, "BYTE_ARRAY") for name in texts}:  # it would be read unfolded
+            raise ValueError(f"{path.name} holds text in the column {min(strange)[0]}")
         stored = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         size = max(stored, 8 * len(schema) * file.metadata.num_rows)
         most = min(most, 2**20 + each * file.metadata.num_rows)
