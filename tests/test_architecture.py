@@ -10,24 +10,10 @@ import pytest
 import certipatch
 
 ROOT = Path(certipatch.__file__).parent
-<<<<<<< HEAD
 FREE = {"errors", "plumbing"}  # helpers: they import none of the rooms
 ORDER = ["threats", "views", "inference", "models", "evidence", "model_check", "certificate", "rules", "bounds", "defenses",
          "saved", "export", "attacks", "data", "training", "runs", "audit", "report", "comparison", "reproduce", "testing",
          "cli", "__main__"]  # fmt: skip
-=======
-FREE = {
-    "errors",
-    "versions",
-    "resources",
-    "devices",
-    "workers",
-    "untrusted",
-}  # helpers at the top: they import nothing of the package
-ORDER = ["threats", "views", "relation", "inference", "models", "evidence", "model_check", "certificate", "rules", "bounds",
-         "defenses", "export", "attacks", "data", "training", "evaluation", "audit", "report", "comparison", "reproduce",
-         "testing", "cli", "__main__"]  # fmt: skip
->>>>>>> 3d2a649 (The order of rooms fits its lines)
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 

@@ -28,11 +28,7 @@ from certipatch.comparison.paired import Z, mcnemar, paired, tango
 from certipatch.comparison.pairs import compare, compare_runs
 from certipatch.comparison.runs import CERTIFIED, RIGHT, read_run
 from certipatch.comparison.texts import differences_csv, latex, markdown, to_dict
-<<<<<<< HEAD
-=======
 from certipatch.errors import InputError
-from certipatch.runs.records import RECORD
->>>>>>> abd12b4 (A record file with text where numbers belong is refused before it unfolds)
 from certipatch.report.table import in_csv, in_latex, in_markdown
 from certipatch.runs.records import RECORD
 from certipatch.threats import PatchThreat, SparseThreat
