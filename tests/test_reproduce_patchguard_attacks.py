@@ -18,9 +18,10 @@ from certipatch.defenses import Undefended
 from certipatch.errors import InputError
 from certipatch.models import ConvNet, receptive_fields
 from certipatch.plumbing import resources
-from certipatch.reproduce import local_histograms, local_logits, plots
-from certipatch.reproduce.bench import Bench
-from certipatch.reproduce.patchguard_attacks import ATTACKED, ATTACKED_MNIST, COMMANDS, MEAN, added_up, undefended
+from certipatch.reproduce import TABLES, ReproductionContext, local_histograms, local_logits, plots
+from certipatch.reproduce.aggregation import MEAN, aggregations, undefended
+from certipatch.reproduce.attacked import target
+from certipatch.reproduce.schema import read_paper
 from certipatch.reproduce.table import Mean
 from certipatch.rules import ClippedSum, Median, TrimmedMean
 from certipatch.training.recipe import read
@@ -70,7 +71,7 @@ def test_a_cell_depends_on_its_receptive_field_alone():
 
 def test_ways_to_add_up_are_their_rules():
     local, images = local_logits.LocalConv(conv()), torch.rand(4, 1, *SIZE)
-    logits, ways = local(images), added_up(local, None, cp.PatchThreat(3), SIZE)
+    logits, ways = local(images), aggregations(local, None, cp.PatchThreat(3), SIZE)
     clipped = torch.tanh(0.05 * logits - 1).double().sum(1).argmax(1)
     assert torch.equal(ways["tanh(0.05u − 1)"].predict(images), clipped)
     for words, rule in (
@@ -128,7 +129,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_at_hand(monkeypatch):
     """Only models that a test names."""
-    monkeypatch.setattr("certipatch.reproduce.bench.resources", SimpleNamespace(find=lambda *_: None))
+    monkeypatch.setattr("certipatch.reproduce.context.resources", SimpleNamespace(find=lambda *_: None))
 
 
 @pytest.fixture(scope="module")
@@ -216,12 +217,12 @@ def test_missing_models_and_what_trains_them(world, tmp_path, monkeypatch):
         found = json.loads(done.stdout)
         assert all("not run, about" in cells[0]["not_run"] for cells in ours(found).values())
         assert "not run: certipatch train mnist-plain" in found["notes"]
-    for study in ATTACKED:
-        for wanted in study.models:
-            recipe, *changes = shlex.split(COMMANDS.get(wanted.name, wanted.name))
+    for study in TABLES["pg-table4"].studies.values():
+        for slot in study.models:
+            _, _, recipe, *changes = shlex.split(slot.command)
             path = resources.find("recipes", f"{recipe}.yaml")
             asked = read(path, [part for part in changes if part != "--set"])
-            assert (asked.name, asked.data) == (wanted.name, study.data)
+            assert (asked.name, asked.data) == (slot.name, study.data)
 
 
 def test_networks_without_a_map_are_refused_by_name(world, tmp_path):
@@ -229,8 +230,9 @@ def test_networks_without_a_map_are_refused_by_name(world, tmp_path):
     done = run("pg-table2", "--data", world.data, "--model", f"plain={world.folder / 'mlp'}", *few)
     assert isinstance(done.exception, InputError)
     assert "a MLP has no local logits" in str(done.exception)
-    bench = Bench(tmp_path, str(world.data), limit=2, models={"plain": str(world.folder / "mlp")})
-    found = undefended(bench, ATTACKED_MNIST.model("plain"))  # table IV takes it
+    context = ReproductionContext(tmp_path, str(world.data), limit=2, models={"plain": str(world.folder / "mlp")})
+    slot = read_paper("patchguard").studies["attacked-mnist"].model("plain")
+    found = undefended(target(context, slot, None))  # table IV takes it
     assert isinstance(found.defense, Undefended)
 
 

@@ -19,9 +19,8 @@ from certipatch.defenses.settings import ViewSettings
 from certipatch.errors import InputError
 from certipatch.models import NETWORKS
 from certipatch.plumbing import resources
-from certipatch.reproduce import papers, smoothing, smoothing_figures
-from certipatch.reproduce.bench import Bench, Outcomes
-from certipatch.reproduce.studies import SMOOTHING, SMOOTHING_CIFAR10, SMOOTHING_MNIST, study_of
+from certipatch.reproduce import TABLES, ReproductionContext, find_study, measures, smoothing
+from certipatch.reproduce.context import Outcomes
 from certipatch.saved import Card, read_card
 from certipatch.saved.card import write
 from certipatch.saved.weights import save_weights
@@ -29,6 +28,7 @@ from certipatch.training.recipe import read
 from certipatch.training.train import train
 
 NAMES = ["ds-fig1", "ds-fig3", "ds-fig5", "ds-fig6", "ds-table1", "ds-table2", "ds-several"]
+STUDIES = TABLES["ds-table1"].studies
 FIVE, SIZE = cp.PatchThreat(5), (20, 20)
 
 
@@ -54,9 +54,8 @@ def untrained(folder, views, network, defense="derandomized-smoothing", size=SIZ
 def little(monkeypatch):
     """Few thresholds, and only models and data that a test names."""
     monkeypatch.delenv("CERTIPATCH_DATA", raising=False)
-    monkeypatch.setattr("certipatch.reproduce.bench.resources", SimpleNamespace(find=lambda *_: None))
-    for module in (smoothing, smoothing_figures):
-        monkeypatch.setattr(module, "THETAS", (0.0, 0.3, 0.6, None))
+    monkeypatch.setattr("certipatch.reproduce.context.resources", SimpleNamespace(find=lambda *_: None))
+    monkeypatch.setattr(smoothing, "THETAS", (0.0, 0.3, 0.6, None))
 
 
 @pytest.fixture(scope="module")
@@ -191,16 +190,16 @@ def test_parameters_are_chosen_on_the_validation_half_alone(world, tmp_path, mon
     assert (certified.count, certified.n, certified.at, clean.count) == (1, 5, "b", 5)
     assert smoothing.choose({}) is None
     with pytest.raises(InputError, match="halved"):
-        smoothing.halves(1)
+        measures.halves(1)
 
     by_role = {"columns-s2": outcomes(1, 5), "columns-s3": outcomes(2, 0)}
-    monkeypatch.setattr(Bench, "outcomes", lambda self, wanted, *_, **__: by_role[wanted.role])
+    monkeypatch.setattr(ReproductionContext, "outcomes", lambda self, slot, *_, **__: by_role[slot.role])
     models = {role: str(world.roles[role]) for role in by_role}
-    bench = Bench(tmp_path, str(world.data), models=models)
-    two = smoothing.methods(bench, SMOOTHING_MNIST, papers.SMOOTHING_METHODS)
+    context = ReproductionContext(tmp_path, str(world.data), models=models)
+    two = smoothing.methods(TABLES["ds-table2"].plan("mnist", context))
     best = next(row for row in two.rows if row.label == "best s, test half")
     assert [(cell.count, cell.n, cell.at) for cell in best.cells] == [(0, 5, "s = 3")] * 3
-    one = smoothing.best(bench, SMOOTHING_MNIST, papers.SMOOTHING_BEST)
+    one = smoothing.best_of_each_method(TABLES["ds-table1"].plan("mnist", context))
     ours = next(row for row in one.rows if row.label == "MNIST 5x5, ours, margin per location")
     assert (ours.cells[0].count, ours.cells[0].at) == (0, "columns, s = 3, θ = 0.0")
 
@@ -252,33 +251,33 @@ def test_a_study_is_found_by_name_or_by_classes_and_size():
         return SimpleNamespace(name=name, class_names=classes, pixels=lambda _: np.zeros((1, *size, 1), np.uint8))
 
     digits, animals = tuple("0123456789"), known_classes("cifar10")
-    assert study_of(pictures("ylecun/mnist", (), (1, 1)), SMOOTHING) is SMOOTHING_MNIST
-    assert study_of(pictures("digits", digits, (28, 28)), SMOOTHING) is SMOOTHING_MNIST
-    assert study_of(pictures("photos", animals, (32, 32)), SMOOTHING) is SMOOTHING_CIFAR10
+    assert find_study(pictures("ylecun/mnist", (), (1, 1)), STUDIES) == "mnist"
+    assert find_study(pictures("digits", digits, (28, 28)), STUDIES) == "mnist"
+    assert find_study(pictures("photos", animals, (32, 32)), STUDIES) == "cifar10"
     for name, classes, size in (
         ("digits", digits, (32, 32)),
         ("clothes", animals, (28, 28)),
         ("fashion-mnist", digits, (28, 28)),
     ):
         with pytest.raises(InputError, match="made for mnist or cifar10, not for"):
-            study_of(pictures(name, classes, size), SMOOTHING[:2])
+            find_study(pictures(name, classes, size), TABLES["ds-table2"].studies)
 
 
 def test_every_command_that_a_table_names_is_a_recipe_for_its_model():
     roles = set()
-    for study in SMOOTHING:
+    for study in STUDIES.values():
         for ablation in study.ablations:
             program, command, recipe, *changes = shlex.split(ablation.command)
             assert (program, command) == ("certipatch", "train")
             asked = read(resources.find("recipes", f"{recipe}.yaml"), [part for part in changes if part != "--set"])
             assert asked.views.values() == ablation.views, ablation.command
-            assert asked.name == ablation.wanted.name
-            assert (study.data, ablation.wanted.role) not in roles
-            roles.add((study.data, ablation.wanted.role))
+            assert asked.name == ablation.name
+            assert (study.data, ablation.role) not in roles
+            roles.add((study.data, ablation.role))
 
 
 def test_shipped_models_are_what_the_studies_call_them():
-    for study in SMOOTHING:
+    for study in STUDIES.values():
         for ablation in study.ablations:
-            if folder := resources.find("zoo", ablation.wanted.name):
+            if folder := resources.find("zoo", ablation.name):
                 assert read_card(folder).views == ViewSettings(**ablation.views)

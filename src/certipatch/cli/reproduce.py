@@ -49,7 +49,7 @@ def reproduce(
     if table == "list":
         _list(tables.TABLES, as_json)
         return
-    asked = tables.find(table)
+    default = tables.find(table).default_data
     roles = {}
     for text in models or []:
         role, equals, name = text.partition("=")
@@ -60,24 +60,24 @@ def reproduce(
         load(data, split, limit=limit)  # says what is wrong before anything is computed
     folder = out or Path("runs") / "reproduce" / table
     with progress_bar(table) as progress:
-        bench = tables.Bench(
-            out or folder.parent, data or asked.study.data, split, limit, roles, progress, starts, steps
+        context = tables.ReproductionContext(
+            out or folder.parent, data or default, split, limit, roles, progress, starts, steps
         )
-        found = tables.run(table, bench)
+        made = tables.run(table, context)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / "table.md", found.markdown())
-    files.write_text(folder / "table.csv", found.csv())
-    files.write_json(folder / "table.json", found.to_json())
-    for name, content in found.figures.items():
+    files.write_text(folder / "table.md", made.markdown())
+    files.write_text(folder / "table.csv", made.csv())
+    files.write_json(folder / "table.json", made.to_json())
+    for name, content in made.figures.items():
         (folder / name).write_bytes(content)
     if as_json:
-        print(json.dumps(found.to_json(), ensure_ascii=False))
+        print(json.dumps(made.to_json(), ensure_ascii=False))
     else:
-        _print(found)
-        typer.echo(f"written    {folder}/table.md, .csv, .json{''.join(', ' + name for name in found.figures)}")
-    for line in bench.broken:
+        _print(made)
+        typer.echo(f"written    {folder}/table.md, .csv, .json{''.join(', ' + name for name in made.figures)}")
+    for line in context.broken:
         typer.echo(line, err=True)
-    if bench.broken:
+    if context.broken:
         raise typer.Exit(1)
 
 
@@ -110,7 +110,7 @@ def _print(table) -> None:
 def _list(tables, as_json: bool) -> None:
     import json
 
-    titles = {name: f"{found.source}: {found.title}" for name, found in tables.items()}
+    titles = {name: table.full_title for name, table in tables.items()}
     if as_json:
         print(json.dumps(titles, ensure_ascii=False))
         return

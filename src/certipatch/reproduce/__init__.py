@@ -5,216 +5,69 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
-from certipatch.data import load
+from certipatch.data import Pictures, load
+from certipatch.data.known import KNOWN, canonical, known_classes, names
 from certipatch.errors import InputError
-from certipatch.reproduce import (
-    attacked_interval,
-    attacked_smoothing,
-    interval,
-    interval_papers,
-    papers,
-    patchguard,
-    patchguard_attacks,
-    smoothing,
-    smoothing_figures,
-)
-from certipatch.reproduce.bench import Bench
-from certipatch.reproduce.fields import receptive_field_figure
-from certipatch.reproduce.interval_models import INTERVAL
-from certipatch.reproduce.local_histograms import histograms
-from certipatch.reproduce.papers import Numbers
-from certipatch.reproduce.studies import CIFAR10, IMAGENETTE, SMOOTHING, Study, study_of
+from certipatch.reproduce import interval_models, smoothing
+from certipatch.reproduce.context import ReproductionContext, is_local
+from certipatch.reproduce.field_figure import receptive_field_figure
+from certipatch.reproduce.local_histograms import draw_histograms
+from certipatch.reproduce.local_predictions import attack_every_cell
+from certipatch.reproduce.rows import Plan, make_rows, notes, table_notes
+from certipatch.reproduce.schema import Paper, Study, TableSpec, read_paper
 from certipatch.reproduce.table import Table
 
-__all__ = ["TABLES", "Bench", "Reproduction", "Table", "find", "run"]
+__all__ = ["TABLES", "Reproduction", "ReproductionContext", "Table", "find", "run"]
+
+MAKERS: dict[str, Callable[[Plan], Table]] = {
+    "rows": make_rows,
+    "local predictions": attack_every_cell,
+    "local histograms": draw_histograms,
+    "receptive field": receptive_field_figure,
+    "clean and certified": smoothing.clean_and_certified,
+    "single views": smoothing.single_views,
+    "thresholds": smoothing.thresholds,
+    "patch sizes": smoothing.patch_sizes,
+    "attack curves": smoothing.attack_curves,
+    "best of each method": smoothing.best_of_each_method,
+    "methods": smoothing.methods,
+}
 
 
 @final
 @dataclass(frozen=True)
 class Reproduction:
-    """A table or figure of a paper: how to make it, for which study, and what the paper has."""
+    """A table or figure of a paper."""
 
-    make: Callable[[Bench, Study, Numbers], Table]
-    study: Study
-    paper: Numbers
-    source: str
-    title: str
-    studies: tuple[Study, ...] = ()
-    """Where the data say which study it is: these; ``study`` is the one without ``--data``."""
+    paper: Paper
+    spec: TableSpec
 
+    @property
+    def studies(self) -> dict[str, Study]:
+        """Data sets that the table can be made of, the first for a call without ``--data``."""
+        return {key: self.paper.studies[key] for key in self.spec.studies}
 
-def _pg(
-    number: str, title: str, make: Callable[[Bench, Study, Numbers], Table], study: Study, paper: Numbers
-) -> Reproduction:
-    return Reproduction(make, study, paper, f"PatchGuard, {number}", title)
+    @property
+    def default_data(self) -> str:
+        return next(iter(self.studies.values())).data
 
+    @property
+    def full_title(self) -> str:
+        return f"{self.paper.title}, {self.spec.source}: {self.spec.title}"
 
-def _attacked(
-    number: str, title: str, make: Callable[[Bench, Study, Numbers], Table], paper: Numbers | None = None
-) -> Reproduction:
-    studies = patchguard_attacks.ATTACKED
-    return Reproduction(make, studies[0], paper or {}, f"PatchGuard, {number}", title, studies)
-
-
-def _ds(
-    number: str,
-    title: str,
-    make: Callable[[Bench, Study, Numbers], Table],
-    paper: Numbers | None = None,
-    studies: tuple[Study, ...] = SMOOTHING[:2],
-) -> Reproduction:
-    return Reproduction(make, studies[0], paper or {}, f"(De)Randomized Smoothing, {number}", title, studies)
-
-
-def _ibp(
-    number: str,
-    title: str,
-    make: Callable[[Bench, Study, Numbers], Table],
-    paper: Numbers,
-    studies: tuple[Study, ...] = INTERVAL,
-) -> Reproduction:
-    return Reproduction(make, studies[0], paper, f"Certified Defenses for Patches, {number}", title, studies)
+    def plan(self, key: str, context: ReproductionContext, local: bool = True) -> Plan:
+        """The table of one data set, on as many images as it takes without a limit."""
+        images, data = self.spec.images, self.paper.studies[key].data
+        number = images[data] if isinstance(images, dict) else images
+        return Plan(context if number is None else context.limited_to(number), self.paper, self.spec, key, local)
 
 
 TABLES: dict[str, Reproduction] = {
-    "pg-table2": _attacked(
-        "Table II", "attacked local predictions", patchguard_attacks.local_predictions, papers.LOCAL_PREDICTIONS
-    ),
-    "pg-table3": _pg("Table III", "default parameters", patchguard.parameters, CIFAR10, papers.PARAMETERS),
-    "pg-table4": _attacked(
-        "Table IV", "undefended networks under attack", patchguard_attacks.undefended_networks, papers.UNDEFENDED
-    ),
-    "pg-table5": _pg(
-        "Table V, CIFAR-10",
-        "clean and certified accuracy of all defenses",
-        patchguard.comparison,
-        CIFAR10,
-        papers.COMPARISON_CIFAR10,
-    ),
-    "pg-table5-imagenette": _pg(
-        "Table V, ImageNette",
-        "clean and certified accuracy of all defenses",
-        patchguard.comparison,
-        IMAGENETTE,
-        papers.COMPARISON_IMAGENETTE,
-    ),
-    "pg-table6": _attacked(
-        "Table VI",
-        "undefended networks by receptive field",
-        patchguard_attacks.receptive_field_sizes,
-        papers.UNDEFENDED_FIELDS,
-    ),
-    "pg-table7": _pg(
-        "Table VII",
-        "invariance of the prediction to masked windows",
-        patchguard.invariance,
-        IMAGENETTE,
-        papers.INVARIANCE_IMAGENETTE,
-    ),
-    "pg-table8": _pg(
-        "Table VIII",
-        "clipped local logits without a defense",
-        patchguard.clipping,
-        IMAGENETTE,
-        papers.CLIPPING_IMAGENETTE,
-    ),
-    "pg-table9": _pg(
-        "Table IX",
-        "size of the receptive field",
-        patchguard.receptive_field_sizes,
-        IMAGENETTE,
-        papers.FIELDS_IMAGENETTE,
-    ),
-    "pg-table10": _pg(
-        "Table X",
-        "detection threshold and causes of failure",
-        patchguard.thresholds,
-        IMAGENETTE,
-        papers.THRESHOLDS_IMAGENETTE,
-    ),
-    "pg-table11": _pg(
-        "Table XI", "evidence of a BagNet", patchguard.evidence_of_bagnet, IMAGENETTE, papers.BAGNET_EVIDENCE_IMAGENETTE
-    ),
-    "pg-table12": _pg(
-        "Table XII",
-        "evidence of column bands",
-        patchguard.evidence_of_bands,
-        IMAGENETTE,
-        papers.BAND_EVIDENCE_IMAGENETTE,
-    ),
-    "pg-table13": _pg("Table XIII", "inference time", patchguard.inference_time, IMAGENETTE, papers.TIME_IMAGENETTE),
-    "pg-table14": _pg(
-        "Table XIV",
-        "invariance of the prediction to masked windows",
-        patchguard.invariance,
-        CIFAR10,
-        papers.INVARIANCE_CIFAR10,
-    ),
-    "pg-table15": _pg(
-        "Table XV", "clipped local logits without a defense", patchguard.clipping, CIFAR10, papers.CLIPPING_CIFAR10
-    ),
-    "pg-table16": _pg(
-        "Table XVI", "size of the receptive field", patchguard.receptive_field_sizes, CIFAR10, papers.FIELDS_CIFAR10
-    ),
-    "pg-table17": _pg(
-        "Table XVII",
-        "detection threshold and causes of failure",
-        patchguard.thresholds,
-        CIFAR10,
-        papers.THRESHOLDS_CIFAR10,
-    ),
-    "pg-table18": _pg(
-        "Table XVIII", "evidence of a BagNet", patchguard.evidence_of_bagnet, CIFAR10, papers.BAGNET_EVIDENCE_CIFAR10
-    ),
-    "pg-table19": _pg(
-        "Table XIX", "evidence of column bands", patchguard.evidence_of_bands, CIFAR10, papers.BAND_EVIDENCE_CIFAR10
-    ),
-    "pg-table20": _pg("Table XX", "inference time", patchguard.inference_time, CIFAR10, papers.TIME_CIFAR10),
-    "pg-table21": _attacked(
-        "Table XXI", "other aggregations under attack", patchguard_attacks.aggregations, papers.AGGREGATIONS
-    ),
-    "pg-fig3": _attacked("Figures 3, 5, 6", "largest local logits, clean and attacked", histograms),
-    "pg-fig7": _pg("Figure 7", "attention within a receptive field", receptive_field_figure, CIFAR10, {}),
-    "ds-fig1": _ds("Figure 1", "clean against certified accuracy", smoothing_figures.clean_and_certified),
-    "ds-fig3": _ds("Figure 3", "accuracy of single views against Δ", smoothing_figures.single_views),
-    "ds-fig5": _ds("Figure 5", "width and threshold", smoothing_figures.thresholds, papers.SMOOTHING_CHOICE),
-    "ds-fig6": _ds("Figure 6", "size of the patch", smoothing_figures.patch_sizes),
-    "ds-fig7": _ds(
-        "Figure 7",
-        "smoothing and an undefended network under attack",
-        attacked_smoothing.attacks,
-        studies=attacked_smoothing.STUDIES,
-    ),
-    "ds-table1": _ds("Table 1", "the best of each method", smoothing.best, papers.SMOOTHING_BEST, SMOOTHING),
-    "ds-table2": _ds("Table 2", "derandomized and randomized columns", smoothing.methods, papers.SMOOTHING_METHODS),
-    "ibp-table1": _ibp(
-        "Table 1",
-        "empirical defenses under attack",
-        attacked_interval.empirical,
-        attacked_interval.EMPIRICAL_PAPER,
-        (attacked_interval.MNIST, attacked_interval.CIFAR10, attacked_interval.PHOTOGRAPHS),
-    ),
-    "ibp-table2-attacked": _ibp(
-        "Table 2, attacked",
-        "attacks beside certificates",
-        attacked_interval.certified,
-        interval_papers.COMPARISON,
-        (attacked_interval.MNIST, attacked_interval.CIFAR10),
-    ),
-    "ibp-table2": _ibp("Table 2", "beside other defenses", interval.comparison, interval_papers.COMPARISON),
-    "ibp-table3": _ibp("Tables 3, 9, 10", "strategies and their cost", interval.strategies, interval_papers.STRATEGIES),
-    "ibp-table4": _ibp("Table 4", "any k pixels", interval.sparse, interval_papers.SPARSE),
-    "ibp-table5": _ibp("Table 5", "transfer to other shapes", interval.transfer, interval_papers.TRANSFER),
-    "ibp-table6": _ibp("Table 6", "pooled bounds", interval.pooling, interval_papers.POOLING),
-    "ibp-table7": _ibp(
-        "Table 7", "any k pixels, by network", interval.sparse_networks, interval_papers.SPARSE_NETWORKS
-    ),
-    "ibp-table8": _ibp("Table 8", "larger networks", interval.larger, interval_papers.LARGER, INTERVAL[1:]),
-    "ds-several": _ds("supplement", "several bands or blocks per view", smoothing.several),
+    name: Reproduction(paper, spec)
+    for paper in map(read_paper, ("patchguard", "smoothing", "interval"))
+    for name, spec in paper.tables.items()
 }
-ATTACKING = frozenset({"ds-fig7", "ibp-table1", "ibp-table2-attacked"}) | {
-    name for name, found in TABLES.items() if found.studies == patchguard_attacks.ATTACKED
-}
+ATTACKING = frozenset(name for name, table in TABLES.items() if table.spec.attacks)
 """The tables that attack, and so take ``--starts`` and ``--steps``."""
 
 
@@ -228,18 +81,61 @@ def find(name: str) -> Reproduction:
     )
 
 
-def run(name: str, bench: Bench) -> Table:
+def find_study(pictures: Pictures, studies: dict[str, Study]) -> str:
+    """The key of the study that images belong to: by their name, else by classes and size. InputError where none does."""
+    by_name = {study.data: key for key, study in studies.items()}
+    name = canonical(pictures.name)
+    if name in by_name:
+        return by_name[name]
+    if name not in names() and name not in KNOWN:
+        size = pictures.pixels([0]).shape[1:3]
+        for key, study in studies.items():
+            if pictures.class_names == known_classes(study.data) and size == study.image_size:
+                return key
+    raise InputError(
+        f"this table is made for {' or '.join(by_name)}, not for {pictures.name}; give one of them by --data"
+    )
+
+
+def run(name: str, context: ReproductionContext) -> Table:
     """Make a table. InputError on data or models that do not fit."""
-    asked = find(name)
-    if name not in ATTACKING and (bench.starts is not None or bench.steps is not None):
+    table = find(name)
+    spec, studies = table.spec, table.studies
+    if not spec.attacks and (context.starts is not None or context.steps is not None):
         raise InputError(f"{name} attacks nothing; leave --starts and --steps out")
-    study = asked.study
-    if asked.studies:
-        study = study_of(load(bench.data, bench.split, limit=bench.limit), asked.studies)
-    for role in bench.models:
-        roles = [wanted.role for wanted in study.models]
+    key = next(iter(studies))
+    if not spec.any_data:
+        key = find_study(load(context.data, context.split, limit=context.limit), studies)
+    plan = table.plan(key, context)
+    _check_roles(name, plan)
+    plans = [plan]
+    if spec.all_data:
+        others = {other: studies[other].data for other in studies if other != key}
+        rest = {other: table.plan(other, context.for_dataset(data), is_local(data)) for other, data in others.items()}
+        plans = [({key: plan} | rest)[each] for each in studies]
+    parts = [MAKERS[spec.make](each) for each in plans]
+    own = [
+        [*each.context.describe(), *part.notes, *notes(each)]
+        for each, part in zip(plans, parts, strict=True)
+        if each.local
+    ]
+    every = dict.fromkeys([line for lines in own for line in lines] + table_notes(plan))
+    title = plan.study.title
+    return replace(
+        parts[0],
+        rows=[row for part in parts for row in part.rows],
+        notes=list(every),
+        name=name,
+        title=table.full_title + (f" ({title})" if title else ""),
+    )
+
+
+def _check_roles(name: str, plan: Plan) -> None:
+    """Refuse a model in a role that the table does not have."""
+    slots = list(plan.study.models)
+    if any(row.strategy for row in plan.rows):
+        slots = [*interval_models.slots(plan.study.data), *slots]
+    roles = [slot.role for slot in slots]
+    for role in plan.context.models:
         if role not in roles:
             raise InputError(f"{name} has no model {role!r}; its roles are {', '.join(roles)}")
-    table = asked.make(bench, study, asked.paper)
-    about = f"{asked.source}: {asked.title}" + (f" ({study.title})" if study.title else "")
-    return replace(table, name=name, title=about)

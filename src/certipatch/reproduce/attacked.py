@@ -6,8 +6,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
@@ -23,7 +23,8 @@ from certipatch.errors import InputError
 from certipatch.evidence import PIXELS
 from certipatch.models.adapters import is_adapter, open_model
 from certipatch.plumbing import devices, resources
-from certipatch.reproduce.bench import Bench, Wanted
+from certipatch.reproduce.context import ReproductionContext, missing
+from certipatch.reproduce.schema import ModelSlot, Strength
 from certipatch.reproduce.table import NotRun, Share
 from certipatch.runs.attack import AttackJob
 from certipatch.runs.attack import attack as run_attack
@@ -35,43 +36,6 @@ from certipatch.threats import PatchThreat, Threat
 
 UNCERTIFIED = "-"
 """In the place of certified accuracy, where a defense proves nothing."""
-
-
-@final
-@dataclass(frozen=True)
-class Strength:
-    """How hard an attack tries; the words of ``certipatch attack``. starts, steps: None for the attack's own."""
-
-    attack: str = "patch-pgd"
-    starts: int | None = None
-    steps: int | None = None
-    step: float = 0.05
-    search: str = "auto"
-    adaptive: bool = True
-    epsilon: float = 0.0
-    """Of L∞, which has no patch."""
-
-    @property
-    def rounds(self) -> tuple[int, int]:
-        """Starts and steps."""
-        usual = attacks.find(self.attack)
-        return (
-            usual.starts if self.starts is None else self.starts,
-            usual.steps if self.steps is None else self.steps,
-        )
-
-    @property
-    def words(self) -> str:
-        """For a note."""
-        starts, steps = self.rounds
-        knows = "" if self.adaptive else ", plain: it knows nothing of the defense"
-        size = "" if self.attack == "linf" else f" of {self.step:.3g}"
-        return f"{self.attack}, {starts} start{'s' * (starts != 1)} x {steps} steps{size}{knows}"
-
-    def within(self, bench: Bench) -> "Strength":
-        """With the starts and steps that the user asked for; an attack of one start, at one place, keeps to it."""
-        changes = {"starts": None if self.starts == 1 else bench.starts, "steps": bench.steps}
-        return replace(self, **{name: value for name, value in changes.items() if value is not None})
 
 
 @final
@@ -125,35 +89,35 @@ class Attacked:
 
 
 def target(
-    bench: Bench, wanted: Wanted, threat: Threat | None, method: str | None = None, **settings: Any
+    context: ReproductionContext, slot: ModelSlot, threat: Threat | None, method: str | None = None, **settings: Any
 ) -> Target | NotRun:
     """The model of a role as it was trained, or ``method`` around its network, built for the threat.
 
     ``NotRun`` where there is no such model, or what it comes from is not installed.
     """
-    name, built_for = bench.models.get(wanted.role, wanted.name), threat or PatchThreat(1)
+    name, built_for = context.models.get(slot.role, slot.name), threat or PatchThreat(1)
     if is_adapter(name) and not Path(name).is_dir():
         try:
             network = open_model(name)
         except InputError as error:
             return NotRun(f"not run ({error})")
-        some = load(bench.data, bench.split, limit=1)
+        some = load(context.data, context.split, limit=1)
         size = attacked_image_size(network, [some.pixels([0]).shape[1:3]])
         method = method or Undefended.name
         defense, sheet = wrap_classifier(network, method, built_for, settings, size, some.class_names)
         return Target(defense, sheet, f"{method}:{network.name}", name)
-    folder = bench.folder(wanted)
+    folder = context.folder(slot)
     if folder is None:
-        return wanted.missing()
+        return missing(slot)
     opened = folder.name if resources.find("zoo", folder.name) == folder else str(folder)
     if method is None:
         return Target(*open_defense(str(folder), None, built_for, settings), folder.name, opened)
     return Target(*open_defense(method, str(folder), built_for, settings), f"{method}:{folder.name}", opened)
 
 
-def pictures_of(bench: Bench, found: Target) -> Pictures:
-    """The bench's pictures. InputError where the target does not read such."""
-    pictures = bench.pictures(found.card)
+def pictures_of(context: ReproductionContext, found: Target) -> Pictures:
+    """The context's pictures. InputError where the target does not read such."""
+    pictures = context.pictures(found.card)
     height, width, channels = pictures.pixels([0]).shape[1:]
     if ((height, width), channels) != (found.card.image_size, found.card.channels):
         wanted = f"{found.card.image_size[0]}x{found.card.image_size[1]} pixels of {found.card.channels} channels"
@@ -161,16 +125,16 @@ def pictures_of(bench: Bench, found: Target) -> Pictures:
     return pictures
 
 
-def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Strength) -> Attacked:
-    """Attack every picture, or read what an earlier run of the same found. A broken certificate goes to ``bench.broken``.
+def attacked(context: ReproductionContext, found: Target, threat: Threat | None, strength: Strength) -> Attacked:
+    """Attack every picture, or read what an earlier run of the same found. A broken certificate goes to ``context.broken``.
 
     Args:
         threat: None for the L∞ attack of ``strength.epsilon``.
 
     Errors: InputError where attack, threat and defense do not fit each other, or the pictures the model.
     """
-    strength, attack = strength.within(bench), attacks.find(strength.attack)
-    device, pictures = devices.default(), pictures_of(bench, found)
+    strength, attack = strength.limited_to(context.starts, context.steps), attacks.find(strength.attack)
+    device, pictures = devices.default(), pictures_of(context, found)
     rows = max(1, min(256, PIXELS // (found.card.image_size[0] * found.card.image_size[1])))
     job = AttackJob(
         defense=found.defense.to(device),
@@ -192,15 +156,17 @@ def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Stren
         part=max(5, min(50, rows // 4)),
         batch=rows,
     )
-    config = yaml_round_trip(job.config(bench.fingerprint(found.card)))
+    config = yaml_round_trip(job.config(context.fingerprint(found.card)))
     asked = {key: value for key, value in config.items() if key not in IGNORED_KEYS | {"versions", "dataset_note"}}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    folder = bench.out / "attacks" / f"{found.name.replace(':', '-').replace('/', '-')}-{attack.name}-{key}"
+    folder = context.out / "attacks" / f"{found.name.replace(':', '-').replace('/', '-')}-{attack.name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     about = f"{found.name}, {attack.name}{'' if strength.adaptive else ' plain'}"
-    summary = run_attack(job, folder, lambda done, total, text: bench.progress(done, total, f"{about}: {text}"))
+    summary = run_attack(job, folder, lambda done, total, text: context.progress(done, total, f"{about}: {text}"))
     if summary["broken_certificates"]:
-        bench.broken.append(f"{summary['broken_certificates']} certificates of {found.name} broke: {folder / 'broken'}")
+        context.broken.append(
+            f"{summary['broken_certificates']} certificates of {found.name} broke: {folder / 'broken'}"
+        )
     n = summary["images"]
     clean, standing, certified = (
         Share(round(n * summary[f"{kind}_accuracy"]), n) for kind in ("clean", "attacked", "certified")
@@ -210,20 +176,13 @@ def attacked(bench: Bench, found: Target, threat: Threat | None, strength: Stren
 
 
 def outcome(
-    bench: Bench, wanted: Wanted, threat: Threat | None, strength: Strength, method: str | None = None, **settings: Any
+    context: ReproductionContext,
+    slot: ModelSlot,
+    threat: Threat | None,
+    strength: Strength,
+    method: str | None = None,
+    **settings: Any,
 ) -> Attacked | NotRun:
     """``attacked`` of a ``target``."""
-    found = target(bench, wanted, threat, method, **settings)
-    return found if isinstance(found, NotRun) else attacked(bench, found, threat, strength)
-
-
-def lacking(bench: Bench, models: Iterable[Wanted]) -> list[str]:
-    """The commands that train the models that are not there, for a table's notes."""
-    here = dict.fromkeys(wanted for wanted in models if not is_adapter(bench.models.get(wanted.role, wanted.name)))
-    names = [wanted.name for wanted in here if bench.folder(wanted) is None]
-    return [
-        f"not run: certipatch train {name}"
-        if resources.find("recipes", f"{name}.yaml")
-        else f"not run: no recipe {name}"
-        for name in names
-    ]
+    found = target(context, slot, threat, method, **settings)
+    return found if isinstance(found, NotRun) else attacked(context, found, threat, strength)

@@ -5,7 +5,7 @@ There it makes a few of them very large, and their mean believes those.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, final
@@ -23,13 +23,11 @@ from certipatch.evidence import PIXELS
 from certipatch.plumbing import devices
 from certipatch.reproduce import local_logits, plots
 from certipatch.reproduce.attacked import Strength, Target, pictures_of, target
-from certipatch.reproduce.bench import Bench
-from certipatch.reproduce.papers import Numbers
-from certipatch.reproduce.patchguard_attacks import LARGEST, LOCAL, ONE_PLACE, PICTURES, notes
+from certipatch.reproduce.context import ReproductionContext, keep_tensors
+from certipatch.reproduce.measures import strength_of
 from certipatch.reproduce.plots import BLUE, RED
-from certipatch.reproduce.studies import Study
+from certipatch.reproduce.rows import Plan
 from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
-from certipatch.saved.weights import write_tensors
 from certipatch.threats import PatchThreat
 
 PART = 50
@@ -69,58 +67,53 @@ class Maxima:
     standing: Bool[Tensor, " N"]
 
 
-def histograms(bench: Bench, study: Study, paper: Numbers) -> Table:
-    """Figure 3: histograms of the largest local logits, of clean and of attacked pictures."""
-    bench, threat, strength = bench.first(PICTURES), PatchThreat(LARGEST), ONE_PLACE.within(bench)
-    models, rows, panels = [study.model("plain"), study.model("bagnet")], [], []
-    for wanted in models:
-        found = target(bench, wanted, threat)
-        if isinstance(found, NotRun):
-            rows.append(Row(wanted.name, [found]))
+def draw_histograms(plan: Plan) -> Table:
+    """Figure 3: histograms of the largest local logits, of clean and of attacked images."""
+    rows: list[Row] = []
+    panels = []
+    for row in plan.rows:
+        slot, threat = plan.study.model(row.model), row.threat(plan.study)
+        assert isinstance(threat, PatchThreat)
+        victim = target(plan.context, slot, threat)
+        if isinstance(victim, NotRun):
+            rows.append(Row(slot.name, [victim]))
             continue
-        maxima = largest_logits(bench, found, threat, strength)
+        strength = strength_of(plan.paper, row).limited_to(plan.context.starts, plan.context.steps)
+        maxima, name = largest_logits(plan.context, victim, threat, strength), victim.card.name
         for words, values in (("clean", maxima.clean), ("attacked", maxima.attacked)):
             right = maxima.right if words == "clean" else maxima.standing
             above = int((values > maxima.clean.max()).any(1).sum())
             middle, high, most = (float(values.flatten().double().quantile(q)) for q in (0.5, 0.99, 1.0))
             cells: list[Cell] = [Number(middle), Number(high), Number(most), Share(above, len(values))]
-            rows.append(Row(f"{found.card.name}, {words}", [*cells, Share(int(right.sum()), len(right))]))
-        cells_each = f"{maxima.clean.shape[1]} cells, {len(maxima.clean):,} pictures"
+            rows.append(Row(f"{name}, {words}", [*cells, Share(int(right.sum()), len(right))]))
         shown = [("clean", maxima.clean.flatten(), BLUE), ("attacked", maxima.attacked.flatten(), RED)]
-        panels.append((f"{found.card.name}: {cells_each}", [(n, v.numpy(), c) for n, v, c in shown]))
-    names = ("largest of a cell's local logits", "share of cells, %")
-    columns = ["median", "99 % quantile", "largest", "pictures above every clean cell", "global accuracy"]
-    more = [
-        f"{LARGEST} patch at one random place; every attack runs to its last step and raises the foremost wrong class of the "
-        "global answer; the paper prints no numbers",
-        LOCAL,
-    ]
-    figure = plots.histograms(panels, names, BINS)
-    return Table(columns, rows, notes(bench, {"attack": strength}, models, more), {"figure.png": figure})
+        title = f"{name}: {maxima.clean.shape[1]} cells, {len(maxima.clean):,} pictures"
+        panels.append((title, [(words, values.numpy(), colour) for words, values, colour in shown]))
+    figure = plots.histograms(panels, ("largest of a cell's local logits", "share of cells, %"), BINS)
+    return Table(list(plan.columns), rows, figures={"figure.png": figure})
 
 
-def largest_logits(bench: Bench, found: Target, threat: PatchThreat, strength: Strength) -> Maxima:
+def largest_logits(context: ReproductionContext, found: Target, threat: PatchThreat, strength: Strength) -> Maxima:
     """Local logits of all pictures before and after an attack on the global answer; a part that is kept is not made again."""
-    pictures, device = pictures_of(bench, found), devices.default()
+    pictures, device = pictures_of(context, found), devices.default()
     network = local_logits.map_of(found.defense, found.name).to(device)
     whole = found.defense.model if isinstance(found.defense, Undefended) else local_logits.MeanOfCells(network)
     card = found.card
-    about = [card.sha256, card.name, repr(getattr(card, "model", None)), card.image_size, bench.fingerprint(card)]
-    asked = [*about, threat.to_dict(), asdict(strength)]
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+    about = [card.sha256, card.name, repr(getattr(card, "model", None)), card.image_size, context.fingerprint(card)]
+    question = json.dumps([*about, threat.to_dict(), strength.model_dump()], sort_keys=True)
+    key = hashlib.sha256(question.encode()).hexdigest()[:16]
     parts: list[dict[str, Tensor]] = []
     for first in range(0, len(pictures), PART):
         numbers = list(range(first, min(first + PART, len(pictures))))
-        path = bench.out / "maxima" / key / f"part-{first:08d}.safetensors"
+        path = context.out / "maxima" / key / f"part-{first:08d}.safetensors"
         part = _kept(path, len(numbers))
         if part is None:
             labels = torch.from_numpy(pictures.labels[numbers]).to(device)
             images = pictures.images(numbers).to(device)
             part = _attacked(network, whole.to(device), images, labels, numbers, threat, strength)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, part)
+            keep_tensors(path, part)
         parts.append(part)
-        bench.progress(numbers[-1] + 1, len(pictures), f"local logits of {card.name}, attacked")
+        context.progress(numbers[-1] + 1, len(pictures), f"local logits of {card.name}, attacked")
     return Maxima(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 

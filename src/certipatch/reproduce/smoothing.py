@@ -1,203 +1,242 @@
-"""The tables of (De)Randomized Smoothing (Levine & Feizi 2020) on our models, beside the paper's numbers.
+"""Tables and figures of (De)Randomized Smoothing (Levine & Feizi 2020) that are more than their rows.
 
-As in the paper, parameters are chosen on the first half of the pictures (validation), and the numbers come from the
-other half (test).
+Parameters are chosen by the certified accuracy of the validation half, and reported of the test half.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from certipatch.defenses import DerandomizedSmoothing, RandomizedAblation
-from certipatch.errors import InputError
-from certipatch.reproduce.bench import Bench, Outcomes, at_hand
-from certipatch.reproduce.papers import Numbers
-from certipatch.reproduce.studies import SMOOTHING, Ablation, Study
-from certipatch.reproduce.table import Cell, NotRun, Row, Share, Table
-from certipatch.saved import Card, read_card
+from certipatch.reproduce import plots
+from certipatch.reproduce.context import LargestCertified, Outcomes, missing
+from certipatch.reproduce.measures import half, outcomes
+from certipatch.reproduce.plots import BLACK, BLUE, GREEN, PURPLE, RED, Series
+from certipatch.reproduce.rows import Plan, fill, make_rows, paper_rows
+from certipatch.reproduce.schema import Ablation, Measurement, patch_words
+from certipatch.reproduce.table import Cell, NotRun, Number, Row, Share, Table
+from certipatch.runs.metrics import wilson
 
-DERANDOMIZED, RANDOMIZED = DerandomizedSmoothing.name, RandomizedAblation.name
-THETA = 0.3
+COLOURS = {"columns": BLUE, "rows": GREEN, "blocks": RED, "pixels": PURPLE}
+MARKERS = {"columns": "o", "rows": "^", "blocks": "s", "pixels": "D"}
 THETAS = (*(tenth / 10 for tenth in range(10)), None)  # None: votes for the top class alone
-METHODS = (
-    ("derandomized, θ = 0.3", DERANDOMIZED, {"threshold": THETA, "margin": "location"}),
-    ("derandomized, top-1", DERANDOMIZED, {"threshold": None, "margin": "location"}),
-    ("randomized columns", RANDOMIZED, {}),
-)
 Key = TypeVar("Key")
 
 
-def halves(pictures: int) -> tuple[slice, slice]:
-    """Validation half and test half: 5,000 and 5,000 of the 10,000 pictures that the paper has."""
-    if pictures < 2:
-        raise InputError("one picture cannot be halved into validation and test; give at least 2")
-    return slice(0, pictures // 2), slice(pictures // 2, pictures)
+def choose(candidates: Mapping[Key, Outcomes]) -> Key | None:
+    """The key that certifies most of the validation half; on a tie the first; None where there is nothing."""
+    return max(candidates, key=lambda key: int(half(candidates[key], "validation").certified.sum()), default=None)
 
 
-def choose(found: Mapping[Key, Outcomes]) -> Key | None:
-    """What certifies most of the validation half; on a tie the first; None where there is nothing."""
-    return max(found, key=lambda key: int(_half(found[key], 0).certified.sum()), default=None)
-
-
-def validation(found: Outcomes) -> Share:
-    """Certified accuracy of the validation half."""
-    return _half(found, 0).shares()[1]
-
-
-def reported(found: Outcomes, at: str = "") -> tuple[Share, Share]:
+def reported(whole: Outcomes, at: str = "") -> tuple[Share, Share]:
     """Clean and certified accuracy of the test half, reached with parameters ``at``."""
-    clean, certified = _half(found, 1).shares()
+    clean, certified = half(whole, "test").shares()
     return clean, Share(certified.count, certified.n, at)
 
 
-def model(bench: Bench, ablation: Ablation) -> Card | NotRun:
-    """The model of an ablation. InputError where it has other views than its name says."""
-    folder = bench.folder(ablation.wanted)
-    if folder is None:
-        return ablation.wanted.missing()
-    card = read_card(folder)
-    views = None if card.views is None else card.views.values()
-    if views != ablation.views:
-        raise InputError(f"{folder}: its views are {views}, but {ablation.wanted.role} stands for {ablation.views}")
-    return card
-
-
-def best(bench: Bench, study: Study, paper: Numbers) -> Table:
+def best_of_each_method(plan: Plan) -> Table:
     """Table 1: the best of all bands, blocks and θ, beside the paper and Chiang et al. 2020."""
-    rows: list[Row] = []
-    notes: list[str] = []
-    lacking: list[str] = []
-    for other in SMOOTHING:
-        name = f"{other.title} {other.patches[0]}x{other.patches[0]}"
-        printed = paper[other.title]
-        rows += [
-            Row(f"{name}, Chiang et al.", [*printed[:2]], "paper"),
-            Row(f"{name}, Levine & Feizi", [*printed[2:]], "paper"),
-        ]
-        own = bench if other is study else bench.beside(other.data) if at_hand(other.data) else None
-        for words, margin in (("margin per location", "location"), ("the paper's margin", "paper")):
-            cells: list[Cell] = [NotRun(f"not run (--data {other.data})")]
-            if own is not None:
-                found = grid(own, other, other.of("columns", "rows", "blocks"), margin)
-                key = choose(found)
-                if key is None:
-                    cells = [next(a for a in other.of("columns") if "N" not in a.how).wanted.missing()]
-                else:
-                    clean, certified = reported(found[key], f"{key[0].label}, {threshold_words(key[1])}")
-                    cells = [certified, clean]
-            rows.append(Row(f"{name}, ours, {words}", cells))
-        if own is not None:
-            notes += own.describe()
-            lacking += remarks(own, other.of("columns", "rows", "blocks"))
-    notes += [
-        "ours: parameters chosen on the first half of the pictures, among the models that were run; numbers from the other "
-        "half, as in the paper",
-        "ImageNet: ours are of ImageNette, ten of its classes, at 224x224; the paper's of all 1,000",
-    ]
-    return Table(["certified", "clean"], rows, notes + lacking)
+    study = plan.study
+    assert study.patch is not None
+    name = f"{study.title} {patch_words(study.patch)}"
+    rows = [Row(f"{name}, {row.label}", row.cells, "paper") for row in paper_rows(plan)]
+    for words, margin in (("margin per location", "location"), ("the paper's margin", "paper")):
+        cells: list[Cell] = [NotRun(f"not run (--data {study.data})")]
+        if plan.local:
+            candidates = grid(plan, margin)
+            key = choose(candidates)
+            if key is None:
+                cells = [missing(next(a for a in study.of("columns") if a.name == a.train_command))]
+            else:
+                clean, certified = reported(candidates[key], f"{key[0].label}, {threshold_words(key[1])}")
+                cells = [certified, clean]
+        rows.append(Row(f"{name}, ours, {words}", cells))
+    return Table(list(plan.columns), rows)
 
 
-def methods(bench: Bench, study: Study, paper: Numbers) -> Table:
+def grid(plan: Plan, margin: str) -> dict[tuple[Ablation, float | None], Outcomes]:
+    """All ablations of the rows × θ, of the models that are there; one pass of each serves every θ."""
+    candidates = {}
+    for row in plan.rows:
+        for theta in THETAS:
+            cell = row.model_copy(update={"settings": {"threshold": theta, "margin": margin}})
+            whole = outcomes(plan.context, plan.study, cell)
+            if not isinstance(whole, NotRun):
+                candidates[_ablation(plan, row), theta] = whole
+    return candidates
+
+
+def methods(plan: Plan) -> Table:
     """Table 2: derandomized with θ = 0.3, derandomized top-1, and randomized column smoothing."""
-    patch, models = study.patches[0], (*study.of("columns"), *study.second)
-    found: list[dict[str, Outcomes]] = [{} for _ in METHODS]
-    strict: list[dict[str, Outcomes]] = [{} for _ in METHODS]
-    rows = []
-    for ablation in models:
-        card = model(bench, ablation)
-        if isinstance(card, NotRun):
-            rows.append(Row(f"{ablation.at}, validation half", [card]))
-            continue
-        for (_, method, settings), by_size, by_size_strict in zip(METHODS, found, strict, strict=True):
-            by_size[ablation.at] = run(bench, ablation, method, patch, settings)
-            if method == DERANDOMIZED:
-                by_size_strict[ablation.at] = run(bench, ablation, method, patch, settings | {"margin": "paper"})
-        rows.append(Row(f"{ablation.at}, validation half", [validation(sizes[ablation.at]) for sizes in found]))
-    rows.append(Row("best s, test half", [_chosen(sizes) for sizes in found]))
-    by_paper: list[Cell] = [_chosen(sizes) for sizes in strict[:2]]
-    rows.append(Row("best s by the paper's margin, test half", [*by_paper, "the same"]))
-    rows.append(Row(study.title, list(paper[study.title]), "paper"))
-    notes = [
-        *described(bench),
-        "randomized: 1,000 draws pick the class, 10,000 more bound its share with α = 0.05",
-        "the paper's 53.22 and 58.08 exceed its test results (Table 1), so its Table 2 may be of the validation half",
+    strict: list[Cell] = [_best(plan, column, {"margin": "paper"}) for column in list(plan.columns.values())[:2]]
+    rows = [
+        *fill(plan),
+        Row("best s, test half", [_best(plan, column) for column in plan.columns.values()]),
+        Row("best s by the paper's margin, test half", [*strict, "the same"]),
+        *paper_rows(plan),
     ]
-    return Table([title for title, _, _ in METHODS], rows, notes + remarks(bench, models))
+    return Table(list(plan.columns), rows)
 
 
-def several(bench: Bench, study: Study, paper: Numbers) -> Table:
-    """Several bands or blocks per view (the paper's supplement, whose numbers are not here), beside one."""
-    chosen = [
-        a for a in study.of("columns", "blocks") if any(a.size == b.size and a.kind == b.kind for b in study.several)
-    ]
-    models, rows = (*chosen, *study.several), []
-    for ablation in models:
-        card = model(bench, ablation)
-        if isinstance(card, NotRun):
-            rows.append(Row(ablation.label, [card]))
+def _best(plan: Plan, column: Measurement, changes: dict[str, Any] | None = None) -> Cell:
+    """Certified accuracy of a column's best row, with its hyperparameter."""
+    candidates = {}
+    for row in plan.rows:
+        cell = row.merged(column)
+        whole = outcomes(
+            plan.context, plan.study, cell.model_copy(update={"settings": cell.settings | (changes or {})})
+        )
+        if not isinstance(whole, NotRun):
+            candidates[_ablation(plan, row).hyperparameter] = whole
+    key = choose(candidates)
+    return NotRun("not run") if key is None else reported(candidates[key], key)[1]
+
+
+def clean_and_certified(plan: Plan) -> Table:
+    """Figure 1: clean against certified accuracy, of structured ablation, random pixels and interval bounds."""
+    table = make_rows(plan)
+    series: list[Series] = []
+    for kind in ("columns", "pixels"):
+        measured = [(a, row.cells) for a, row in _by_kind(plan, table, kind) if isinstance(row.cells[0], Share)]
+        if measured:
+            points = [(clean.percent, certified.percent) for _, (clean, certified) in measured]  # type: ignore[union-attr]
+            intervals = [_interval(certified) for _, (_, certified) in measured]  # type: ignore[arg-type]
+            tags = [ablation.hyperparameter for ablation, _ in measured]
+            series.append(Series(f"ours, {kind}", points, COLOURS[kind], MARKERS[kind], intervals, tags))
+    for row, marker in zip(paper_rows(plan), "Xo", strict=True):
+        clean, certified = (float(str(cell)) for cell in row.cells)
+        series.append(Series(row.label, [(clean, certified)], BLACK, marker, joined=False, hollow=True))
+    low = 10 * (min(x for one in series for x, _ in one.points) // 10)
+    figure = plots.draw(series, ("clean accuracy, %", "certified accuracy, %"), ((low, 100), (0, 100)))
+    return Table(table.columns, table.rows, figures={"figure.png": figure})
+
+
+def single_views(plan: Plan) -> Table:
+    """Figure 3: accuracy of single views, against the chance Δ that a view meets the patch."""
+    table = make_rows(plan)
+    series: list[Series] = []
+    for kind in ("pixels", "blocks", "columns"):
+        measured = [(a, row.cells) for a, row in _by_kind(plan, table, kind) if isinstance(row.cells[2], Number)]
+        if measured:
+            points = [(cells[1].value, cells[2].value) for _, cells in measured]  # type: ignore[union-attr]
+            tags = [ablation.hyperparameter for ablation, _ in measured]
+            series.append(Series(kind, points, COLOURS[kind], MARKERS[kind], tags=tags))
+    assert plan.study.patch is not None
+    met = f"Δ: chance that a view meets the {patch_words(plan.study.patch)} patch"
+    figure = plots.draw(series, (met, "accuracy of single views, %"), ((0, 1), (0, 100)))
+    return Table(table.columns, table.rows, figures={"figure.png": figure})
+
+
+def thresholds(plan: Plan) -> Table:
+    """Figure 5: certified accuracy over s × θ, for bands and blocks."""
+    rows = fill(plan)
+    series: list[Series] = []
+    tops = len(plan.columns)  # a step to the right of the largest θ
+    best: dict[str, int] = {}
+    for kind in ("columns", "rows", "blocks"):
+        measured = [(a, row) for a, row in _by_kind(plan, Table([], rows), kind) if isinstance(row.cells[0], Share)]
+        for (_, row), colour in zip(measured, plots.shades(COLOURS[kind], len(measured)), strict=True):
+            shares = [cell for cell in row.cells if isinstance(cell, Share)]
+            line = [(i, share.percent) for i, share in enumerate(shares[:-1])]
+            intervals = [_interval(share) for share in shares]
+            series.append(Series(row.label, line, colour, MARKERS[kind], intervals[:-1]))
+            top = [(tops, shares[-1].percent)]
+            series.append(Series("", top, colour, MARKERS[kind], intervals[-1:], joined=False))
+            best |= {f"{row.label}, {name}": share.count for name, share in zip(plan.columns, shares, strict=True)}
+    chosen: Cell = max(best, key=lambda label: best[label]) if best else NotRun("not run")
+    ticks = [(i, name.removeprefix("θ = ")) for i, name in enumerate(plan.columns)]
+    ticks[-1] = (tops, ticks[-1][1])
+    assert plan.study.patch is not None
+    names = ("threshold θ", f"certified accuracy, {patch_words(plan.study.patch)} patch, %")
+    highest = max((y for one in series for _, y in one.points), default=90.0)
+    ceiling = min(100.0, 10 * (highest // 10 + 2))
+    figure = plots.draw(series, names, ((-0.3, tops + 0.5), (0, ceiling)), ticks)
+    rows += [Row("best of the grid", [chosen]), *paper_rows(plan)]
+    return Table(list(plan.columns), rows, figures={"figure.png": figure})
+
+
+def patch_sizes(plan: Plan) -> Table:
+    """Figure 6: certified accuracy against the side of the patch, for every width of column bands."""
+    reach: dict[Ablation, LargestCertified] = {}
+    for row in plan.rows:
+        ablation = _ablation(plan, row)
+        largest = plan.context.largest_certified(ablation, row.method or "", **row.settings)
+        if not isinstance(largest, NotRun):
+            reach[ablation] = largest
+    last = max((int(one.largest.max()) for one in reach.values()), default=0)
+    sides = range(1, max(9, last) + 1)
+    colours = dict(zip(reach, plots.shades(BLUE, len(reach)), strict=True))
+    rows: list[Row] = []
+    series: list[Series] = []
+    for number, row in enumerate(plan.rows):
+        ablation = _ablation(plan, row)
+        if ablation not in reach:
+            rows.append(Row(ablation.label, [missing(ablation)]))
             continue
-        settings = {"threshold": THETA, "margin": "location"}
-        clean, certified = _half(run(bench, ablation, DERANDOMIZED, study.patches[0], settings), 0).shares()
-        rows.append(Row(ablation.label, [clean, certified]))
-    notes = [*described(bench), f"validation half, θ = {THETA}, margin per location"]
-    return Table(["clean", "certified"], rows, notes + remarks(bench, models))
+        shares = [half(reach[ablation].outcomes(side), "validation").shares()[1] for side in sides]
+        rows.append(Row(ablation.label, list[Cell](shares)))
+        line = [(side, share.percent) for side, share in zip(sides, shares, strict=True)]
+        intervals = [_interval(share) for share in shares]
+        series.append(Series(ablation.label, line, colours[ablation], "os^Dv<>P"[number % 8], intervals))
+    winners: list[Cell] = []
+    for side in sides:
+        key = choose({ablation: one.outcomes(side) for ablation, one in reach.items()})
+        some = key is not None and bool(half(reach[key].outcomes(side), "validation").certified.any())
+        winners.append(key.hyperparameter if key is not None and some else "none")
+    rows.append(Row("best s", winners if reach else [NotRun("not run")]))
+    names = ("side m of a square patch anywhere, pixels", "certified accuracy, %")
+    figure = plots.draw(series, names, ((0.5, sides[-1] + 0.5), (0, 100)), [(side, str(side)) for side in sides])
+    return Table([f"{side}x{side}" for side in sides], rows, figures={"figure.png": figure})
 
 
-def grid(
-    bench: Bench, study: Study, models: Sequence[Ablation], margin: str = "location"
-) -> dict[tuple[Ablation, float | None], Outcomes]:
-    """All of s × θ of the models that are there; one pass of each serves every θ."""
-    return {
-        (ablation, theta): run(bench, ablation, DERANDOMIZED, study.patches[0], {"threshold": theta, "margin": margin})
-        for ablation in models
-        if not isinstance(model(bench, ablation), NotRun)
-        for theta in THETAS
-    }
-
-
-def run(bench: Bench, ablation: Ablation, method: str, patch: int | str, settings: Mapping[str, object]) -> Outcomes:
-    """What a method makes of the pictures with a model that is there."""
-    found = bench.outcomes(ablation.wanted, method, patch, **settings)
-    assert isinstance(found, Outcomes)
-    return found
+def attack_curves(plan: Plan) -> Table:
+    """Figure 7: accuracy under patches of every size (a), and under L∞ changes of every size (b)."""
+    rows = fill(plan)
+    columns, figures = list(plan.columns), {}
+    first, undefended = plan.rows[0], next(iter(plan.columns.values()))
+    clean = [plan.measure(first.merged(Measurement(measure="attack", show="clean", model=role)))
+             for role in (undefended.model, first.model)]  # fmt: skip
+    for figure, axis, chosen in (
+        ("a", "side of a square patch anywhere, pixels", [i for i, row in enumerate(plan.rows) if not row.epsilon]),
+        ("b", "ε of the L∞ attack", [i for i, row in enumerate(plan.rows) if row.epsilon]),
+    ):
+        ticks = ["0", *(plan.rows[i].epsilon or str(plan.rows[i].patch) for i in chosen)]
+        cells = [[*rows[i].cells, *rows[i].cells[:1] * 2][: len(columns)] for i in chosen]  # one stands for all
+        standing, defended, proven = ([line[which] for line in cells] for which in range(3))
+        series = [
+            *_line("undefended", [clean[0], *standing], RED, "o"),
+            *_line("column smoothing", [clean[1], *defended], BLUE, "o"),
+            *_line("certified", ["", *proven], GREEN, "^"),
+        ]
+        limits = ((-0.2, len(ticks) - 0.8), (-2.0, 102.0))
+        figures[f"figure-{figure}.png"] = plots.draw(series, (axis, "accuracy, %"), limits, [*enumerate(ticks)])
+    return Table(columns, [Row("no attack", [*clean, ""]), *rows], figures=figures)
 
 
 def threshold_words(theta: float | None) -> str:
     return "top-1" if theta is None else f"θ = {theta:.1f}"
 
 
-def described(bench: Bench) -> list[str]:
-    """Data and halves."""
-    return [
-        *bench.describe(),
-        "validation: the first half of the pictures, on which parameters are chosen, among the models that were run; test: "
-        "the other half; as in the paper",
-    ]
+def _line(name: str, cells: Sequence[Cell], colour: str, marker: str) -> list[Series]:
+    """The shares among some cells; none where there are none."""
+    shares = [(x, cell) for x, cell in enumerate(cells) if isinstance(cell, Share)]
+    if not shares:
+        return []
+    intervals = [_interval(share) for _, share in shares]
+    return [Series(name, [(x, share.percent) for x, share in shares], colour, marker, intervals)]
 
 
-def remarks(bench: Bench, models: Sequence[Ablation]) -> list[str]:
-    """How the networks that are there differ from the paper's, and how to train those that are not."""
-    lines: list[str] = []
-    wanted: dict[str, list[Ablation]] = {}
-    for ablation in models:
-        card = model(bench, ablation)
-        if isinstance(card, NotRun):
-            wanted.setdefault(ablation.how, []).append(ablation)
-        elif card.recipe.get("objective", {}).get("vote_margin"):
-            lines.append(
-                f"{card.name} was trained to raise the vote margin at θ = {card.settings.get('threshold', THETA)}; the "
-                "paper's networks by cross entropy"
-            )
-    for how, those in wanted.items():
-        sizes = f", N = {', '.join(str(a.size) for a in those)}" if "N" in how else ""
-        lines.append(f"not run: {how}{sizes}")
-    return list(dict.fromkeys(lines))
+def _ablation(plan: Plan, row: Measurement) -> Ablation:
+    slot = plan.study.model(row.model)
+    assert isinstance(slot, Ablation)
+    return slot
 
 
-def _half(found: Outcomes, which: int) -> Outcomes:
-    half = halves(len(found.right))[which]
-    return Outcomes(found.right[half], found.certified[half])
+def _by_kind(plan: Plan, table: Table, kind: str) -> list[tuple[Ablation, Row]]:
+    """The rows of a kind of views."""
+    ours = [row for row in table.rows if row.source == "ours"]
+    pairs = ((_ablation(plan, spec), row) for spec, row in zip(plan.rows, ours, strict=True))
+    return [(ablation, row) for ablation, row in pairs if ablation.kind == kind]
 
 
-def _chosen(by_size: Mapping[str, Outcomes]) -> Cell:
-    key = choose(by_size)
-    return NotRun("not run") if key is None else reported(by_size[key], key)[1]
+def _interval(share: Share) -> tuple[float, float]:
+    low, high = wilson(share.count, share.n)
+    return 100 * low, 100 * high

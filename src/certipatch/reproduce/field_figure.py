@@ -10,27 +10,27 @@ from matplotlib import pyplot as plt
 from certipatch.defenses.base import ViewDefense
 from certipatch.models import receptive_fields
 from certipatch.reproduce import masking
-from certipatch.reproduce.bench import Bench
-from certipatch.reproduce.papers import Numbers
-from certipatch.reproduce.studies import Study
+from certipatch.reproduce.context import missing
+from certipatch.reproduce.rows import Plan, format_words, paper_rows
 from certipatch.reproduce.table import Cell, Number, Row, Table
 from certipatch.saved import open_defense, read_card
 
 PICTURES = 200
 
 
-def receptive_field_figure(bench: Bench, study: Study, paper: Numbers) -> Table:
+def receptive_field_figure(plan: Plan) -> Table:
     """Figure 7: how often 3-wide 1-D convolutions look at each cell, and how a trained network's gradient lies."""
     rows = []
     for layers in (2, 3):
         counts = masking.looks(layers).int().tolist()
         rows.append(Row(f"{layers} layers", [" ".join(map(str, counts))]))
-    wanted = study.model("bagnet")
-    folder, found = bench.folder(wanted), None
-    cell: Cell = wanted.missing()
+    (spec,), context = plan.rows, plan.context
+    slot = plan.study.model(spec.model)
+    folder, gradient = context.folder(slot), None
+    cell: Cell = missing(slot)
     if folder is not None:
         card = read_card(folder)
-        pictures = bench.pictures(card)
+        pictures = context.pictures(card)
         defense = open_defense(str(folder))[0]
         assert isinstance(defense, ViewDefense)
         fields = receptive_fields(defense.model, card.image_size)
@@ -38,26 +38,25 @@ def receptive_field_figure(bench: Bench, study: Study, paper: Numbers) -> Table:
         indices = range(min(PICTURES, len(pictures)))
         batches = (pictures.images(indices[i : i + 50]) for i in range(0, len(indices), 50))
         shown = fields.visible(card.image_size)[middle]
-        found = masking.attention(defense.model, batches, middle)
-        rows_, columns = shown.any(1), shown.any(0)
-        found = found[rows_][:, columns]
-        centre = found[found.shape[0] // 4 : -(found.shape[0] // 4), found.shape[1] // 4 : -(found.shape[1] // 4)]
-        cell = Number(float(100 * centre.sum() / found.sum()), " % of the gradient in the middle quarter of the area")
-    rows.append(Row(f"{wanted.name}, middle cell, {PICTURES} pictures", [cell]))
-    rows.append(Row("2 layers", ["1 2 3 2 1"], "paper"))
-    figure, axes = plt.subplots(1, 3 if found is not None else 2, figsize=(9, 2.8), layout="constrained")
+        gradient = masking.attention(defense.model, batches, middle)[shown.any(1)][:, shown.any(0)]
+        top, left = (length // 4 for length in gradient.shape)
+        centre = gradient[top:-top, left:-left]
+        cell = Number(
+            float(100 * centre.sum() / gradient.sum()), " % of the gradient in the middle quarter of the area"
+        )
+    rows += [Row(format_words(plan, spec, slot) or slot.name, [cell]), *paper_rows(plan)]
+    figure, axes = plt.subplots(1, 3 if gradient is not None else 2, figsize=(9, 2.8), layout="constrained")
     for axis, layers in zip(axes, (2, 3), strict=False):
         counts = masking.looks(layers).numpy()
         axis.bar(range(1, len(counts) + 1), counts, color="#2171b5")
         axis.set(title=f"{layers} layers of width 3", xlabel="input cell", ylabel="times looked at")
         axis.set_xticks(range(1, len(counts) + 1))
         axis.spines[["top", "right"]].set_visible(False)
-    if found is not None:
-        image = axes[2].imshow(found.numpy(), cmap="Blues", vmin=0)
-        axes[2].set(title=f"{wanted.name}: |∂ logit / ∂ pixel|", xlabel="pixels of its receptive field")
+    if gradient is not None:
+        image = axes[2].imshow(gradient.numpy(), cmap="Blues", vmin=0)
+        axes[2].set(title=f"{slot.name}: |∂ logit / ∂ pixel|", xlabel="pixels of its receptive field")
         figure.colorbar(image, ax=axes[2], shrink=0.8)
     file = io.BytesIO()
     figure.savefig(file, dpi=160)
     plt.close(figure)
-    notes = [*bench.describe(), "counted: one for every path from an output cell to an input cell"]
-    return Table(["times looked at"], rows, notes, {"figure.png": file.getvalue()})
+    return Table(list(plan.columns), rows, figures={"figure.png": file.getvalue()})

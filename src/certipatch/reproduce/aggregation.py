@@ -1,0 +1,61 @@
+"""Networks without a defense under attack: as they are, or their local logits added up in some way."""
+
+from dataclasses import replace
+from math import inf
+
+from torch import nn
+
+from certipatch.defenses import ClippedBagNet, Defense, PatchGuard, Undefended
+from certipatch.defenses.base import ViewDefense
+from certipatch.reproduce.attacked import Target
+from certipatch.reproduce.local_logits import Aggregation, network_of
+from certipatch.rules import ClippedSum, Median, TrimmedMean
+from certipatch.threats import PatchThreat
+from certipatch.views import Views
+
+MEAN = ClippedSum(-inf, inf)
+UNDEFENDED = "undefended"
+"""The network as it predicts by itself, or the mean of its local logits if it has a defense of views."""
+OWN = "its own, the maximum of features"
+"""The prediction of a network without a defense."""
+
+
+def aggregated(victim: Target, name: str, threat: PatchThreat) -> Target | None:
+    """A network with another aggregation, by name; None for the own one of a network with a defense."""
+    if name == UNDEFENDED:
+        return undefended(victim)
+    if name == OWN:
+        return victim if isinstance(victim.defense, Undefended) else None
+    network, views = network_of(victim.defense, victim.name)
+    return around(victim, aggregations(network, views, threat, victim.card.image_size)[name])
+
+
+def undefended(victim: Target) -> Target:
+    """A network without a defense: as it predicts by itself, or the mean of its local logits."""
+    if isinstance(victim.defense, Undefended):
+        return victim
+    if isinstance(victim.defense, ViewDefense):
+        return around(victim, Aggregation(*network_of(victim.defense, victim.name), MEAN))
+    return around(victim, Undefended(victim.defense.model))
+
+
+def aggregations(
+    network: nn.Module, views: Views | None, threat: PatchThreat, image_size: tuple[int, int]
+) -> dict[str, Defense]:
+    """Ways to add up the local logits u of a network, by their names in Table XXI of PatchGuard and ours."""
+    mean = Aggregation(network, views, MEAN)
+    middle = TrimmedMean(mean.number_of_views(image_size) // 4)
+    return {
+        "mean": mean,
+        "tanh(0.05u − 1)": ClippedBagNet(network, views),
+        "tanh(u)": ClippedBagNet(network, views, 1.0, 0.0),
+        "clipped to (0, 15)": Aggregation(network, views, ClippedSum(0.0, 15.0)),
+        "median": Aggregation(network, views, Median()),
+        "mean of the middle half": Aggregation(network, views, middle),
+        "robust masking": PatchGuard(network, threat, views, "logits"),
+    }
+
+
+def around(victim: Target, defense: Defense) -> Target:
+    """Another defense in place of the victim's."""
+    return replace(victim, defense=defense, name=f"{defense.name}:{victim.name}")
