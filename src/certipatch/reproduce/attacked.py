@@ -46,9 +46,9 @@ class Target:
     defense: Any
     card: Card | ClassifierInfo
     name: str
-    """As ``certipatch attack`` calls it: a model, or METHOD:MODEL."""
+    """The name in ``certipatch attack``: a model, or METHOD:MODEL."""
     opened: str
-    """What the model is opened by."""
+    """The name or folder that opens the model."""
 
 
 @final
@@ -115,18 +115,18 @@ def target(
     return Target(*open_defense(method, str(folder), built_for, settings), f"{method}:{folder.name}", opened)
 
 
-def pictures_of(context: ReproductionContext, found: Target) -> Pictures:
+def pictures_of(context: ReproductionContext, victim: Target) -> Pictures:
     """The context's pictures. InputError where the target does not read such."""
-    pictures = context.pictures(found.card)
+    pictures = context.pictures(victim.card)
     height, width, channels = pictures.pixels([0]).shape[1:]
-    if ((height, width), channels) != (found.card.image_size, found.card.channels):
-        wanted = f"{found.card.image_size[0]}x{found.card.image_size[1]} pixels of {found.card.channels} channels"
-        raise InputError(f"{found.name} reads {wanted}, {pictures.name} has {height}x{width} of {channels}")
+    if ((height, width), channels) != (victim.card.image_size, victim.card.channels):
+        wanted = f"{victim.card.image_size[0]}x{victim.card.image_size[1]} pixels of {victim.card.channels} channels"
+        raise InputError(f"{victim.name} reads {wanted}, {pictures.name} has {height}x{width} of {channels}")
     return pictures
 
 
-def attacked(context: ReproductionContext, found: Target, threat: Threat | None, strength: Strength) -> Attacked:
-    """Attack every picture, or read what an earlier run of the same found. A broken certificate goes to ``context.broken``.
+def attacked(context: ReproductionContext, victim: Target, threat: Threat | None, strength: Strength) -> Attacked:
+    """Attack every picture, or read the results of an earlier run of the same. A broken certificate goes to ``context.broken``.
 
     Args:
         threat: None for the L∞ attack of ``strength.epsilon``.
@@ -134,14 +134,14 @@ def attacked(context: ReproductionContext, found: Target, threat: Threat | None,
     Errors: InputError where attack, threat and defense do not fit each other, or the pictures the model.
     """
     strength, attack = strength.limited_to(context.starts, context.steps), attacks.find(strength.attack)
-    device, pictures = devices.default(), pictures_of(context, found)
-    rows = max(1, min(256, PIXELS // (found.card.image_size[0] * found.card.image_size[1])))
+    device, pictures = devices.default(), pictures_of(context, victim)
+    rows = max(1, min(256, PIXELS // (victim.card.image_size[0] * victim.card.image_size[1])))
     job = AttackJob(
-        defense=found.defense.to(device),
-        defense_name=found.name,
-        model_sha256=found.card.sha256,
-        image_size=found.card.image_size,
-        class_names=found.card.classes,
+        defense=victim.defense.to(device),
+        defense_name=victim.name,
+        model_sha256=victim.card.sha256,
+        image_size=victim.card.image_size,
+        class_names=victim.card.classes,
         pictures=pictures,
         threat=threat,
         attack=attack,
@@ -152,27 +152,27 @@ def attacked(context: ReproductionContext, found: Target, threat: Threat | None,
         epsilon=strength.epsilon,
         adaptive=strength.adaptive,
         device=device,
-        opened=found.opened,
+        opened=victim.opened,
         part=max(5, min(50, rows // 4)),
         batch=rows,
     )
-    config = yaml_round_trip(job.config(context.fingerprint(found.card)))
+    config = yaml_round_trip(job.config(context.fingerprint(victim.card)))
     asked = {key: value for key, value in config.items() if key not in IGNORED_KEYS | {"versions", "dataset_note"}}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    folder = context.out / "attacks" / f"{found.name.replace(':', '-').replace('/', '-')}-{attack.name}-{key}"
+    folder = context.out / "attacks" / f"{victim.name.replace(':', '-').replace('/', '-')}-{attack.name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    about = f"{found.name}, {attack.name}{'' if strength.adaptive else ' plain'}"
+    about = f"{victim.name}, {attack.name}{'' if strength.adaptive else ' plain'}"
     summary = run_attack(job, folder, lambda done, total, text: context.progress(done, total, f"{about}: {text}"))
     if summary["broken_certificates"]:
         context.broken.append(
-            f"{summary['broken_certificates']} certificates of {found.name} broke: {folder / 'broken'}"
+            f"{summary['broken_certificates']} certificates of {victim.name} broke: {folder / 'broken'}"
         )
     n = summary["images"]
     clean, standing, certified = (
         Share(round(n * summary[f"{kind}_accuracy"]), n) for kind in ("clean", "attacked", "certified")
     )
     proven = threat is not None and not summary["theorem"].startswith("none")
-    return Attacked(clean, standing, certified if proven else UNCERTIFIED, found, pictures, folder, summary)
+    return Attacked(clean, standing, certified if proven else UNCERTIFIED, victim, pictures, folder, summary)
 
 
 def outcome(
@@ -184,5 +184,5 @@ def outcome(
     **settings: Any,
 ) -> Attacked | NotRun:
     """``attacked`` of a ``target``."""
-    found = target(context, slot, threat, method, **settings)
-    return found if isinstance(found, NotRun) else attacked(context, found, threat, strength)
+    victim = target(context, slot, threat, method, **settings)
+    return victim if isinstance(victim, NotRun) else attacked(context, victim, threat, strength)

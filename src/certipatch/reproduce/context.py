@@ -148,7 +148,7 @@ class ReproductionContext:
         return notes
 
     def fingerprint(self, card: Card | ClassifierInfo) -> str:
-        """Of the images."""
+        """The fingerprint of the images."""
         self._fingerprint = self._fingerprint or self.pictures(card).fingerprint()
         return self._fingerprint
 
@@ -293,7 +293,7 @@ def missing(slot: ModelSlot) -> NotRun:
 
 
 def is_local(data: str) -> bool:
-    """Whether the data are in the user's own folder of known datasets: nothing is fetched for a table's other rows."""
+    """Find the data in the user's own folder of known datasets: nothing is fetched for a table's other rows."""
     root = os.environ.get(DATA_VARIABLE)
     return bool(root) and (Path(root) / data).is_dir()
 

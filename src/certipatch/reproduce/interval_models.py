@@ -29,7 +29,7 @@ class Training(Entry):
     """The trainings on a data set."""
 
     network: str
-    """Of the recipes that ship, as the strategy."""
+    """Network of the recipes that ship; the strategy too."""
     strategy: str
     hours: dict[str, dict[str, float]]
     """By network and strategy."""
@@ -74,12 +74,12 @@ class Trained:
 
     @property
     def usual_network(self) -> bool:
-        """Whether its network is the recipe's."""
+        """True for the network of the recipe."""
         return self.network == ("mlp" if self.sparse else self.training.network)
 
     @property
     def usual_strategy(self) -> bool:
-        """Whether its strategy is the recipe's."""
+        """True for the strategy of the recipe."""
         usual = MODELS.strategies[self.training.strategy]
         return (self.strategy, self.count) == (usual.name, usual.count)
 
@@ -103,7 +103,7 @@ class Trained:
 
     @property
     def schedule(self) -> dict[str, str]:
-        """Where it is not the recipe's."""
+        """Changes to the schedule of the recipe."""
         if self.sparse:
             return {}
         if not self.usual_network:

@@ -93,12 +93,12 @@ def draw_histograms(plan: Plan) -> Table:
     return Table(list(plan.columns), rows, figures={"figure.png": figure})
 
 
-def largest_logits(context: ReproductionContext, found: Target, threat: PatchThreat, strength: Strength) -> Maxima:
+def largest_logits(context: ReproductionContext, victim: Target, threat: PatchThreat, strength: Strength) -> Maxima:
     """Local logits of all pictures before and after an attack on the global answer; a part that is kept is not made again."""
-    pictures, device = pictures_of(context, found), devices.default()
-    network = local_logits.map_of(found.defense, found.name).to(device)
-    whole = found.defense.model if isinstance(found.defense, Undefended) else local_logits.MeanOfCells(network)
-    card = found.card
+    pictures, device = pictures_of(context, victim), devices.default()
+    network = local_logits.map_of(victim.defense, victim.name).to(device)
+    whole = victim.defense.model if isinstance(victim.defense, Undefended) else local_logits.MeanOfCells(network)
+    card = victim.card
     about = [card.sha256, card.name, repr(getattr(card, "model", None)), card.image_size, context.fingerprint(card)]
     question = json.dumps([*about, threat.to_dict(), strength.model_dump()], sort_keys=True)
     key = hashlib.sha256(question.encode()).hexdigest()[:16]
@@ -140,11 +140,11 @@ def _attacked(
         batch=max(1, min(256, PIXELS // images[0, 0].numel())),
     )
     attacked = attacks.find(strength.attack).run(Victim(Patient(whole)), task).attacked
-    found = {}
+    results = {}
     for name, answer, shown in (("clean", "right", images), ("attacked", "standing", attacked)):
-        found[name] = local_logits.answers(network, shown).amax(2).cpu()
-        found[answer] = (local_logits.answers(whole, shown).argmax(1) == labels).cpu()
-    return found
+        results[name] = local_logits.answers(network, shown).amax(2).cpu()
+        results[answer] = (local_logits.answers(whole, shown).argmax(1) == labels).cpu()
+    return results
 
 
 def _kept(path: Path, number: int) -> dict[str, Tensor] | None:

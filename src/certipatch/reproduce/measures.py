@@ -132,7 +132,7 @@ def points_lost(context: ReproductionContext, paper: Paper, study: Study, cell: 
 
 
 def hours(context: ReproductionContext, paper: Paper, study: Study, cell: Measurement) -> Values:
-    """Of the training, as the card says."""
+    """Hours of training, as the card says."""
     folder = context.folder(slot_of(study, cell))
     seconds = None if folder is None else read_card(folder).training.get("seconds")
     return {"training": "" if seconds is None else Number(float(seconds) / 3600, " h", 2)}

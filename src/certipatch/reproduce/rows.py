@@ -40,9 +40,9 @@ class Plan:
     paper: Paper
     spec: TableSpec
     key: str
-    """Of the study."""
+    """The key of the study."""
     local: bool = True
-    """Whether the data are there; else no cell is measured."""
+    """The data are there; else no cell is measured."""
 
     @property
     def study(self) -> Study:

@@ -38,7 +38,7 @@ class Strength(Entry):
     search: str = "auto"
     adaptive: bool = True
     epsilon: float = 0.0
-    """Of L∞, which has no patch."""
+    """Radius of L∞, which has no patch."""
 
     @property
     def rounds(self) -> tuple[int, int]:
@@ -75,7 +75,7 @@ class ModelSlot(Entry):
     train_command: str | None = None
     """Arguments of ``certipatch train``, N in place of ``size``; None: the recipe of its name, if there is one."""
     size: int = 0
-    """Of ablations s, the width of a band or block, or k, the number of random pixels that are shown."""
+    """Ablations: s, the width of a band or block, or k, the number of random pixels that are shown."""
     seeds: tuple["ModelSlot", ...] = ()
     """The same from other seeds, which are looked at where they are there."""
     views: ClassVar[Mapping[str, object] | None] = None
@@ -98,7 +98,7 @@ class Ablation(ModelSlot):
 
     @property
     def hyperparameter(self) -> str:
-        """As the paper writes it."""
+        """Size and variant, in the paper's letters."""
         return f"{'k' if self.kind == 'pixels' else 's'} = {self.size}" + (f", {self.variant}" if self.variant else "")
 
     @property
@@ -221,9 +221,9 @@ class Measurement(Entry):
     model: str = ""
     """Role of the model; with ``strategy`` its network."""
     strategy: str = ""
-    """Of interval bounds: the training strategy, as the paper names it."""
+    """Interval bounds: the training strategy, as the paper names it."""
     trained_for: int | None = None
-    """Of interval bounds: side of the patch of the training; None for the one that is measured."""
+    """Interval bounds: side of the patch of the training; None for the one that is measured."""
     method: str | None = None
     """The defense around the model's network; None for the one that it was trained with."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -240,7 +240,7 @@ class Measurement(Entry):
     """A key of the paper's ``attacks``."""
     adaptive: bool = True
     epsilon: str = ""
-    """Of the L∞ attack, a fraction; no patch then."""
+    """Radius of the L∞ attack, a fraction; no patch then."""
     half: Half = "all"
     """Pictures: parameters are chosen on the first half, and reported of the other."""
     not_run: str = ""
