@@ -101,7 +101,7 @@ def models(tmp_path_factory):
         defense="patchguard",
         settings={"evidence": "confidence", "patch": 2},
         views=None,
-        model={"name": "small-bagnet", "field": 10, "widths": [4, 4, 8, 8]},
+        model={"name": "small-bagnet", "receptive_field": 10, "widths": [4, 4, 8, 8]},
         objective={"views_per_step": "all", "cross_entropy": 1.0, "mask_margin": 1.0, "patch": 2},
         epochs=1,
     )
