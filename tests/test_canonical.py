@@ -7,13 +7,13 @@ from torch import nn
 import certipatch as cp
 from certipatch import evidence as ev
 from certipatch import views as vw
-from certipatch.defenses import zoo
 from certipatch.errors import InputError
 from certipatch.inference import canonical_logits, is_position_free, rows_per_pass
 from certipatch.model_check import check_model, hidden_tiles, networks_of, same_bits
 from certipatch.models import ViT
 from certipatch.models.cascade import Cascade
 from certipatch.models.ensemble import Ensemble
+from certipatch.saved import zoo
 from certipatch.views.render import render_each
 
 SIZE = (8, 8)
