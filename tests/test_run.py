@@ -1,20 +1,24 @@
 """Run folders: kill -9 anywhere gives the same summary; other configurations and broken files are handled."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from scipy.stats import norm
 from support import write_parquet, write_recipe
 
+from certipatch.comparison.runs import read_run
 from certipatch.errors import InputError
-from certipatch.report import of_run
-from certipatch.runs import run
+from certipatch.plumbing.files import read_config, sha256
+from certipatch.report import of_run, rebuild
+from certipatch.runs import records, run
 from certipatch.runs.evaluate import evaluate_into
 from certipatch.runs.experiment import DataRef
 from certipatch.runs.metrics import wilson
@@ -171,3 +175,73 @@ def test_wilson_is_its_formula(successes, n):
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
     assert wilson(successes, n) == pytest.approx((centre - half, centre + half), abs=1e-9)
+
+
+def rewrite(out: Path, change, digest: bool) -> None:
+    """Change the records of every part of a run; with ``digest`` as a forger would, who writes the digests anew."""
+    config = read_config(out)
+    for first in range(0, config["images"], config["part"]):
+        path = records.part_path(out, "records", first)
+        old = pq.read_table(path)
+        new, about = change(old.replace_schema_metadata(None)), old.schema.metadata
+        if digest:
+            about = {"digest": records._digest(config, new, sha256(records.part_path(out, "evidence", first)))}
+        pq.write_table(new.replace_schema_metadata(about), path)
+
+
+def put(name: str, value):
+    def change(table):
+        column = pa.array([value(row) for row in table.to_pylist()], table.schema.field(name).type)
+        return table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+
+    return change
+
+
+FORGERIES = {
+    "certified": put("certified", lambda row: True),
+    "label": put("label", lambda row: row["target"]),
+    "target": put("target", lambda row: row["label"]),
+    "margin": put("margin", lambda row: row["margin"] + 1),
+    "no alarm": put("alarm", lambda row: True),
+    "order": lambda table: table.take(list(range(len(table)))[::-1]),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(home, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    evaluate(home, out)
+    return out
+
+
+@pytest.mark.parametrize("digest", [False, True], ids=["found by digests", "found by counting again"])
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_changed_record_is_found_by_every_command(home, finished, tmp_path, name, digest):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    evaluate(home, out)  # nothing was changed yet
+    before = (out / "report.html").read_bytes()
+    assert rebuild(out, str(home / "stripes"), str(home / "model")).read_bytes() == before
+    rewrite(out, FORGERIES[name], digest)
+    with pytest.raises(InputError, match=r"changed after they were written|does not give|not the label|in order|lacks records"):
+        evaluate(home, out)
+    with pytest.raises(InputError, match=r"changed after they were written|does not give|not the label|in order|lacks records|says"):
+        rebuild(out, str(home / "stripes"), str(home / "model"))
+    if not digest:
+        with pytest.raises(InputError, match=r"changed after they were written"):
+            read_run(out)
+
+
+@pytest.mark.parametrize("key", ["certified_accuracy", "clean_accuracy", "certified_ci95", "certified_by_patch"])
+def test_a_changed_summary_is_not_repeated(home, finished, tmp_path, key):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    summary = json.loads((out / "summary.json").read_text())
+    summary[key] = (
+        {**summary[key], "2": 0.99} if isinstance(summary[key], dict) else [0.9, 1.0] if "ci" in key else 0.95
+    )
+    (out / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(InputError, match=f"summary.json says {key}"):
+        evaluate(home, out)
+    again = rebuild(out, str(home / "stripes"), str(home / "model"))  # counts the records
+    assert again.read_bytes() == (finished / "report.html").read_bytes()

@@ -20,6 +20,7 @@ from certipatch.errors import InputError
 from certipatch.plumbing.files import read_config, read_json
 from certipatch.runs.metrics import wilson
 from certipatch.runs.records import AGAIN, read_records
+from certipatch.runs.verify import check_digests
 from certipatch.threats import PatchThreat, Threat, threat_from_dict
 
 WRONG, ALARM, RIGHT, CERTIFIED = range(4)
@@ -131,6 +132,8 @@ def _read(folder: Path) -> Run:
     summary = read_json(folder / "summary.json")
     timing = read_json(folder / "timing.json") if (folder / "timing.json").exists() else {}
     image_size = _image_size(config["image_size"])
+    if "part" in config:
+        check_digests(folder, config)
     records = _records(folder, summary["images"])
     outcome = _outcomes(records)
     for key, counted in (("clean", (outcome >= RIGHT).mean()), ("certified", (outcome == CERTIFIED).mean())):

@@ -10,13 +10,13 @@ import torch
 
 from certipatch.certificate import Certificate
 from certipatch.defenses import Evidence
-from certipatch.errors import InputError
 from certipatch.plumbing.files import read_config, read_json
 from certipatch.report.document import page
 from certipatch.report.places import Places, places
 from certipatch.report.shown import STATES, Explored, Shown, evenly
 from certipatch.runs.evaluate import Job
-from certipatch.runs.records import read_evidence, read_records, stored_evidence
+from certipatch.runs.records import read_evidence, read_records
+from certipatch.runs.verify import check_certificates, stored_certificate
 
 GALLERY = 1000  # pictures in the report of a run, at most
 PIXELS = 2**24  # of all of them together
@@ -29,9 +29,8 @@ def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
 
     Errors: InputError where records and evidence of the run do not belong together.
     """
+    check_certificates(job, out)
     records, evidence = read_records(out), read_evidence(out)
-    if len(records) != len(job.pictures) or records["index"].to_pylist() != evidence["index"].to_pylist():
-        raise InputError(f"{out} lacks records of some pictures; run evaluate again")
     stored = evidence.slice(0, 1)
     complete = stored["votes"].null_count == 0 or stored["scores"].null_count == 0
     height, width = job.image_size
@@ -41,11 +40,10 @@ def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
     first = 0
     while first < len(chosen):
         part = chosen[first : first + step]
-        found, behind = _certificate(job, evidence.take(part), part)
+        found, behind = stored_certificate(job, evidence.take(part), part) or _certify_again(job, part)
         if first == 0:
             where = places(job.defense, found, job.image_size, job.class_names)
             step = max(1, min(250, NUMBERS // found.margin.shape[1]))
-        _check(out, records.take(part), found, complete)
         shown += shown_pictures(
             job.pictures.pixels(part),
             [f"picture {index}" for index in part],
@@ -125,24 +123,7 @@ def shown_pictures(
     return shown
 
 
-def _certificate(job: Job, rows: pa.Table, index: list[int]) -> tuple[Certificate, Evidence]:
-    """The certificates of some pictures, from their stored evidence, or from the network where that was too large."""
-    views = job.defense.number_of_views(job.image_size)
-    try:
-        found = stored_evidence(rows, views, len(job.class_names), job.image_size)
-    except (ValueError, RuntimeError):
-        raise InputError(f"evidence of pictures {index[0]} to {index[-1]} is damaged; run evaluate again") from None
-    if found is None:
-        found = job.defense.evidence(job.pictures.images(index).to(job.device))
-    return job.defense.certificate(found, job.threat), found
-
-
-def _check(out: Path, records: pa.Table, found: Certificate, complete: bool) -> None:
-    """InputError where stored evidence does not give the label and, but for rounding, the verdict that were recorded."""
-    label, certified, margin = (np.asarray(records[name]) for name in ("label", "certified", "margin"))
-    again = found.margin.amin(1).cpu().numpy()
-    with np.errstate(invalid="ignore"):
-        close = (margin == again) | (np.abs(margin - again) <= 1e-6 * (1 + np.abs(again)))
-    fits = (label == found.label.cpu().numpy()) & ((certified == found.certified.cpu().numpy()) | close)
-    if complete and not fits.all():
-        raise InputError(f"{out}: the stored evidence does not give the recorded certificates; run evaluate again")
+def _certify_again(job: Job, index: list[int]) -> tuple[Certificate, Evidence]:
+    """The certificates of some pictures from the network, where evidence was too large to be stored."""
+    evidence = job.defense.evidence(job.pictures.images(index).to(job.device))
+    return job.defense.certificate(evidence, job.threat), evidence

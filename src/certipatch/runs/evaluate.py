@@ -20,6 +20,7 @@ from certipatch.runs.folder import remove_temporaries, write_report
 from certipatch.runs.metrics import wilson
 from certipatch.runs.records import RECORD, evidence_rows, read_evidence, read_records, write_part
 from certipatch.runs.run import Progress, RunType, configuration, part_of, run_shards
+from certipatch.runs.verify import check_certificates
 from certipatch.saved import DefenseRef
 from certipatch.threats import Threat
 
@@ -222,4 +223,4 @@ def _over_all(timing: dict[str, Any], out: Path) -> dict[str, Any]:
     return timing | {"forward_passes_per_image": round(mean, 2), "multiply_adds_per_image": adds}
 
 
-EVALUATE = RunType(_process_shard, _counts, summarize, _timing)
+EVALUATE = RunType(_process_shard, _counts, summarize, _timing, check_certificates)

@@ -21,6 +21,7 @@ from certipatch.runs.certify import Report, certify_config_and_summary, certify_
 from certipatch.runs.evaluate import Job, summarize
 from certipatch.runs.experiment import Experiment
 from certipatch.runs.folder import IGNORED_KEYS, difference, yaml_round_trip
+from certipatch.runs.verify import check_digests
 from certipatch.saved import Card, ClassifierInfo, DefenseRef, locate, read_card
 from certipatch.saved.open import check_shape, open_named
 from certipatch.threats import PatchThreat, Threat, threat_from_dict
@@ -47,6 +48,7 @@ def reopen_evaluation(out: Path, data: str | None = None, model: str | None = No
     job = Job(**opened.job(), threat=threat, seed=opened.card.seed, engine=config.get("engine"))
     _check_same(out, config, job.config(fingerprint))
     with one_line_errors(out):
+        check_digests(out, config)
         summary = summarize(config, out, opened.defense)
     return job, summary
 
@@ -64,6 +66,7 @@ def reopen_attack(out: Path, data: str | None = None, model: str | None = None) 
     with one_line_errors(out):
         job = AttackJob(**opened.job(), threat=threat, attack=attack, epsilon=epsilon, seed=config["seed"], **settings)
         _check_same(out, config, job.config(fingerprint))
+        check_digests(out, config)
         return opened.pictures, summarize_attack(config, out, opened.defense)
 
 

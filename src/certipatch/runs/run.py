@@ -33,6 +33,7 @@ from certipatch.runs.folder import (
     yaml_round_trip,
 )
 from certipatch.runs.records import part_path, read_part
+from certipatch.runs.verify import check_digests, check_summary
 
 PART = 250  # pictures per record file; the batch that a killed run loses
 PATIENCE = 120.0  # seconds without a new part, or four times the longest, after which the first worker makes it itself
@@ -77,6 +78,8 @@ class RunType:
     """Configuration, run folder, defense → summary."""
     timing: Callable[[Any, Path, int, float], dict[str, Any]]
     """Job, run folder, pictures, seconds → speed."""
+    check: Callable[[Any, Path], None] | None = None
+    """Job, run folder → InputError where records of a finished run do not follow from its evidence."""
 
 
 def run_shards(
@@ -96,6 +99,8 @@ def run_shards(
     workers = workers or Workers()
     plan = workers.share(lambda: prepare_run_folder(job.config(), out))
     if plan["summary"] is not None:
+        if workers.first:
+            _check_finished(job, run_type, out, plan)
         return plan["summary"]
     config, missing = plan["config"], plan["missing"]
     if not workers.first:
@@ -139,6 +144,14 @@ def run_shards(
     write_json(out / "summary.json", summary)
     remove_temporaries(out)
     return summary
+
+
+def _check_finished(job: Any, run_type: RunType, out: Path, plan: dict[str, Any]) -> None:
+    """InputError where a finished run's files were changed, or do not say what its summary says."""
+    check_digests(out, plan["config"])
+    if run_type.check is not None:
+        run_type.check(job, out)
+    check_summary(out, plan["summary"], run_type.summarize(plan["config"], out, job.defense))
 
 
 def _same_job(own: dict[str, Any], config: dict[str, Any], workers: Workers) -> None:
