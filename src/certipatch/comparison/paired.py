@@ -10,9 +10,8 @@ from typing import final
 
 import numpy as np
 from jaxtyping import Bool
-from scipy.stats import binom, norm
 
-Z = float(norm.ppf(0.975))
+Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
 
 @final
@@ -58,6 +57,8 @@ def mcnemar(b: int, c: int) -> float:
 
     Source: McNemar, Psychometrika 12 (1947), with the binomial distribution in place of χ².
     """
+    from scipy.stats import binom  # a second to import
+
     return min(1.0, 2 * float(binom.cdf(min(b, c), b + c, 0.5)))
 
 

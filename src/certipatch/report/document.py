@@ -4,10 +4,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
-
-import jinja2
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from certipatch.report import words
 from certipatch.report.chart import Chart, chart
@@ -16,6 +13,9 @@ from certipatch.report.embed import embed
 from certipatch.report.places import Places
 from certipatch.report.shown import Shown, evenly
 from certipatch.threats import threat_from_dict
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 PIXELATED = 160  # pixels of a side up to which a picture is shown with its pixels as squares
 LIMIT = 4_900_000  # bytes of a page
@@ -46,6 +46,8 @@ def page(
         places: the places of the threat, for the explorer.
         outcomes: number of pictures in each state (``Shown.state``), over the whole run.
     """
+    from markupsafe import Markup
+
     own = "certified_accuracy" not in summary
     scale = common_scale(one.map for one in shown if one.map is not None)
     drawn = _cards(shown, own, scale)
@@ -96,7 +98,9 @@ def _file(name: str) -> str:
     return (files("certipatch.report") / name).read_text(encoding="utf-8")
 
 
-def _template() -> jinja2.Template:
+def _template() -> "Template":
+    import jinja2
+
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -2,11 +2,6 @@
 
 import io
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
 from certipatch.defenses.base import ViewDefense
 from certipatch.models import receptive_fields
 from certipatch.reproduce import masking
@@ -20,6 +15,9 @@ PICTURES = 200
 
 def receptive_field_figure(plan: Plan) -> Table:
     """Figure 7: how often 3-wide 1-D convolutions look at each cell, and how a trained network's gradient lies."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = []
     for layers in (2, 3):
         counts = masking.looks(layers).int().tolist()
@@ -45,7 +43,9 @@ def receptive_field_figure(plan: Plan) -> Table:
             float(100 * centre.sum() / gradient.sum()), " % of the gradient in the middle quarter of the area"
         )
     rows += [Row(format_words(plan, spec, slot) or slot.name, [cell]), *paper_rows(plan)]
-    figure, axes = plt.subplots(1, 3 if gradient is not None else 2, figsize=(9, 2.8), layout="constrained")
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 3 if gradient is not None else 2)
     for axis, layers in zip(axes, (2, 3), strict=False):
         counts = masking.looks(layers).numpy()
         axis.bar(range(1, len(counts) + 1), counts, color="#2171b5")
@@ -58,5 +58,4 @@ def receptive_field_figure(plan: Plan) -> Table:
         figure.colorbar(image, ax=axes[2], shrink=0.8)
     file = io.BytesIO()
     figure.savefig(file, dpi=160)
-    plt.close(figure)
     return Table(list(plan.columns), rows, figures={"figure.png": file.getvalue()})

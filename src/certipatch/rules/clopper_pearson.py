@@ -6,7 +6,6 @@ from typing import final
 import numpy as np
 import torch
 from jaxtyping import Float64, Int64, Shaped
-from scipy.stats import beta
 from torch import Tensor
 
 from certipatch.rules.base import Verdict
@@ -20,6 +19,8 @@ def lower_bound(successes: Int64[np.ndarray, "..."], samples: int, alpha: float)
 
     A sample of a share p gives a bound above p with a chance of at most α.
     """
+    from scipy.stats import beta  # a second to import
+
     return np.where(successes > 0, beta.ppf(alpha, np.maximum(successes, 1), samples - successes + 1), 0.0)
 
 
