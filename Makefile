@@ -1,16 +1,20 @@
 # Needs Python 3.11 or newer, pip and make. Everything is set up in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-quick lint bench docs clean
 
 demo: .venv/installed
 	-@$(MAKE) --silent .venv/installed-photos
 	$(BIN)/certipatch demo
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-quick: .venv/installed-test
+	$(PYTEST) -m "not slow"
 
 lint: .venv/installed-lint .venv/installed-test
 	$(BIN)/ruff check .

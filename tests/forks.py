@@ -16,9 +16,14 @@ import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+
+WARM = ("lightning.fabric", "scipy.stats", "certipatch.cli.progress", "certipatch.data.parquet",
+        "certipatch.runs.evaluate", "certipatch.training.train")  # fmt: skip  # what the commands import
 
 
 @dataclass(frozen=True)
@@ -80,9 +85,14 @@ class Forks:
 
 def serve() -> None:
     """Read requests, fork, answer."""
-    import lightning.fabric  # noqa: F401
     import torch
 
+    for name in WARM:
+        import_module(name)
+    from certipatch.report import document
+
+    document._template = cache(document._template)  # its compilation takes half of a small run
+    document._template()
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)

@@ -69,6 +69,7 @@ def any_table(generator, evidence, owned):
 @pytest.mark.parametrize(("masks", "classes"), [(1, 2), (2, 2), (2, 3), (3, 3), (4, 3)])
 @pytest.mark.parametrize("sure", [0.0, 0.9])
 @pytest.mark.parametrize("whole", [False, True])
+@torch.inference_mode()
 def test_brute_force(masks, classes, sure, whole):
     rule = DoubleMask(sure, whole)
     tried = check_rule(
@@ -274,6 +275,7 @@ def test_z3_no_table_escapes(covering, whole):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9])
+@torch.inference_mode()
 def test_no_attack_goes_unnoticed_where_minority_reports_certify(threshold):
     generator, rule = torch.Generator().manual_seed(0), MinorityReports(threshold)
     certified = changed = 0

@@ -26,6 +26,7 @@ THRESHOLDS = (0, 0.2, 0.5, 0.9, 1)
 @pytest.mark.parametrize("clip", [math.inf, 1.0, 3.0])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("windows", FITTING.values(), ids=FITTING)
+@torch.inference_mode()
 def test_no_attack_breaks_a_margin(windows, threshold, clip):
     """Windows equal to, smaller and larger than what the attacker owns; real, one-hot, tied, empty and huge evidence."""
     rule = RobustMask(windows, threshold, clip)
@@ -88,6 +89,7 @@ def literal_margin(e, y, windows, owned, threshold, clip):
 @pytest.mark.parametrize("clip", [math.inf, 2])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)
+@torch.inference_mode()
 def test_against_the_literal_reference(windows, threshold, clip):
     generator = torch.Generator().manual_seed(3)
     exact = Fraction(threshold).limit_denominator(10)

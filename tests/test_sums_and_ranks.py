@@ -16,6 +16,7 @@ BOUNDS = [(0.0, 1.0), (-1.0, 2.0), (-3.0, -1.0)]
 
 @pytest.mark.parametrize(("lo", "hi"), BOUNDS[:2])
 @pytest.mark.parametrize(("views", "classes"), [(1, 2), (4, 2), (5, 3), (6, 4)])
+@torch.inference_mode()
 def test_clipped_sum_brute_force(lo, hi, views, classes):
     tried = check_rule(
         ClippedSum(lo, hi), views=views, classes=classes, evidence=random_scores, attacks=extremes(lo, hi), slack=1e-6
@@ -35,6 +36,7 @@ RANKS = {
 @pytest.mark.parametrize("views", [5, 6])
 @pytest.mark.parametrize(("lo", "hi"), BOUNDS[:2])
 @pytest.mark.parametrize("make", RANKS.values(), ids=RANKS)
+@torch.inference_mode()
 def test_order_statistics_brute_force(make, lo, hi, views):
     rule = make(lo, hi)
     check_rule(rule, views=views, classes=2, evidence=random_scores, attacks=extremes(lo, hi), slack=1e-6, trials=32)

@@ -15,6 +15,7 @@ BOTH = (Vote(), Vote(margin="paper"))
 
 
 @pytest.mark.parametrize(("views", "classes"), [(1, 2), (2, 2), (3, 3), (4, 3), (6, 2), (5, 4), (12, 3)])
+@torch.inference_mode()
 def test_brute_force(views, classes):
     tried = check_rule(Vote(), views=views, classes=classes, exact=True, seed=views)
     assert tried.certified > 100
