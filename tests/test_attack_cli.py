@@ -116,6 +116,7 @@ def test_bf16_is_written_down_and_starts_another_run(certipatch, tmp_path):
     assert certipatch("report", tmp_path / "fast", "--data", "stripes")[0] == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_summary(certipatch, tmp_path, monkeypatch):
     certipatch(*COMMAND, *SMALL, "--out", tmp_path / "whole")
     write, written = attack_runs.write_part, []
@@ -302,6 +303,7 @@ def test_empirical_defenses_are_attacked_not_evaluated(certipatch, tmp_path):
     assert list(json.loads(out)["attacks"]) == ["patch-pgd", "lavan", "universal", "square", "sparse", "linf"]
 
 
+@pytest.mark.slow
 def test_a_campaign_stops_resumes_and_reports(certipatch, tmp_path, home, monkeypatch):
     card = read_card(home / "model")
     monkeypatch.setattr(campaigns, "zoo", lambda: {"model": card})
@@ -355,6 +357,7 @@ def test_a_round_of_another_attack_asks_for_no_second_certificate(home, tmp_path
     assert all(row["pictures"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_campaign_cells_count_certified_pairs_and_find_a_liar(home, tmp_path, monkeypatch):
     from certipatch.data import load as pictures
 

@@ -245,6 +245,7 @@ def without_matrices(monkeypatch):
     return lambda slide: monkeypatch.setattr(convolution, "SMALL_MATRIX", 0 if slide else 2**17)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_cones_are_whole_passes(name, without_matrices):
     net, x, y = NETS[name], pictures(), torch.tensor([2, 0])
@@ -281,6 +282,7 @@ def test_parts_of_the_pictures_and_of_the_places():
     assert torch.allclose(clean, logits.gather(1, y[:, None]) - logits.gather(1, rivals_of(y, 3)), 0, 1e-9)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=12)
 @given(
     st.integers(0, 10_000),
@@ -609,6 +611,7 @@ def robust():
     return net.requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", [PatchThreat(2), PatchThreat(4, shape="line"), SparseThreat(2),
                                     PatchThreat(1, count=2, where=[(0, 0), (3, 4)])], ids=str)  # fmt: skip
 def test_no_attack_breaks_a_certificate(threat):
@@ -773,6 +776,7 @@ def home(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", [("--patch", 1), ("--sparse", 1)])
 def test_evaluate_report_and_certify(home, tmp_path, capsys, threat):
     run = ["evaluate", "--defense", home / "own", "--data", home / "stripes", "--out", tmp_path / "run", *threat]

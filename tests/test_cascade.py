@@ -111,6 +111,7 @@ def trained(members=MEMBERS, **sizes) -> Cascade:
     return network
 
 
+@pytest.mark.slow
 def test_the_model_check_and_its_tolerance():
     images = torch.rand(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     views = MaskPairs(mask_set([THREAT], (12, 12), (3, 3), None))
@@ -136,6 +137,7 @@ def test_networks_of_filled_pictures_beside_those_of_null_encoded_ones():
     torch.testing.assert_close(NullToFill(filled.network)(shown), filled.network(per_channel))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [MEMBERS, NULLS], ids=["filled", "NULL-encoded"])
 def test_certificates_hold_and_faster_ways_answer_alike(members):
     images = torch.rand(8, 3, 3, 3, generator=torch.Generator().manual_seed(0))

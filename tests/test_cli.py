@@ -117,6 +117,7 @@ def test_every_kind_of_threat(certipatch, tmp_path, threat):
     assert "certified" in out
 
 
+@pytest.mark.slow
 def test_train_from_the_command_line_and_a_folder_of_class_folders(certipatch, tmp_path):
     for split, seed in (("train", 1), ("test", 2)):
         for number, (encoded, target) in enumerate(stripes(40, seed, (16, 12), colour=True)):
@@ -286,6 +287,7 @@ def test_a_run_of_another_configuration(certipatch, tmp_path):
     assert "command is evaluate there, attack here" in refused(certipatch(*attack))
 
 
+@pytest.mark.slow
 def test_more_patches_than_columns_are_as_many_as_columns(certipatch):
     code, out, _ = certipatch("certify", "good.png", "--defense", "model", "--patch", "1", "--count", "500")
     assert code == 0

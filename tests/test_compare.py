@@ -367,6 +367,7 @@ def certipatch(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_all_files_are_written_twice_the_same(certipatch, two, tmp_path):
     written = []
     for _ in range(2):
@@ -415,6 +416,7 @@ def test_json_and_formats(certipatch, two):
     assert rows[0]["notion"] == "recovery"
 
 
+@pytest.mark.slow
 def test_untrusted_names(certipatch, tmp_path):
     evil = {"dataset": EVIL, "split": EVIL, "theorem": EVIL, "classes": [EVIL] * 3, "note": EVIL}
     runs = [

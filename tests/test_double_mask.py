@@ -66,6 +66,7 @@ def any_table(generator, evidence, owned):
     return torch.where(owned[:, None], wanted, evidence)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("masks", "classes"), [(1, 2), (2, 2), (2, 3), (3, 3), (4, 3)])
 @pytest.mark.parametrize("sure", [0.0, 0.9])
 @pytest.mark.parametrize("whole", [False, True])
@@ -169,6 +170,7 @@ def test_against_the_literal_reference(case, sure):
     assert torch.equal(verdict.certified, (verdict.margin > 0).all(1))
 
 
+@pytest.mark.slow
 @given(cases(), st.floats(0, 2), st.sampled_from([0.0, 0.3, 1.0]))
 def test_doubt_only_costs(case, off, sure):
     masks, scores, relation, unsure = case
@@ -274,6 +276,7 @@ def test_z3_no_table_escapes(covering, whole):
 # Detection ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 0.9])
 @torch.inference_mode()
 def test_no_attack_goes_unnoticed_where_minority_reports_certify(threshold):

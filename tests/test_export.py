@@ -39,6 +39,7 @@ def answers(path, images: torch.Tensor) -> list[torch.Tensor]:
     return together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist-columns", "mnist-columns-votes", "fashion-columns"])
 def test_zoo_models_answer_alike_in_onnxruntime(name, sample, tmp_path):
     defense, card = open_defense(name)
@@ -170,6 +171,7 @@ CARD = {"name": "mine", "defense": "undefended", "model": CONV, "image_size": SI
         "classes": list("abcde"), "sha256": ""}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -203,6 +205,7 @@ def test_rules_as_graphs(rule):
     assert torch.equal(label, rule.predict(evidence))
 
 
+@pytest.mark.slow
 def test_a_file_with_another_alarm_is_not_written(monkeypatch, tmp_path):
     defense = composed("minority reports")
     true = type(defense).certify
@@ -230,6 +233,7 @@ def test_what_has_no_graph_says_so(monkeypatch, tmp_path):
         to_onnx(composed("undefended"), Card(**CARD), tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_the_command(monkeypatch, capsys, tmp_path):
     from certipatch.cli import main
 

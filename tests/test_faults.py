@@ -27,6 +27,8 @@ from certipatch.saved import DefenseRef
 from certipatch.threats import PatchThreat
 from certipatch.training import read, train
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 
 

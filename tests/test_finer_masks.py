@@ -66,6 +66,7 @@ def test_cell_by_cell(masks, finer, confident, sure, maps):
         assert (evidence.passes <= defense.sizes(SIZE)[0].number(SIZE)).all()
 
 
+@pytest.mark.slow
 def test_certificates_hold_against_pasted_patches():
     network = Thirds(sharpness=8.0).eval()
     for maps, finer, confident in ((True, 2, 0.2), (False, 2, 0.9), (True, 4, (0.8, 0.5))):
@@ -156,6 +157,7 @@ class ByTheMasks(torch.nn.Module):
         return said[torch.where(white & largest, 2, torch.where((second & ~largest) | white, 1, 0))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threats", [[cp.PatchThreat(2), cp.PatchThreat((1, 4))],
                                      [cp.PatchThreat((2, 3)), cp.PatchThreat((3, 2))],
                                      [cp.PatchThreat(3, shape="line")]])  # fmt: skip
@@ -220,6 +222,7 @@ class LeadsBy(torch.nn.Module):
         return torch.where((x > 0.9).flatten(1).any(1)[:, None], self.seen(x), said)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("small", [0.12, 0.4])
 def test_whether_a_mask_is_sure_does_not_hang_on_rounding(small):
     """Rounding of 0.05 in a score: a lead of 0.61 in the clean picture is one of 0.51 in the attacked one, and back."""

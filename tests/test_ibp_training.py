@@ -59,6 +59,7 @@ def recipe(folder: Path, data: Path, **asked: object):
     return read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_worst_places_are_those_of_certification_and_their_gradient_that_of_all(name):
     network, picture, images, label = setting(name)
@@ -141,6 +142,7 @@ def test_places_are_drawn_by_the_softmax_of_what_the_unet_predicts():
         torch.testing.assert_close(shares, torch.softmax(-predicted[0, label], 0), atol=0.02, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_unet_keeps_sizes_and_learns_margins():
     torch.manual_seed(0)
     assert UNet(3, 5)(torch.rand(2, 3, 13, 10)).shape == (2, 5, 13, 10)
@@ -188,6 +190,7 @@ def test_every_strategy_trains_and_loads(tmp_path, data, strategy):
     assert defense.name == "interval-bounds"
 
 
+@pytest.mark.slow
 def test_training_certifies_what_certification_does(tmp_path, data):
     settings = {"epochs": 12, "learning_rate": 0.01, "ramp_until": 0.5}
     train(recipe(tmp_path, data, **settings), tmp_path / "out")
@@ -204,6 +207,7 @@ def test_training_certifies_what_certification_does(tmp_path, data):
     assert (right & found.certified).double().mean().item() == held["certified_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_guided_training_that_was_stopped_ends_with_the_same_weights(tmp_path, data, monkeypatch):
     monkeypatch.setattr(importlib.import_module("certipatch.training.train"), "CHECKPOINT_SECONDS", -1.0)
     asked = recipe(tmp_path, data, strategy="guided", places=3, ramp_until=0.3)
@@ -292,6 +296,7 @@ def test_every_model_of_the_tables_has_a_name_of_its_own_and_a_command_that_desc
         assert (found.interval.pixels if model.strategy == "sparse" else found.interval.patch) == model.size
 
 
+@pytest.mark.slow
 def test_tables_print_what_was_measured_and_what_was_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("CERTIPATCH_DATA", raising=False)

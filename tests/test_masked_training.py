@@ -419,6 +419,7 @@ SHARED = {"name": "shared-bagnet", "widths": [8, 8, 8, 8, 8]}
 VIT = {"name": "vit", "patch_size": 2, "embed_dim": 8, "depth": 1, "num_heads": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -451,6 +452,7 @@ def test_recipes_train_any_network(changes, tmp_path):
     assert [len(masks) for masks in masks_of(defense, card.image_size)] == ([9, 36] if "settings" in changes else [9])
 
 
+@pytest.mark.slow
 def test_some_batches_learn_under_finer_masks_in_the_end():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8), encoding="null")
@@ -475,6 +477,7 @@ def test_some_batches_learn_under_finer_masks_in_the_end():
     assert torch.isfinite(memory.centres).all()
 
 
+@pytest.mark.slow
 def test_plain_pictures_at_the_end_are_neither_turned_nor_mixed(tmp_path):
     data = write_parquet(tmp_path / "data")
     strong = {"shift": 2, "flip": True, "rotate": 10, "scale": 0.2, "colour": 0.3}
@@ -496,6 +499,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "masking"),
     [

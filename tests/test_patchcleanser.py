@@ -78,6 +78,7 @@ def test_the_full_table_says_the_same(threat, masks, stride, sure, maps):
     assert (evidence.passes <= table.shape[1]).all()
 
 
+@pytest.mark.slow
 def test_certificates_hold_against_pasted_patches():
     x = pictures()
     for maps in (True, False):
@@ -222,6 +223,7 @@ def test_a_patch_as_large_as_the_picture():
         cp.PatchCleanser(Thirds().eval(), cp.PatchThreat(13)).predict(pictures())
 
 
+@pytest.mark.slow
 def test_pictures_that_are_not_square_and_several_threats():
     x = pictures(6, size=(9, 20))
     flat, tall = cp.PatchThreat((2, 6)), cp.PatchThreat((6, 2))

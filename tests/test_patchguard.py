@@ -87,6 +87,7 @@ DEFENSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", [BUILT, PatchThreat(1), PatchThreat((1, 2))], ids=str)
 @pytest.mark.parametrize("make", DEFENSES.values(), ids=DEFENSES)
 def test_no_patch_breaks_a_certificate(make, threat):
@@ -245,6 +246,7 @@ def evaluate(home, out, *options):
     return main(["evaluate", "--data", str(home / "stripes"), "--out", str(out), *map(str, options)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["bag", "columns"])
 @pytest.mark.parametrize("method", ["patchguard", "clipped-bagnet", "bagcert", "patchguard-plus-plus", None])
 def test_every_method_around_every_network(home, tmp_path, method, model):
@@ -263,6 +265,7 @@ def test_every_method_around_every_network(home, tmp_path, method, model):
     assert (tmp_path / "run" / "summary.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_training_raises_the_margin(home):
     defense, card = open_defense(str(home / "bag"))
     assert card.defense == "patchguard"
@@ -271,6 +274,7 @@ def test_training_raises_the_margin(home):
     assert lines[-1]["clean_accuracy"] > 0.5
 
 
+@pytest.mark.slow
 def test_plain_networks_run_too(home, tmp_path, capsys):
     assert evaluate(home, tmp_path / "run", "--defense", home / "plain", "--patch", 2) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -67,6 +67,7 @@ THREATS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", FAMILIES, ids=lambda v: str(v.settings()))
 def test_delta_is_the_share_of_the_whole_family(views):
     family = literal_family(views)
@@ -322,6 +323,7 @@ def clear(views, **settings):
 FEW = [vw.RandomPixels(3), vw.RandomColumns(1), vw.Columns(2), vw.Columns(2, wrap=False), vw.Blocks(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", FEW, ids=str)
 @pytest.mark.parametrize("threat", [PatchThreat(1), PatchThreat(1, count=2), SparseThreat(1)], ids=str)
 def test_no_patch_breaks_a_certificate(views, threat):
@@ -467,6 +469,7 @@ def certipatch(monkeypatch, capsys, home):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pixels", "columns"])
 def test_networks_learn_from_random_views(home, name):
     held = json.loads((home / name / "log.jsonl").read_text().splitlines()[-1])

@@ -152,6 +152,7 @@ print(int(peak[1]) / 2**20)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
 def test_imagenet_size_in_a_gibibyte():
     done = subprocess.run([sys.executable, "-c", BIG], capture_output=True, text=True, check=False)

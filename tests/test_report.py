@@ -473,6 +473,7 @@ def in_chromium(html, folder, pictures):
     return json.loads(unquote(re.findall(r'id="results">RESULTS(.*?)END', done.stdout)[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("case", ["votes", "sums", "lines"])
 def test_the_explorer_shows_the_margins_of_the_certificate(case, tmp_path):

@@ -117,6 +117,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pg-table5", *(f"pg-table{n}" for n in range(14, 21)), "pg-fig7"])
 def test_every_table_is_made_from_tiny_models(models, tmp_path, name):
     arguments = ["reproduce", name, "--data", models / "data", "--out", tmp_path / "out"]

@@ -26,6 +26,8 @@ from certipatch.threats import PatchThreat
 from certipatch.training.recipe import read
 from certipatch.training.train import train
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--limit", 6, "--starts", 2, "--steps", 3)
 
 

@@ -27,6 +27,8 @@ from certipatch.rules import ClippedSum, Median, TrimmedMean
 from certipatch.training.recipe import read
 from certipatch.training.train import train
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["pg-table2", "pg-table4", "pg-table6", "pg-table21", "pg-fig3"]
 N, SIZE = 6, (12, 12)
 

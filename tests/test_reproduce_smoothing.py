@@ -27,6 +27,8 @@ from certipatch.saved.weights import save_weights
 from certipatch.training.recipe import read
 from certipatch.training.train import train
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["ds-fig1", "ds-fig3", "ds-fig5", "ds-fig6", "ds-table1", "ds-table2", "ds-several"]
 STUDIES = TABLES["ds-table1"].studies
 FIVE, SIZE = cp.PatchThreat(5), (20, 20)

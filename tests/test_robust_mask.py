@@ -23,6 +23,7 @@ FITTING = {name: windows for name, windows in WINDOWS.items() if not windows.mem
 THRESHOLDS = (0, 0.2, 0.5, 0.9, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [math.inf, 1.0, 3.0])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("windows", FITTING.values(), ids=FITTING)
@@ -86,6 +87,7 @@ def literal_margin(e, y, windows, owned, threshold, clip):
     return min(margins)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [math.inf, 2])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS)

@@ -101,6 +101,7 @@ def test_stored_evidence_gives_the_same_certificates(home, tmp_path):
     assert found.margin.amin(1).tolist() == records["margin"].to_pylist()
 
 
+@pytest.mark.slow
 def test_killed_while_it_runs_it_resumes_to_the_same_bytes(home, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "PART", 3)
     whole = evaluate(home, tmp_path / "whole")

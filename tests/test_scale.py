@@ -25,6 +25,8 @@ from certipatch.threats import PatchThreat
 from certipatch.training import read, train
 from certipatch.training.train import share_of_batch
 
+pytestmark = pytest.mark.slow
+
 PARTS = 10  # of four pictures
 
 

@@ -117,6 +117,7 @@ def test_no_pasted_patch_changes_a_certified_answer(name):
     assert torch.equal(defense.predict(torch.stack(attacked)), torch.stack(expected))
 
 
+@pytest.mark.slow
 def test_pasted_patches_of_the_soundness_kit():
     defense = PatchCURE(network("bagnet 6"), THREATS[0], masks=3)
     report = cp.testing.check_defense(defense, pictures(4, 4), THREATS[0], trials=3, slack=1e-6)
@@ -172,6 +173,7 @@ def test_a_front_that_sees_further_than_it_says_is_refused():
         PatchCURE(model, THREATS[0], masks=3).check(pictures(1))
 
 
+@pytest.mark.slow
 def test_recipes_train_both_kinds(tmp_path):
     from certipatch.training.recipe import read
     from certipatch.training.train import train
@@ -244,6 +246,7 @@ class Brighter(models.SharedFront):
         return 30 * features[:, :2].mean((2, 3))
 
 
+@pytest.mark.slow
 def test_an_attack_changes_answers_but_no_certified_one():
     from certipatch.attacks import Task, Victim, find
 

@@ -56,6 +56,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "views", "threat"), CASES, ids=lambda c: str(c))
 @pytest.mark.parametrize("threshold", [0.4, None])
 def test_no_patch_breaks_a_certificate(name, views, threat, threshold):
@@ -64,6 +65,7 @@ def test_no_patch_breaks_a_certificate(name, views, threat, threshold):
     assert tried.locations >= tried.certified >= tried.attacked
 
 
+@pytest.mark.slow
 def test_patches_have_an_effect_where_nothing_is_certified():
     tried = check_defense(defense(views=vw.Blocks(2)), pictures(), PatchThreat(3), trials=16)
     assert tried.attacks_elsewhere > tried.changed > 0

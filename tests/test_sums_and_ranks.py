@@ -14,6 +14,7 @@ from certipatch.testing import anything, check_rule, extremes, random_relation, 
 BOUNDS = [(0.0, 1.0), (-1.0, 2.0), (-3.0, -1.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lo", "hi"), BOUNDS[:2])
 @pytest.mark.parametrize(("views", "classes"), [(1, 2), (4, 2), (5, 3), (6, 4)])
 @torch.inference_mode()
@@ -33,6 +34,7 @@ RANKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [5, 6])
 @pytest.mark.parametrize(("lo", "hi"), BOUNDS[:2])
 @pytest.mark.parametrize("make", RANKS.values(), ids=RANKS)

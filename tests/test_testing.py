@@ -283,6 +283,7 @@ def shades():
     return torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).repeat(1, 1, 6, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", [PatchThreat(2), PatchThreat((6, 3)), PatchThreat((6, 1), count=2), SparseThreat(2)])
 def test_a_sound_defense_passes(threat):
     tried = check_defense(Brightest(), shades(), threat, trials=20)

@@ -36,6 +36,7 @@ def data(tmp_path_factory) -> Path:
     return write_parquet(tmp_path_factory.mktemp("data") / "stripes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "objective", "epochs"),
     [
@@ -65,6 +66,7 @@ def test_a_finished_training_is_left_alone_and_another_one_refused(tmp_path, dat
         train(read(recipe, ["seed=1"]), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, data):
     recipe = write_recipe(tmp_path / "r.yaml", data=str(data), epochs=8)
     train(read(recipe), tmp_path / "whole")
@@ -86,6 +88,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path, data):
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_only_the_last_minute(tmp_path, data, monkeypatch):
     recipe = write_recipe(tmp_path / "r.yaml", data=str(data), epochs=3)
     train(read(recipe), tmp_path / "whole")
@@ -175,6 +178,7 @@ def test_the_mask_margin_is_what_the_rule_certifies_and_splits_over_columns_and_
     torch.testing.assert_close(loss, torch.nn.functional.softplus(-10 * expected).mean(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_cross_trains_with_the_mask_margin(tmp_path, data):
     objective = {"views_per_step": "all", "cross_entropy": 0.3, "mask_margin": 1.0, "patch": 2}
     recipe = write_recipe(
@@ -191,6 +195,7 @@ def test_a_cross_trains_with_the_mask_margin(tmp_path, data):
     assert len(defense.views_of((12, 12)).visible((12, 12))) == 24
 
 
+@pytest.mark.slow
 def test_a_training_that_starts_from_a_trained_model(tmp_path, data):
     recipe = write_recipe(tmp_path / "r.yaml", data=str(data), epochs=1)
     train(read(recipe), tmp_path / "first")
@@ -208,6 +213,7 @@ def test_a_training_that_starts_from_a_trained_model(tmp_path, data):
         train(read(recipe, ["learning_rate=1e-9", "weight_decay=0"]), tmp_path / "second")
 
 
+@pytest.mark.slow
 def test_a_training_that_starts_from_imagenet(tmp_path, data, monkeypatch):
     """With the rows of the last layer whose classes it knows; only where the network is that one."""
     given = EfficientNetLite(3, 1000)
@@ -238,6 +244,7 @@ def test_every_recipe_describes_a_network(name):
     assert sum(p.numel() for p in network.parameters()) > 0
 
 
+@pytest.mark.slow
 def test_a_cross_that_starts_from_its_columns_and_rows_and_takes_evenly_spaced_views(tmp_path, data):
     shared = {"data": str(data), "model": {"name": "conv", "widths": [4, 6]}, "epochs": 1}
     starts = []
@@ -272,6 +279,7 @@ WHOLE = {"views": None, "defense": "patchcleanser", "settings": {"patch": 2, "ma
 MEMBERS = [{"name": "conv", "widths": [4, 6], "flip_tta": True}, {"name": "resnet18", "widths": [4, 6], "depth": 1}]
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
     shared = WHOLE | {"data": str(data)}
     starts, networks = [], []
@@ -311,6 +319,7 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
             train(read(recipe, changes), tmp_path / "refused")
 
 
+@pytest.mark.slow
 def test_an_ensemble_learns_as_one_network(tmp_path, data):
     shared = WHOLE | {"data": str(data)}
     recipe = write_recipe(
@@ -394,6 +403,7 @@ def test_crops_are_parts_of_their_pictures(tmp_path, data):
     assert {left for _, left in corners} == set(range(18))
 
 
+@pytest.mark.slow
 def test_a_bagnet_learns_from_crops_and_reads_whole_pictures(tmp_path):
     folder = write_parquet(tmp_path / "data", (40, 48))
     recipe = write_recipe(tmp_path / "r.yaml", data=str(folder), **LOCAL, augment={"crop": 33}, epochs=1)

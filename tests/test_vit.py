@@ -176,6 +176,7 @@ def test_timm_itself():
     torch.testing.assert_close(model(images), theirs((images - 0.5) / 0.5), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_recipes_train_it_and_the_defense_loads_and_certifies(tmp_path):
     from certipatch.training.recipe import read
     from certipatch.training.train import train

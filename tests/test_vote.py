@@ -14,6 +14,7 @@ from certipatch.testing import check_rule
 BOTH = (Vote(), Vote(margin="paper"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("views", "classes"), [(1, 2), (2, 2), (3, 3), (4, 3), (6, 2), (5, 4), (12, 3)])
 @torch.inference_mode()
 def test_brute_force(views, classes):

@@ -92,6 +92,7 @@ def test_finer_masks_know_nothing_of_it():
     assert torch.equal(found.label[no_mask_wins], network.unmasked(x).argmax(1)[no_mask_wins])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finer", [None, 2])
 def test_certificates_hold_against_pasted_patches(finer):
     defense = cp.PatchCleanser(fallback_ensemble(), THREAT, masks=3, finer=finer, confident=0.3, whole=True)
@@ -127,6 +128,7 @@ def test_certificates_do_not_depend_on_the_whole_picture():
     assert (labels[:, ~wins] == torch.arange(3)[:, None]).all()
 
 
+@pytest.mark.slow
 def test_a_model_may_bring_its_own():
     """As an attribute, also behind a preprocessing; without ``whole`` nobody looks at it."""
     x, network = torch.cat([several(), several()[:, :1]], 1), Brightest().eval()

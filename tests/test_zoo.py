@@ -106,6 +106,7 @@ def test_mnist_is_near_its_card():
     assert abs(robust.double().mean().item() - card.metrics[0]["certified_accuracy"]) < 0.06
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", [cp.PatchThreat(5), cp.PatchThreat(3, count=2), cp.PatchThreat(16, shape="line")])
 def test_no_pasted_patch_breaks_a_certificate(sample, threat):
     defense = cp.load("fashion-columns")
