@@ -190,6 +190,7 @@ class Loud(nn.Module):
         return self.b(self.a(x.flatten(1)) * loud[:, None])
 
 
+@pytest.mark.slow
 def test_a_picture_has_one_answer_alone_and_among_others(threads):
     defense = cp.PatchCleanser(Loud().eval(), cp.PatchThreat(2), masks=2, fill=0.0)
     defense.check(pictures(2, (16, 16)) * 0.5)
@@ -231,6 +232,7 @@ def test_rows_keep_their_bits_in_every_batch(number, threads):
             assert same_bits(again, expected[order]), name
 
 
+@pytest.mark.slow
 def test_views_of_a_vision_transformer_keep_their_bits_beside_views_of_other_sizes():
     torch.manual_seed(0)
     views = vw.PixelSets(torch.stack([vw.Columns(w).visible(SIZE)[0] for w in (1, 3, 4, 6, 8)]))
@@ -257,6 +259,7 @@ SLOW = ("cifar10-double", "imagenette")  # minutes
 ZOO = [name for name in zoo() if not name.startswith(SLOW)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_zoo_models_answer_alike_alone_and_among_others(name, threads):
     defense = cp.load(name)

