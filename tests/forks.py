@@ -21,7 +21,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-
 WARM = ("lightning.fabric", "scipy.stats", "certipatch.cli.progress", "certipatch.data.parquet",
         "certipatch.runs.evaluate", "certipatch.training.train")  # fmt: skip  # what the commands import
 
