@@ -4,10 +4,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pyarrow as pa
-from markupsafe import Markup
 
 from certipatch.data import Pictures
 from certipatch.errors import InputError
@@ -29,6 +27,9 @@ def of_attack(pictures: Pictures, out: Path, summary: dict[str, Any]) -> str:
 
     Errors: InputError where records and evidence of the run do not belong together.
     """
+    import jinja2
+    from markupsafe import Markup
+
     records, evidence = read_records(out), read_evidence(out)
     if len(records) != len(pictures) or records["index"].to_pylist() != evidence["index"].to_pylist():
         raise InputError(f"{out} lacks records of some pictures; run attack again")
