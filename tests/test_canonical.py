@@ -307,6 +307,7 @@ def swap_data(model):
     model[1].bias.data.copy_(model[1].bias.data.flip(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [swap_classes, swap_data])
 def test_a_faster_way_with_old_weights_is_not_asked(change):
     pytest.importorskip("onnxruntime")

@@ -176,6 +176,7 @@ def test_what_it_refuses():
         cp.IntervalBounds(trained()).certify(torch.rand(1, 3, 12, 12), THREAT)
 
 
+@pytest.mark.slow
 def test_logits_of_a_cascade_are_no_evidence():
     """Rounding moves the logarithm of a small confidence by more than its share of the blend."""
     columns = Columns(4, 4)

@@ -393,6 +393,7 @@ def test_unknown_names(tmp_path, monkeypatch):
     fails("no dataset", load, "a" * 5000)
 
 
+@pytest.mark.slow
 def test_hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})

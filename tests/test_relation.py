@@ -48,6 +48,7 @@ patches = st.one_of(
 places = st.sampled_from(["anywhere", "anywhere", "corners", [(0, 0), (1, 1), (0, 0)]])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(views_of, patches, places, st.integers(1, 2), st.integers(3, 7), st.integers(3, 7))
 def test_against_brute_force(views, patch, where, count, height, width):

@@ -510,6 +510,7 @@ def test_the_explorer_shows_the_margins_of_the_certificate(case, tmp_path):
 # ---- sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "channels", "n"), [(32, 3, 1000), (44, 3, 800), (224, 3, 40)])
 def test_the_page_stays_below_five_megabytes(side, channels, n):
     rng = np.random.default_rng(0)
@@ -525,6 +526,7 @@ def test_the_page_stays_below_five_megabytes(side, channels, n):
     assert kept > n / 4
 
 
+@pytest.mark.slow
 def test_a_thousand_photos_with_scores_of_many_cells_fit():
     """Smooth pictures, as photos are, with a 10x10 grid of scores: all in the gallery, an even part in the explorer."""
     defense, threat, size = ClippedBagNet(nn.Identity(), views.Blocks(5, stride=3)), PatchThreat(4), (32, 32)
@@ -611,6 +613,7 @@ def test_other_data_or_another_model_is_refused(home, finished, tmp_path):
         rebuild(finished)
 
 
+@pytest.mark.slow
 def test_unfinished_foreign_and_damaged_folders(finished, tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((finished / "config.yaml").read_text())
     with pytest.raises(InputError, match="no run folder"):

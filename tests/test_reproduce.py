@@ -145,6 +145,7 @@ def test_every_table_is_made_from_tiny_models(models, tmp_path, name):
             assert clean == certified + sum(causes)
 
 
+@pytest.mark.slow
 def test_a_table_agrees_with_evaluate_and_is_not_made_twice(models, tmp_path, monkeypatch):
     arguments = ["--data", models / "data", "--out", tmp_path / "table", "--model", f"columns={models / 'columns'}"]
     table = json.loads(run("reproduce", "pg-table19", *arguments, "--json").stdout)

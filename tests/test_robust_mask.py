@@ -166,6 +166,7 @@ def printed_certificate(u, windows, y):
     return True
 
 
+@pytest.mark.slow
 def test_the_printed_algorithms_certify_what_an_attack_changes():
     """The attacker lifts a rival to just below the predicted class, which then throws away its own best window."""
     generator = torch.Generator().manual_seed(0)

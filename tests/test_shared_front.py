@@ -73,6 +73,7 @@ def test_hidden_cells_are_those_that_see_a_hidden_pixel(name):
     assert torch.equal(model.seen_pixels(cells), (seen[None] & cells.flatten(1)[:, :, None, None]).any(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 @pytest.mark.parametrize("sure", [0.0, 0.1])
@@ -99,6 +100,7 @@ def test_equals_brute_force_over_masked_pictures(name, threat, sure):
     assert torch.equal(quick.certify(images, threat).certified, found.certified)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_pasted_patch_changes_a_certified_answer(name):
     defense, images = PatchCURE(network(name), THREATS[0], masks=3), pictures(5, 4)
@@ -125,6 +127,7 @@ def test_pasted_patches_of_the_soundness_kit():
     assert report.certified > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_it_is_what_patchcleanser_says_with_the_same_masks(name):
     model, images = network(name), pictures(4, 5)

@@ -189,6 +189,7 @@ def test_z3_ranks_of_four_values(owned):
 # Detection ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6])
 @pytest.mark.parametrize(
     "windows", [Windows.runs(6, 2), Windows.runs(6, 3, circular=True), Windows.boxes((2, 3), (1, 2))]

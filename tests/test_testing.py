@@ -139,6 +139,7 @@ def test_broken_rules_are_found(rule, reason):
         check_rule(rule, views=5, classes=3, exact=True)
 
 
+@pytest.mark.slow
 def test_a_kit_that_tried_nothing_says_so():
     with pytest.raises(AssertionError, match="nothing was tried"):
         check_rule(Never(), views=5, classes=3)
@@ -180,6 +181,7 @@ def scores(generator, sees, classes):
     return (torch.rand(6, sees.shape[1], classes, generator=generator) * 0.5 + favourite * 0.5).half().double()
 
 
+@pytest.mark.slow
 def test_rules_over_reals():
     tried = check_rule(ClippedSum(), views=6, classes=3, evidence=scores, slack=1e-12)
     assert tried.certified > 0
@@ -224,6 +226,7 @@ def test_relations_and_votes_hold_what_they_promise():
     assert limits > 200
 
 
+@pytest.mark.slow
 def test_reports_and_no_pytest():
     assert isinstance(check_rule(Vote(), views=2, classes=2, trials=16), Report)
     code = "import sys, certipatch.testing; assert not {'pytest', 'hypothesis'} & set(sys.modules)"

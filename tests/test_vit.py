@@ -58,6 +58,7 @@ def test_skipping_tokens_equals_masked_attention_over_all_of_them(views, patch):
     assert dense.unflatten(0, (2, -1)).std(1).min() > 1e-3  # views differ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", VIEWS, ids=lambda v: type(v).__name__)
 def test_the_model_check_passes_and_gradients_stay_within_the_view(views):
     model = network()

@@ -85,6 +85,7 @@ def test_every_named_model_loads_and_says_where_its_numbers_come_from(name):
         assert low <= metric["certified_accuracy"] <= high
 
 
+@pytest.mark.slow
 def test_fashion_on_the_sample_is_near_its_card(sample):
     defense, card = saved.open_defense("fashion-columns")
     found = [defense.certify(sample.images(range(i, i + 250)), cp.PatchThreat(5)) for i in range(0, 1000, 250)]
@@ -94,6 +95,7 @@ def test_fashion_on_the_sample_is_near_its_card(sample):
     assert abs(robust.double().mean().item() - card.metrics[0]["certified_accuracy"]) < 0.05
 
 
+@pytest.mark.slow
 def test_mnist_is_near_its_card():
     pictures = mnist()
     if pictures is None:
