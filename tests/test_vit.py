@@ -6,7 +6,7 @@ from support import write_parquet, write_recipe
 from torch.nn import functional as F
 
 import certipatch as cp
-from certipatch import model_check
+from certipatch import evidence, model_check
 from certipatch import views as vw
 from certipatch.errors import InputError
 from certipatch.models import ViT, ViTSettings, vit
