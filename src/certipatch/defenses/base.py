@@ -113,7 +113,7 @@ class ViewDefense(Defense):
     Args:
         model: an ``nn.Module`` in eval mode; its ``encoding`` says what it reads (see ``evidence.logits``).
         views: its views; None for a network of local logits, whose receptive fields are derived from its layers.
-        batch_size: pictures or rendered views per forward pass (default: 2²⁰ pixels).
+        batch_size: most pictures or views of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
     """
 
     raw: ClassVar[bool] = False

@@ -22,7 +22,7 @@ class DerandomizedSmoothing(ViewDefense):
         views: the views, for example ``views.Columns(4)``.
         threshold: θ: a view votes for every class whose softmax confidence exceeds it; None: for its top class.
         margin: ``"location"`` (exact) or ``"paper"`` (Theorems 1 and 2).
-        batch_size: pictures or rendered views per forward pass (default: 2²⁰ pixels); the check measures what it changes.
+        batch_size: most pictures or views of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
 
     The first call with pictures of a new size runs the model check (``model_check.check_model``) and raises InputError
     for a model whose views leak or share statistics. Views whose vote rounding could turn count as attacked.

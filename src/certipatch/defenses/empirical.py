@@ -16,7 +16,7 @@ class EmpiricalDefense(ABC):
 
     Args:
         model: an ``nn.Module`` (N, C, H, W) → (N, K) in eval mode.
-        batch_size: pictures per forward pass (default: 2²⁰ pixels).
+        batch_size: most pictures of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
     """
 
     name: ClassVar[str]

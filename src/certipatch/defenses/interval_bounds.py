@@ -24,7 +24,7 @@ class IntervalBounds(Defense):
 
     Args:
         model: an ``nn.Module`` (B, C, H, W) → (B, K) in eval mode, made of layers that ``bounds`` knows.
-        batch_size: pictures per forward pass (default: 2²⁰ pixels).
+        batch_size: most pictures of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
         memory: bytes of clean maps that are held at once.
 
     **Theorem.** Inside the patch every value in [0, 1] is allowed, outside it the pixel itself. Bounds of z_y − z_k over

@@ -72,7 +72,7 @@ class RandomizedAblation(Defense):
         samples_to_pick: views of the sample that picks the class.
         alpha: chance of a wrong certificate. The defaults are the paper's.
         seed: of the draws. A picture's sample depends on the seed and its own pixels, never on its neighbours.
-        batch_size: pictures or rendered views per forward pass (default: 2²⁰ pixels).
+        batch_size: most pictures or views of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
 
     Where there are fewer numbered views than samples each is computed once, and only their votes are drawn: the same
     answers for V passes instead of ``samples``. The theorem, and what it says of the sampled answer, is in

@@ -20,7 +20,7 @@ class Undefended(Defense):
 
     Args:
         model: an ``nn.Module`` in eval mode.
-        batch_size: pictures per forward pass (default: 2²⁰ pixels).
+        batch_size: most pictures of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
     """
 
     name: ClassVar[str] = "undefended"
