@@ -61,18 +61,18 @@ def uncertified() -> tuple[cp.PatchCleanser, torch.Tensor]:
         pytest.skip("needs CIFAR-10 in $CERTIPATCH_DATA")
     defense = cp.load("cifar10-double-mask", threat=THREAT)
     assert isinstance(defense, cp.PatchCleanser)
-    defense.maps = False
+    defense.all_margins = False
     images = load(str(CIFAR10), "test", limit=12).images(range(12))
     return defense, images[~defense.certify(images, THREAT).certified][:4]
 
 
 @pytest.mark.benchmark(group="PatchCleanser, masks of three sizes, 4 pictures of CIFAR-10 that are not certified")
-@pytest.mark.parametrize("maps", [True, False], ids=["all that margins need", "until the verdict is known"])
-def test_pictures_that_are_not_certified(benchmark, uncertified, maps: bool) -> None:
+@pytest.mark.parametrize("all_margins", [True, False], ids=["all that margins need", "until the verdict is known"])
+def test_pictures_that_are_not_certified(benchmark, uncertified, all_margins: bool) -> None:
     """By the way also in passes: at least five times fewer than M(M + 1)/2."""
     defense, images = uncertified
-    defense.maps = maps
+    defense.all_margins = all_margins
     found = benchmark.pedantic(lambda: defense.evidence(images), rounds=1, warmup_rounds=0)
     pairs, passes = defense.number_of_views((32, 32)), found.passes.double().mean().item()
     benchmark.extra_info |= {"pairs": pairs, "passes": passes}
-    assert maps or passes * 5 <= pairs
+    assert all_margins or passes * 5 <= pairs

@@ -12,7 +12,8 @@ import torch
 from certipatch.models import ConvNet
 from certipatch.threats import PatchThreat
 from certipatch.training.augment import draw_changes
-from certipatch.training.masking import MaskLoss, Masks, Memory
+from certipatch.training.mask_search import MaskHierarchy, MaskMemory
+from certipatch.training.masking import MaskLoss
 from certipatch.training.recipe import Augment, MaskTraining
 from certipatch.views import mask_set
 
@@ -32,9 +33,9 @@ def test_a_step(benchmark, strategy: str) -> None:
     network = ConvNet(None, 3, 10, SIZE, (32, 64, 128)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, label = torch.rand(BATCH, 3, *SIZE), torch.randint(0, 10, (BATCH,))
     masks, draw = mask_set([PatchThreat(5)], SIZE, (7, 7)), torch.Generator().manual_seed(0)
-    memory = Memory(BATCH, masks)
-    memory.turn_to(torch.arange(BATCH), draw_changes(BATCH, SIZE, Augment(shift=4, flip=True), draw))
-    loss = MaskLoss(network, network, Masks([masks]), ASKED[strategy], 0.5, memory=memory)
+    memory = MaskMemory(BATCH, masks)
+    memory.set_batch(torch.arange(BATCH), draw_changes(BATCH, SIZE, Augment(shift=4, flip=True), draw))
+    loss = MaskLoss(network, network, MaskHierarchy([masks]), ASKED[strategy], 0.5, memory=memory)
     benchmark.pedantic(lambda: loss(images, label, 0.5, draw).backward(), rounds=5, warmup_rounds=1)
     TIMES[strategy] = benchmark.stats.stats.min
     if strategy != "random" and "random" in TIMES:

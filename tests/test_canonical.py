@@ -113,7 +113,7 @@ class Fallback(Sure):
         (Cascade([Sure(), Coupled()]), {}),
         (Cascade([Sure(), Ensemble([Sure(), Coupled()])]), {}),
         (Ensemble([Sure(), Cascade([Sure(), Coupled()])]), {}),
-        (Fallback(), {"whole": True}),
+        (Fallback(), {"fallback": "unmasked"}),
     ],
     ids=["alone", "cascade", "ensemble in a cascade", "cascade in an ensemble", "for unmasked pictures"],
 )

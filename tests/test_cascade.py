@@ -15,7 +15,7 @@ from certipatch.models import Cascade, CascadeSettings, EnsembleSettings, NullTo
 from certipatch.models.cascade import BLEND_WIDTH
 from certipatch.models.quickest import quickest
 from certipatch.testing import check_defense
-from certipatch.training.masking import laid_over
+from certipatch.training.mask_search import apply_masks
 from certipatch.views import Columns, MaskPairs, mask_set
 
 THREAT = cp.PatchThreat(3)
@@ -128,12 +128,12 @@ def test_networks_of_filled_pictures_beside_those_of_null_encoded_ones():
     first, filled = network.parts
     assert (network.encoding, first.encoding, filled.network.encoding) == ("null", "null", "picture")
     hidden = mask_set([THREAT], (12, 12), (3, 3), None)[:6]
-    shown, painted = (laid_over(encoding, images, hidden, 0.5) for encoding in ("null", "picture"))
+    shown, painted = (apply_masks(encoding, images, hidden, 0.5) for encoding in ("null", "picture"))
     torch.testing.assert_close(filled(shown), filled.network(painted))
     mean = first(shown) + first(shown.flip(3)) + filled.network(painted) + filled.network(painted.flip(3))
     network.exit_gap = 1.0
     torch.testing.assert_close(network(shown).exp(), (mean / 4).softmax(1), atol=1e-4, rtol=0)
-    filled.network.fill, per_channel = (0.1, 0.2, 0.3), laid_over("picture", images, hidden, (0.1, 0.2, 0.3))
+    filled.network.fill, per_channel = (0.1, 0.2, 0.3), apply_masks("picture", images, hidden, (0.1, 0.2, 0.3))
     torch.testing.assert_close(NullToFill(filled.network)(shown), filled.network(per_channel))
 
 
@@ -144,7 +144,7 @@ def test_certificates_hold_and_faster_ways_answer_alike(members):
     images = images.repeat_interleave(4, 2).repeat_interleave(4, 3)
     network = trained(members, flip_tta=True)
     nothing = torch.zeros(8, 12, 12, dtype=torch.bool)
-    shown = laid_over(network.encoding, images, nothing)
+    shown = apply_masks(network.encoding, images, nothing)
     network.exit_gap = float(lead(network.parts[0](shown).detach()).median())
     defense = cp.PatchCleanser(network, THREAT, masks=3, fill=0.5)
     tried = check_defense(defense, images, THREAT, slack=1e-3, trials=4)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from certipatch.errors import InputError
 from certipatch.rules import DoubleMask, MinorityReports
+from certipatch.rules.double_mask import FALLBACKS
 from certipatch.testing import anything, check_rule
 from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs, PixelSets, mask_set
@@ -68,41 +69,41 @@ def any_table(generator, evidence, owned):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("masks", "classes"), [(1, 2), (2, 2), (2, 3), (3, 3), (4, 3)])
-@pytest.mark.parametrize("sure", [0.0, 0.9])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("gap", [0.0, 0.9])
+@pytest.mark.parametrize("unmasked", [False, True])
 @torch.inference_mode()
-def test_brute_force(masks, classes, sure, whole):
-    rule = DoubleMask(sure, whole)
+def test_brute_force(masks, classes, gap, unmasked):
+    rule = DoubleMask(gap, FALLBACKS[unmasked])
     tried = check_rule(
-        rule, views=len(pairs(masks)) + whole, classes=classes, evidence=tables, attacks=any_table, trials=32
+        rule, views=len(pairs(masks)) + unmasked, classes=classes, evidence=tables, attacks=any_table, trials=32
     )
     assert tried.certified > 80
     assert masks == 1 or tried.changed > 80
 
 
-def literal_label(table, masks, classes, is_sure=lambda d: True, whole=None):
-    """Algorithm 1, line by line, and only sure masks win. ``table[i, j]`` with i ≤ j; ``whole`` instead of the majority."""
+def literal_label(table, masks, classes, may_win=lambda d: True, unmasked=None):
+    """Algorithm 1, line by line; only masks that may win do. ``table[i, j]`` with i ≤ j; ``unmasked`` replaces the majority."""
     alone = [table[i, i] for i in range(masks)]
-    majority = max(range(classes), key=lambda k: (alone.count(k), -k)) if whole is None else whole
+    majority = max(range(classes), key=lambda k: (alone.count(k), -k)) if unmasked is None else unmasked
     for d in range(masks):
-        if alone[d] != majority and all(table[min(d, j), max(d, j)] == alone[d] for j in range(masks)) and is_sure(d):
+        if alone[d] != majority and all(table[min(d, j), max(d, j)] == alone[d] for j in range(masks)) and may_win(d):
             return alone[d]
     return majority
 
 
 @pytest.mark.parametrize(("masks", "classes"), [(1, 2), (2, 2), (2, 3), (3, 2), (1, 4)])
-@pytest.mark.parametrize("whole", [False, True])
-def test_every_table_against_every_attack(masks, classes, whole):
+@pytest.mark.parametrize("unmasked", [False, True])
+def test_every_table_against_every_attack(masks, classes, unmasked):
     """All tables, all sets of covering masks, all attacks on what no covering mask protects: the certificate is right,
     and where less than half of the masks cover, or the whole picture decides, it is exact."""
-    rule, names = DoubleMask(whole=whole), [*pairs(masks), *["whole"] * whole]
+    rule, names = DoubleMask(fallback=FALLBACKS[unmasked]), [*pairs(masks), *["unmasked"] * unmasked]
     every = list(product(range(classes), repeat=len(names)))
     labels = rule.predict(one_hot(every, classes)).tolist()
     said = [dict(zip(names, t, strict=True)) for t in every]
-    assert labels == [literal_label(t, masks, classes, whole=t.get("whole")) for t in said]
+    assert labels == [literal_label(t, masks, classes, unmasked=t.get("unmasked")) for t in said]
     for covering in product((False, True), repeat=masks):
         protecting = [c for c in range(masks) if covering[c]]
-        owned = hidden_by(protecting, masks) + [True] * whole
+        owned = hidden_by(protecting, masks) + [True] * unmasked
         verdict = rule.certify(one_hot(every, classes), torch.tensor([owned]))
         assert verdict.label.tolist() == labels
         reached = {}
@@ -114,7 +115,7 @@ def test_every_table_against_every_attack(masks, classes, whole):
             rows = [{full[min(c, j), max(c, j)] for j in range(masks)} == {label} for c in protecting]
             assert (margin > 0) == any(rows)
             assert not (margin > 0 and able)
-            if whole or 2 * len(protecting) < masks:
+            if unmasked or 2 * len(protecting) < masks:
                 assert (margin > 0) != able
 
 
@@ -133,10 +134,10 @@ def cases(draw):
 
 
 @given(cases(), st.sampled_from([0.0, 0.3, 1.0, 2.5]))
-def test_against_the_literal_reference(case, sure):
+def test_against_the_literal_reference(case, gap):
     masks, scores, relation, unsure = case
     pictured = scores.shape[1] > len(pairs(masks))
-    verdict = DoubleMask(sure, pictured).certify(scores, relation, unsure)
+    verdict = DoubleMask(gap, FALLBACKS[pictured]).certify(scores, relation, unsure)
     classes, whole = scores.shape[2], not scores.is_floating_point()
     for b, table in enumerate(scores.tolist()):
         said = [max(range(classes), key=lambda k: (row[k], -k)) for row in table]
@@ -144,9 +145,9 @@ def test_against_the_literal_reference(case, sure):
         rows = [[(min(c, j), max(c, j)) for j in range(masks)] for c in range(masks)]
         tops = {p: sorted(row)[-1] - sorted(row)[-2] for p, row in zip(pairs(masks), table, strict=True)}
         means = [math.fsum(tops[p] for p in row) / masks for row in rows]
-        near = sure and any(abs(mean - sure) < 1e-6 for mean in means)  # a sum in another order decides otherwise
+        near = gap and any(abs(mean - gap) < 1e-6 for mean in means)  # a sum in another order decides otherwise
         instead = said[-1] if pictured else None
-        y = literal_label(answers, masks, classes, lambda d, means=means: means[d] >= sure, instead)
+        y = literal_label(answers, masks, classes, lambda d, means=means: means[d] >= gap, instead)
         if near:
             continue
         assert verdict.label[b] == y
@@ -162,7 +163,7 @@ def test_against_the_literal_reference(case, sure):
             }
             free = dict(zip(pairs(masks), owned, strict=True))
             margins = [
-                min(min(lead[p] for p in row), mean - sure if sure else math.inf)
+                min(min(lead[p] for p in row), mean - gap if gap else math.inf)
                 for row, mean in zip(rows, means, strict=True)
                 if not any(free[p] for p in row)
             ]
@@ -172,9 +173,9 @@ def test_against_the_literal_reference(case, sure):
 
 @pytest.mark.slow
 @given(cases(), st.floats(0, 2), st.sampled_from([0.0, 0.3, 1.0]))
-def test_doubt_only_costs(case, off, sure):
+def test_doubt_only_costs(case, off, gap):
     masks, scores, relation, unsure = case
-    rule = DoubleMask(sure, scores.shape[1] > len(pairs(masks)))
+    rule = DoubleMask(gap, FALLBACKS[scores.shape[1] > len(pairs(masks))])
     verdict = rule.certify(scores, relation)
     for worse in (
         rule.certify(scores, relation, error=torch.full((len(scores),), off, dtype=torch.float64)),
@@ -227,7 +228,7 @@ def test_tables_that_do_not_fit():
 
 
 def test_the_whole_picture_decides_where_no_mask_wins():
-    rule = DoubleMask(whole=True)
+    rule = DoubleMask(fallback="unmasked")
     assert rule.predict(one_hot([[1, 1, 1, 0]], 3)).tolist() == [1]  # all masks against the whole picture
     assert rule.predict(one_hot([[1, 0, 1, 2]], 3)).tolist() == [2]  # none survives, whatever the majority says
     assert rule.predict(one_hot([[1, 0, 0, 0]], 3)).tolist() == [0]
@@ -236,8 +237,8 @@ def test_the_whole_picture_decides_where_no_mask_wins():
 
 
 @pytest.mark.parametrize("covering", [(0,), (1,), (0, 2)])
-@pytest.mark.parametrize("whole", [False, True])
-def test_z3_no_table_escapes(covering, whole):
+@pytest.mark.parametrize("unmasked", [False, True])
+def test_z3_no_table_escapes(covering, unmasked):
     """Three masks, three classes: every clean and every attacked table with the same protected pairs, as free integers,
     with free leads, and any demand on the sum of a mask's leads, none too; and any answers to the whole picture."""
     masks, classes = 3, 3
@@ -250,24 +251,24 @@ def test_z3_no_table_escapes(covering, whole):
     def at(table, i, j):
         return table[min(i, j), max(i, j)]
 
-    def is_sure(lead, d):
+    def may_win(lead, d):
         return z3.Sum([at(lead, d, j) for j in range(masks)]) >= sure
 
     def label(table, lead, pictured):
         alone = [table[i, i] for i in range(masks)]
         count = [z3.Sum([z3.If(a == k, 1, 0) for a in alone]) for k in range(classes)]
         result = z3.If(z3.And(count[0] >= count[1], count[0] >= count[2]), 0, z3.If(count[1] >= count[2], 1, 2))
-        otherwise = result = pictured if whole else result
+        otherwise = result = pictured if unmasked else result
         for d in reversed(range(masks)):
             stays = z3.And([at(table, d, j) == alone[d] for j in range(masks)])
-            result = z3.If(z3.And(alone[d] != otherwise, stays, is_sure(lead, d)), alone[d], result)
+            result = z3.If(z3.And(alone[d] != otherwise, stays, may_win(lead, d)), alone[d], result)
         return result
 
     y, solver = z3.Int("y"), z3.Solver()
     solver.add([z3.And(v >= 0, v < classes) for v in [*clean.values(), *free.values(), *wholes, y]])
     solver.add([clean[p] == free[p] for p in pairs(masks) if not owned[p]])
     solver.add([leads[0][p] == leads[1][p] for p in pairs(masks) if not owned[p]])
-    solver.add(z3.Or([z3.And([*(at(clean, c, j) == y for j in range(masks)), is_sure(leads[0], c)]) for c in covering]))
+    solver.add(z3.Or([z3.And([*(at(clean, c, j) == y for j in range(masks)), may_win(leads[0], c)]) for c in covering]))
     assert solver.check() == z3.sat
     solver.add(z3.Or(label(clean, leads[0], wholes[0]) != y, label(free, leads[1], wholes[1]) != y))
     assert solver.check() == z3.unsat

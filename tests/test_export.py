@@ -135,12 +135,12 @@ def composed(name: str) -> defenses.Defense:
         "double masking of a shared ViT": lambda: PatchCleanser(
             network(None, name="shared-vit", **SHARED_VIT), THREAT, masks=2),
         "double masking of a ViT": lambda: PatchCleanser(network(None, **VIT), THREAT, masks=2),
-        "double masking of a cascade": lambda: PatchCleanser(cascade(), THREAT, masks=3, sure=0.2),
+        "double masking of a cascade": lambda: PatchCleanser(cascade(), THREAT, masks=3, min_mean_gap=0.2),
         "double masking with finer masks": lambda: PatchCleanser(
-            network(None, **CONV), THREAT, masks=2, finer=2, confident=0.4),
+            network(None, **CONV), THREAT, masks=2, subdivisions=2, exit_gap=0.4),
         "double masking and the whole picture": lambda: PatchCleanser(
-            fallback_ensemble(), THREAT, masks=2, finer=2, confident=0.4, whole=True),
-        "double masking of a NULL-encoded cascade": lambda: PatchCleanser(cascade("null"), THREAT, masks=3, sure=0.2),
+            fallback_ensemble(), THREAT, masks=2, subdivisions=2, exit_gap=0.4, fallback="unmasked"),
+        "double masking of a NULL-encoded cascade": lambda: PatchCleanser(cascade("null"), THREAT, masks=3, min_mean_gap=0.2),
         "minority reports": lambda: MinorityReports(network(None, **CONV), THREAT, masks=3, threshold=0.35),
         "undefended": lambda: Undefended(network(None, **CONV)),
     }[name]()  # fmt: skip
@@ -197,10 +197,10 @@ def test_further_defenses_as_files(name, tmp_path):
 
 
 @pytest.mark.parametrize("rule", [rules.Median(), rules.TrimmedMean(2, lo=-0.5), rules.DoubleMask(), rules.DoubleMask(0.5),
-                                  rules.DoubleMask(0.2, whole=True),
+                                  rules.DoubleMask(0.2, "unmasked"),
                                   rules.RobustMask(torch.eye(10).bool(), 0.4, 1.0)], ids=lambda r: type(r).__name__)  # fmt: skip
 def test_rules_as_graphs(rule):
-    views = 10 + getattr(rule, "whole", False)
+    views = 10 + getattr(rule, "unmasked", False)
     evidence = torch.randn(200, views, 3, generator=torch.Generator().manual_seed(3))
     (label,) = graph(rule, views, 3)(evidence, None)
     assert torch.equal(label, rule.predict(evidence))

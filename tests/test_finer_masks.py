@@ -12,13 +12,13 @@ from test_patchcleanser import SIZE, THREAT, Thirds, pictures
 import certipatch as cp
 from certipatch import evidence as ev
 from certipatch import rules
-from certipatch.defenses.patchcleanser import _FinerLook, divisions, within
+from certipatch.defenses.double_masking import LargerMasks, MultiScaleTable, merge_sizes
 from certipatch.errors import InputError
 from certipatch.export import AsGraph
-from certipatch.rules.double_mask import best_leads
+from certipatch.rules.double_mask import top2_gap
 from certipatch.testing import check_defense
 from certipatch.views import MaskPairs, mask_set
-from certipatch.views.masks import axis_masks, pair_table
+from certipatch.views.masks import axis_masks, enclosing_pair, pair_table, prime_divisions
 
 
 def looked_at(defense, x):
@@ -30,47 +30,57 @@ def looked_at(defense, x):
     said = [ev.scores(ev.logits(defense.model, MaskPairs(masks), x)) for masks in sizes]
     found, table = said[-1], pair_table(len(sizes[-1]))
     of = list(range(len(sizes[-1])))  # the mask of each size that holds each of the smallest
-    for n, (masks, scores, confident) in reversed(list(enumerate(zip(sizes, said, defense.confident, strict=False)))):
+    for n, (masks, scores, exit_gap) in reversed(list(enumerate(zip(sizes, said, defense.exit_gaps, strict=False)))):
         parent = [next(i for i, one in enumerate(masks) if not (mask & ~one).any()) for mask in sizes[n + 1]]
         of = [parent[i] for i in of]
         for a, b in itertools.combinations_with_replacement(range(len(of)), 2):
             first = scores[:, pair_table(len(masks))[of[a], of[b]]]
-            found[:, table[a, b]] = torch.where((best_leads(first) >= confident)[:, None], first, found[:, table[a, b]])
+            found[:, table[a, b]] = torch.where((top2_gap(first) >= exit_gap)[:, None], first, found[:, table[a, b]])
     return found
 
 
-@pytest.mark.parametrize("maps", [True, False])
+@pytest.mark.parametrize("all_margins", [True, False])
 @pytest.mark.parametrize(
-    ("masks", "finer", "confident", "sure"),
+    ("masks", "subdivisions", "exit_gap", "gap"),
     [(2, 2, 0.3, 0.0), ((1, 2), (5, 2), 0.9, 0.2), (3, 1, 0.5, 0.0), (2, 3, 0.0, 0.0), (1, 4, (0.8, 0.4), 0.1)],
 )
-def test_cell_by_cell(masks, finer, confident, sure, maps):
+def test_cell_by_cell(masks, subdivisions, exit_gap, gap, all_margins):
     x = torch.cat([pictures(), torch.rand(9, 2, *SIZE, generator=torch.Generator().manual_seed(3))])
     network = Thirds(sharpness=8.0).eval()
-    defense = cp.PatchCleanser(network, THREAT, masks=masks, finer=finer, confident=confident, sure=sure, maps=maps)
+    defense = cp.PatchCleanser(
+        network,
+        THREAT,
+        masks=masks,
+        subdivisions=subdivisions,
+        exit_gap=exit_gap,
+        min_mean_gap=gap,
+        all_margins=all_margins,
+    )
     evidence = defense.evidence(x)
     found, table = defense.certificate(evidence, THREAT), looked_at(defense, x)
     relation = defense.relation(THREAT, SIZE)
-    full = rules.DoubleMask(sure).certify(table, relation.rows, error=evidence.error)
+    full = rules.DoubleMask(gap).certify(table, relation.rows, error=evidence.error)
     assert torch.equal(found.label, full.label)
     assert torch.equal(defense.predict(x), full.label)
     assert torch.equal(found.certified, full.certified)
     assert found.certified.any()
     known = ~evidence.unsure
     assert torch.allclose(evidence.values[known], table[known], rtol=0, atol=1e-6)
-    if maps:
+    if all_margins:
         margin = full.margin[:, relation.row_of]
         assert torch.equal(found.margin > 0, margin > 0)
     assert (evidence.passes <= defense.forward_passes(SIZE)).all()
-    if confident == 0.0:  # the larger ones alone decide
+    if exit_gap == 0.0:  # the larger ones alone decide
         assert (evidence.passes <= defense.sizes(SIZE)[0].number(SIZE)).all()
 
 
 @pytest.mark.slow
 def test_certificates_hold_against_pasted_patches():
     network = Thirds(sharpness=8.0).eval()
-    for maps, finer, confident in ((True, 2, 0.2), (False, 2, 0.9), (True, 4, (0.8, 0.5))):
-        defense = cp.PatchCleanser(network, THREAT, masks=2, finer=finer, confident=confident, maps=maps)
+    for all_margins, subdivisions, exit_gap in ((True, 2, 0.2), (False, 2, 0.9), (True, 4, (0.8, 0.5))):
+        defense = cp.PatchCleanser(
+            network, THREAT, masks=2, subdivisions=subdivisions, exit_gap=exit_gap, all_margins=all_margins
+        )
         tried = check_defense(defense, pictures(), THREAT, slack=1e-5, trials=8)
         assert tried.certified > 50
         assert tried.changed > 10
@@ -79,14 +89,14 @@ def test_certificates_hold_against_pasted_patches():
 def test_finer_masks_certify_what_larger_ones_do_not():
     x, network = pictures(18), Thirds(sharpness=8.0).eval()
     certified = {}
-    for finer in (None, 5):
-        defense = cp.PatchCleanser(network, THREAT, masks=2, finer=finer, confident=0.5)
-        certified[finer] = defense.certify(x, THREAT).certified.sum()
+    for subdivisions in (None, 5):
+        defense = cp.PatchCleanser(network, THREAT, masks=2, subdivisions=subdivisions, exit_gap=0.5)
+        certified[subdivisions] = defense.certify(x, THREAT).certified.sum()
     assert certified[5] > certified[None]
 
 
 class AtTheLimit(torch.nn.Module):
-    """Leads ``confident`` by ``off`` where everything is hidden, and says another class where something is to be seen."""
+    """Leads ``exit_gap`` by ``off`` where everything is hidden, and says another class where something is to be seen."""
 
     def __init__(self, off: float):
         super().__init__()
@@ -100,16 +110,16 @@ class AtTheLimit(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("off", "label", "certified"), [(-1e-3, 1, True), (0.0, None, False), (1e-3, 0, True)])
-def test_within_rounding_of_confident_both_ways_must_agree(off, label, certified):
+def test_within_rounding_of_the_exit_gap_nothing_is_claimed(off, label, certified):
     x = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
-    defense = cp.PatchCleanser(AtTheLimit(off).eval(), THREAT, masks=1, finer=2, confident=0.5, maps=True)
+    defense = cp.PatchCleanser(AtTheLimit(off).eval(), THREAT, masks=1, subdivisions=2, exit_gap=0.5, all_margins=True)
     found = defense.certify(x, THREAT)
     assert found.certified.item() == certified
     assert label in (None, found.label.item())  # at the limit rounding may take either, and nothing is claimed
 
 
 @pytest.mark.parametrize(
-    ("largest", "larger", "smallest", "lead", "least"),
+    ("largest", "larger", "smallest", "held", "least"),
     [
         (0.45, 0.25, 0.9, 0.9, 0.25),  # all little below their limits: each might count
         (0.45, -0.25, 0.9, 0.9, None),
@@ -119,24 +129,34 @@ def test_within_rounding_of_confident_both_ways_must_agree(off, label, certified
         (0.55, -0.9, 0.9, 0.55, None),  # the second count where the largest do not, so the smallest never do
         (0.55, 0.9, -0.9, 0.55, 0.55),
         (0.75, -0.9, -0.9, 0.75, 0.75),  # the largest count for sure
-        (0.2, 0.35, 0.15, 0.35, None),  # its lead might be no more than rounding
+        (0.2, 0.35, 0.15, 0.35, None),  # its gap might be no more than rounding
         (0.2, 0.35, 0.25, 0.35, 0.25),
+        (0.2, 0.05, 0.15, 0.15, 0.15),
+        (-0.2, -0.05, 0.9, 0.9, 0.9),
     ],
 )
-def test_what_rounding_may_do_to_a_cell(largest, larger, smallest, lead, least):
-    """Rounding of 0.1 in a score, 0.2 in a lead; of two classes the first leads by so much under masks of each size."""
+def test_a_cell_certifies_with_the_least_gap_that_rounding_may_give_it(largest, larger, smallest, held, least):
+    """Rounding of 0.1 in a score, 0.2 in a gap; of two classes the first leads by so much under masks of each size."""
     x = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
-    defense = cp.PatchCleanser(Thirds().eval(), THREAT, masks=1, finer=4, confident=(0.5, 0.3), maps=True)
-    defense.tolerance(x)
-    look = _FinerLook(defense, x, ev.Tolerance(0.1, 0.0))
-    answers = iter([(1 + torch.tensor([said, -said])) / 2 for said in (largest, larger, smallest)])
-    look.looked = lambda model, pairs, picture, view: next(answers).expand(len(view), 2)
-    look.ask(torch.ones_like(look.known))
-    found = look.evidence()
-    assert bool(found.unsure.any()) == bool(found.unsure.all()) == (least is None)
-    shown = torch.full_like(look.gaps, lead if least is None else least)
-    torch.testing.assert_close(best_leads(found.values), shown, atol=1e-5, rtol=0)
-    assert (found.values.argmax(2) == 0).all()
+    given = {"masks": 1, "subdivisions": 4, "exit_gap": (0.5, 0.3), "min_mean_gap": 0.01}
+    defense = cp.PatchCleanser(Thirds().eval(), THREAT, **given)
+    error = torch.tensor([0.1], dtype=torch.float64)
+    arguments = defense.rule(SIZE), defense.views_of(SIZE), defense.model, x, error, None, defense.larger(SIZE)
+    table = MultiScaleTable(*arguments)
+    scores = iter([(1 + torch.tensor([lead, -lead])) / 2 for lead in (largest, larger, smallest)])
+    table.predict_views = lambda network, pairs, image, view: next(scores).expand(len(view), 2)
+    table.ensure_predicted(torch.ones_like(table.known))
+    evidence = table.evidence()
+    assert table.known.all()
+    assert evidence.labels is None or (evidence.labels == 0).all()
+    assert bool(evidence.unsure.any()) == bool(evidence.unsure.all()) == (least is None)
+    torch.testing.assert_close(top2_gap(table.scores), torch.full_like(table.gaps, held), atol=1e-5, rtol=0)
+    if least is not None:
+        torch.testing.assert_close(top2_gap(evidence.values), torch.full_like(table.gaps, least), atol=1e-5, rtol=0)
+    assert (evidence.values.argmax(2) == 0).all()
+    assert (table.predicted == 0).all()
+    holds = table.unrefuted(torch.zeros(1, 1, dtype=torch.int64))
+    assert bool(holds.all()) == bool(holds.any()) == (least is not None and least > 0.21)
 
 
 class ByTheMasks(torch.nn.Module):
@@ -164,15 +184,15 @@ class ByTheMasks(torch.nn.Module):
 def test_a_cell_is_filled_alike_in_whatever_order_cells_are_asked_for(threats):
     """What an attacker makes the defense look at must not fill cells of a row that he cannot touch."""
     size, network = (16, 16), ByTheMasks().eval()
-    defense = cp.PatchCleanser(network, threats, masks=2, finer=4, confident=0.5)
-    network.largest, network.second = (pairs.masks for pairs, _ in defense.larger(size))
+    defense = cp.PatchCleanser(network, threats, masks=2, subdivisions=4, exit_gap=0.5)
+    network.largest, network.second = (pairs.masks for pairs, _, _ in defense.larger(size))
     x = torch.full((1, 1, *size), 0.5)
     for threat in threats:
         places, found = threat.locations(size), defense.certify(x, threat)
         patches = torch.stack([places.pixels(place) for place in range(len(places))])
         certified, attacked = found.margin[0] > 0, torch.where(patches[:, None], 1.0, x)
         assert (defense.predict(attacked)[certified] == found.label).all()
-    for (_, first), (_, second) in itertools.pairwise(defense.larger(size)):
+    for (_, first, _), (_, second, _) in itertools.pairwise(defense.larger(size)):
         assert all(len(first[second == one].unique()) == 1 for one in second.unique())
 
 
@@ -190,12 +210,14 @@ class Undecided(torch.nn.Module):
         return torch.tensor([0.0, 0.0, 9.0]) * (upper | ~lower).float()[:, None]
 
 
-@pytest.mark.parametrize("confident", [0.0, 1e-8, 1e-6, 1e-3, 0.3])
-@pytest.mark.parametrize("whole", [False, True])
-def test_answers_without_any_lead_claim_nothing(confident, whole):
+@pytest.mark.parametrize("exit_gap", [0.0, 1e-8, 1e-6, 1e-3, 0.3])
+@pytest.mark.parametrize("fallback", ["majority", "unmasked"])
+def test_answers_without_any_lead_claim_nothing(exit_gap, fallback):
     x, threat = torch.full((1, 1, 8, 8), 0.5), cp.PatchThreat(2)
     x[:, :, 6:] = 0
-    defense = cp.PatchCleanser(Undecided().eval(), threat, masks=(2, 1), finer=(1, 2), confident=confident, whole=whole)
+    defense = cp.PatchCleanser(
+        Undecided().eval(), threat, masks=(2, 1), subdivisions=(1, 2), exit_gap=exit_gap, fallback=fallback
+    )
     places, found = threat.locations((8, 8)), defense.certify(x, threat)
     assert torch.equal(found.label, defense.predict(x))
     patches = torch.stack([places.pixels(place) for place in range(len(places))])
@@ -224,17 +246,15 @@ class LeadsBy(torch.nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("small", [0.12, 0.4])
-def test_whether_a_mask_is_sure_does_not_hang_on_rounding(small):
+def test_whether_a_mask_may_win_does_not_depend_on_rounding(small):
     """Rounding of 0.05 in a score: a lead of 0.61 in the clean picture is one of 0.51 in the attacked one, and back."""
     x = torch.full((1, 1, 8, 8), 0.5)
     attacked = x.clone()
     attacked[..., :2, :2] = 1.0
     leads = [0.45, 0.49, 0.5, 0.51, 0.55, 0.59, 0.6, 0.61, 0.65]
-    made = {}
+    made, given = {}, {"masks": 1, "subdivisions": 2, "exit_gap": 0.5, "min_mean_gap": 0.3, "fallback": "unmasked"}
     for large in leads:
-        made[large] = cp.PatchCleanser(
-            LeadsBy(large, small).eval(), cp.PatchThreat(2), masks=1, finer=2, confident=0.5, sure=0.3, whole=True
-        )
+        made[large] = cp.PatchCleanser(LeadsBy(large, small).eval(), cp.PatchThreat(2), **given)
         made[large].tolerance = lambda images: ev.Tolerance(0.05, 0.0)
     certified = 0
     for clean, after in itertools.product(leads, leads):
@@ -257,9 +277,10 @@ def test_an_attacker_who_owns_all_but_one_row_does_not_change_the_answer(seed):
     first, second = torch.triu_indices(4, 4)
     up = larger[of[first], of[second]]
 
+    larger_masks = LargerMasks(MaskPairs(torch.eye(2, dtype=torch.bool)[:, None]), up, 0.3)
+
     def blended(coarse, fine):
-        seen = coarse[:, up]
-        return torch.where((best_leads(seen) >= 0.3)[..., None], seen, fine)
+        return merge_sizes(fine, [(coarse, larger_masks)])
 
     def drawn(count, views):
         scores = torch.rand(count, views, 3, generator=generator, dtype=torch.float64) ** 2
@@ -281,13 +302,13 @@ def test_an_attacker_who_owns_all_but_one_row_does_not_change_the_answer(seed):
 
 def test_what_is_within():
     for threats in ([THREAT], [cp.PatchThreat((2, 5)), THREAT], [cp.PatchThreat(2, count=2)]):
-        larger, finer = (mask_set(threats, SIZE, (2, 3), None, parts) for parts in ([], [(2, 3)]))
-        table = within(finer, larger)
-        pairs, hidden = MaskPairs(finer), ~MaskPairs(larger).visible(SIZE, table)
+        larger, smaller = (mask_set(threats, SIZE, (2, 3), None, parts) for parts in ([], [(2, 3)]))
+        table = enclosing_pair(smaller, larger)
+        pairs, hidden = MaskPairs(smaller), ~MaskPairs(larger).visible(SIZE, table)
         assert not (~pairs.visible(SIZE) & ~hidden).any()
         if len(larger) == 6:
             assert len(table.unique()) == len(larger) * (len(larger) + 1) // 2
-            assert finer.sum((1, 2)).max() < larger.sum((1, 2)).min()
+            assert smaller.sum((1, 2)).max() < larger.sum((1, 2)).min()
 
 
 @given(st.integers(1, 40), st.data())
@@ -304,15 +325,15 @@ def test_parts_cover_what_a_mask_covers(length, data):
 def test_refusals_and_settings():
     network = Thirds().eval()
     with pytest.raises(InputError, match="give their number as masks"):
-        cp.PatchCleanser(network, THREAT, masks=mask_set([THREAT], SIZE), finer=2)
-    with pytest.raises(InputError, match="confident is a lead in confidence"):
-        cp.PatchCleanser(network, THREAT, masks=2, finer=2, confident=1.0)
-    with pytest.raises(InputError, match="parts of finer masks are a whole number"):
-        cp.PatchCleanser(network, THREAT, finer=0)
+        cp.PatchCleanser(network, THREAT, masks=mask_set([THREAT], SIZE), subdivisions=2)
+    with pytest.raises(InputError, match="exit_gap is a gap in confidence"):
+        cp.PatchCleanser(network, THREAT, masks=2, subdivisions=2, exit_gap=1.0)
+    with pytest.raises(InputError, match="subdivisions are a whole number"):
+        cp.PatchCleanser(network, THREAT, subdivisions=0)
     with pytest.raises(InputError, match="one for each of 2 larger sizes"):
-        cp.PatchCleanser(network, THREAT, masks=2, finer=4, confident=[0.5])
-    assert divisions((4, 2)) == [(2, 2), (2, 1)]
-    assert divisions((1, 6)) == [(1, 2), (1, 3)]
-    settings = cp.PatchCleanser(network, THREAT, masks=2, finer=4).settings()
-    assert (settings["finer"], settings["confident"]) == ([4, 4], [0.5, 0.5])
-    assert "finer" not in cp.PatchCleanser(network, THREAT, masks=2).settings()
+        cp.PatchCleanser(network, THREAT, masks=2, subdivisions=4, exit_gap=[0.5])
+    assert prime_divisions((4, 2)) == [(2, 2), (2, 1)]
+    assert prime_divisions((1, 6)) == [(1, 2), (1, 3)]
+    settings = cp.PatchCleanser(network, THREAT, masks=2, subdivisions=4).settings()
+    assert (settings["subdivisions"], settings["exit_gap"]) == ([4, 4], [0.5, 0.5])
+    assert "subdivisions" not in cp.PatchCleanser(network, THREAT, masks=2).settings()

@@ -14,7 +14,8 @@ from certipatch import defenses, models
 from certipatch.errors import InputError
 from certipatch.saved import open_defense
 from certipatch.training.augment import draw_changes, mixed, recoloured
-from certipatch.training.masking import MaskLoss, Masks, Memory, finer, laid_over, masks_of
+from certipatch.training.mask_search import MaskHierarchy, MaskMemory, apply_masks, assign_fine_masks, masks_of
+from certipatch.training.masking import MaskLoss
 from certipatch.training.muon import Muon, orthogonal
 from certipatch.training.recipe import Augment, MaskTraining, Recipe, read
 from certipatch.training.train import train
@@ -36,17 +37,17 @@ def test_masks_are_laid_as_the_defense_lays_them():
     hidden, pictures = levels(3)[0][:5], images()
     kept = pictures.clone()
     filled = torch.stack([fill(pictures[[i]], ~hidden[[i]], 0.3)[0, 0] for i in range(5)])
-    assert torch.equal(laid_over("picture", pictures, hidden, 0.3), filled)
+    assert torch.equal(apply_masks("picture", pictures, hidden, 0.3), filled)
     coded = torch.stack([null(pictures[[i]], ~hidden[[i]])[0, 0] for i in range(5)])
-    assert torch.equal(laid_over("null", pictures, hidden), coded)
+    assert torch.equal(apply_masks("null", pictures, hidden), coded)
     assert torch.equal(pictures, kept)
     with pytest.raises(InputError, match="this network reads crop"):
-        laid_over("crop", pictures, hidden)
+        apply_masks("crop", pictures, hidden)
 
 
 def test_random_masks_are_two_of_the_set_drawn_anew_for_each_picture():
     (fine,) = levels(3)
-    masks = Masks([fine])
+    masks = MaskHierarchy([fine])
     pairs = (fine[:, None] | fine[None]).flatten(0, 1)
     drawn = masks.hidden(masks.random(400, torch.Generator().manual_seed(1)))
     which = (drawn.flatten(1)[:, None] == pairs.flatten(1)).all(2)
@@ -63,7 +64,7 @@ def test_the_greedy_choice_is_the_worst_mask_and_then_the_worst_beside_it():
     def losses(picture: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         return (weight[picture] * hidden.flatten(1)).sum(1)
 
-    masks = Masks([fine])
+    masks = MaskHierarchy([fine])
     found = masks.hidden(masks.worst(losses, 7, step=10))
     for i in range(7):
         hidden = torch.zeros(SIZE, dtype=torch.bool)
@@ -75,11 +76,11 @@ def test_the_greedy_choice_is_the_worst_mask_and_then_the_worst_beside_it():
 
 def test_from_coarse_to_fine_takes_fewer_passes_and_is_seldom_worse():
     coarse, fine = levels(2, 4)
-    table = finer(coarse, fine)
+    table = assign_fine_masks(coarse, fine)
     assert sorted(table.flatten().unique().tolist()) == list(range(len(fine)))  # every fine mask can be found
     for mask, children in zip(coarse, table, strict=True):
         assert (fine[children] & mask).flatten(1).sum(1).min() > 0.5 * fine[0].sum()
-    masks, seen = Masks([coarse, fine]), []
+    masks, seen = MaskHierarchy([coarse, fine]), []
     weight = torch.rand(40, SIZE[0] * SIZE[1], generator=torch.Generator().manual_seed(3)) ** 8
 
     def losses(picture: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ def test_from_coarse_to_fine_takes_fewer_passes_and_is_seldom_worse():
     found = masks.hidden(masks.worst(losses, 40, step=1000))
     assert sum(seen) == 40 * masks.evaluations == 40 * 2 * (4 + 4)
     every = torch.arange(40)
-    plain = Masks([fine])
+    plain = MaskHierarchy([fine])
     reached = losses(every, found) / losses(every, plain.hidden(plain.worst(losses, 40, step=1000)))
     assert reached.mean() > 0.9
     assert reached.max() <= 1.3
@@ -97,14 +98,14 @@ def test_from_coarse_to_fine_takes_fewer_passes_and_is_seldom_worse():
 
 def test_uneven_levels_lose_no_mask():
     coarse, fine = levels(2, 3)
-    assert set(finer(coarse, fine).flatten().tolist()) == set(range(len(fine)))
-    assert set(finer(coarse, coarse).flatten().tolist()) == set(range(len(coarse)))
+    assert set(assign_fine_masks(coarse, fine).flatten().tolist()) == set(range(len(fine)))
+    assert set(assign_fine_masks(coarse, coarse).flatten().tolist()) == set(range(len(coarse)))
 
 
 def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
-    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
+    masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
     loss = MaskLoss(network, network, masks, MaskTraining(strategy="greedy", greedy_from=0.5), 0.5)
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     hidden = masks.hidden(loss.worst(pictures, targets))
@@ -113,7 +114,7 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     network.eval()
 
     def of(shown: torch.Tensor) -> float:
-        return F.cross_entropy(network(laid_over("picture", pictures, shown)), targets).item()
+        return F.cross_entropy(network(apply_masks("picture", pictures, shown)), targets).item()
 
     drawn = [of(masks.hidden(masks.random(16, torch.Generator().manual_seed(seed)))) for seed in range(5)]
     assert of(hidden) > max(drawn)
@@ -126,7 +127,7 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
 def test_tries_follow_the_gradient_and_all_of_them_are_the_greedy_choice():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
-    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
+    masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
     fine, nothing = masks.levels[-1], torch.zeros(16, *SIZE, dtype=torch.bool)
     every, few = (
         MaskLoss(network, network, masks, MaskTraining(strategy="greedy", tries=tries), 0.5) for tries in (len(fine), 2)
@@ -134,13 +135,13 @@ def test_tries_follow_the_gradient_and_all_of_them_are_the_greedy_choice():
     plain = MaskLoss(network, network, masks, MaskTraining(strategy="greedy"), 0.5)
     assert torch.equal(every.worst(pictures, targets), plain.worst(pictures, targets))
     hidden = fine[torch.arange(16) % len(fine)]
-    gains = few.gains(pictures, targets, hidden)
+    gains = few.linearized_gains(pictures, targets, hidden)
     assert torch.all(gains[torch.arange(16), torch.arange(16) % len(fine)] == 0)  # that mask lies there already
     assert not any(parameter.grad is not None for parameter in network.parameters())
     assert network.training
     with torch.no_grad():  # towards the mask by a small share of the way, the loss grows by that share of the gain
         before, share = plain.losses(pictures, targets, nothing), 1e-3
-        gains = few.gains(pictures, targets, nothing)
+        gains = few.linearized_gains(pictures, targets, nothing)
         network.eval()
         for mask, gain in zip(fine, gains.T, strict=True):
             moved = pictures + share * mask * (0.5 - pictures)
@@ -162,24 +163,24 @@ def test_one_of_two_masks_moves_to_where_the_gradient_promises_the_largest_loss(
     """Against a literal search over all pairs that keep one of the masks, of loss as the gradient continues it."""
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
-    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
-    memory, fine = Memory(20, masks.levels[-1]), masks.levels[-1]
+    masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
+    memory, fine = MaskMemory(20, masks.levels[-1]), masks.levels[-1]
     loss = MaskLoss(network, network, masks, MaskTraining(strategy="climbing"), 0.5, memory=memory)
     chosen = torch.arange(19, 3, -1)
-    memory.turn_to(chosen, draw_changes(16, SIZE, Augment(), torch.Generator()))
+    memory.set_batch(chosen, draw_changes(16, SIZE, Augment(), torch.Generator()))
     pair = memory.pairs(torch.Generator().manual_seed(3))
     assert len(pair.unique(dim=0)) > 8  # nothing is known yet: random ones
     loss(pictures, targets, 0.5, torch.Generator().manual_seed(3)).backward()
     moved = memory.pairs(torch.Generator())
     assert memory.centres[:4].isnan().all()  # of other pictures nothing has been written
-    shown = laid_over("picture", pictures, fine[pair].any(1), 0.5).requires_grad_()
+    shown = apply_masks("picture", pictures, fine[pair].any(1), 0.5).requires_grad_()
     F.cross_entropy(network(shown), targets).backward()
     for i in range(16):
         candidates = [(a, b) for a in range(len(fine)) for b in range(len(fine)) if len({a, b} & set(pair[i].tolist()))]
         candidates = [(a, b) for a, b in candidates if not {a, b} <= set(pair[i].tolist())]
 
         def promised(a: int, b: int, i: int = i) -> float:
-            other = laid_over("picture", pictures[[i]], fine[[a]] | fine[[b]], 0.5)[0]
+            other = apply_masks("picture", pictures[[i]], fine[[a]] | fine[[b]], 0.5)[0]
             return (shown.grad[i] * (other - shown[i].detach())).sum().item()
 
         best = max(promised(a, b) for a, b in candidates)
@@ -190,10 +191,10 @@ def test_one_of_two_masks_moves_to_where_the_gradient_promises_the_largest_loss(
 def test_the_first_pictures_of_a_batch_are_shown_under_masks_that_were_searched_for():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
-    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
-    memory, asked = Memory(16, masks.levels[-1]), MaskTraining(strategy="climbing", searched=0.3, tries=3)
+    masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
+    memory, asked = MaskMemory(16, masks.levels[-1]), MaskTraining(strategy="climbing", searched=0.3, tries=3)
     loss = MaskLoss(network, network, masks, asked, 0.5, memory=memory)
-    memory.turn_to(torch.arange(16), draw_changes(16, SIZE, Augment(), torch.Generator()))
+    memory.set_batch(torch.arange(16), draw_changes(16, SIZE, Augment(), torch.Generator()))
     known = memory.pairs(torch.Generator().manual_seed(3))
     searched = loss.worst(pictures[:5], targets[:5])
     assert not torch.equal(searched, known[:5])
@@ -208,29 +209,29 @@ def test_the_first_pictures_of_a_batch_are_shown_under_masks_that_were_searched_
 
 def test_remembered_masks_hide_the_same_part_of_a_picture_however_it_is_changed():
     (fine,) = levels(6)
-    memory, numbers = Memory(30, fine), torch.arange(1, 1 + SIZE[0] * SIZE[1]).view(1, 1, *SIZE).repeat(30, 1, 1, 1)
+    memory, numbers = MaskMemory(30, fine), torch.arange(1, 1 + SIZE[0] * SIZE[1]).view(1, 1, *SIZE).repeat(30, 1, 1, 1)
     every, inner = torch.arange(30), fine.flatten(1).sum(1).max()
     known = torch.randint(len(fine), (30, 2), generator=torch.Generator().manual_seed(0))
-    memory.turn_to(every, draw_changes(30, SIZE, Augment(), torch.Generator()))
-    memory.keep(known)
+    memory.set_batch(every, draw_changes(30, SIZE, Augment(), torch.Generator()))
+    memory.update(known)
     assert torch.equal(memory.pairs(torch.Generator()), known)
     shared = []
     for seed in range(5):
         changes = draw_changes(30, SIZE, Augment(shift=1, flip=True), torch.Generator().manual_seed(seed))
-        memory.turn_to(every, changes)
+        memory.set_batch(every, changes)
         shown, pairs = changes.of(numbers)[:, 0], memory.pairs(torch.Generator())
         for i, mask in ((i, mask) for i in range(30) for mask in (0, 1)):
             before = set(numbers[i, 0][fine[known[i, mask]]].tolist())
             now = set(shown[i][fine[pairs[i, mask]]].tolist())
             shared.append(len(before & now) / inner)
-        memory.keep(pairs)
-        memory.turn_to(every, changes)
+        memory.update(pairs)
+        memory.set_batch(every, changes)
         assert torch.equal(memory.pairs(torch.Generator()), pairs)
-        memory.turn_to(every, draw_changes(30, SIZE, Augment(), torch.Generator()))
-        memory.keep(known)
+        memory.set_batch(every, draw_changes(30, SIZE, Augment(), torch.Generator()))
+        memory.update(known)
     assert sum(shared) / len(shared) > 0.6  # of two random masks, a tenth
     flips = draw_changes(30, SIZE, Augment(flip=True), torch.Generator().manual_seed(1))
-    memory.turn_to(every, flips)
+    memory.set_batch(every, flips)
     pairs, shown = memory.pairs(torch.Generator()), flips.of(numbers)[:, 0]
     assert flips.mirrored.any()
     symmetric = {mask for mask in range(len(fine)) if any(torch.equal(fine[mask].flip(1), other) for other in fine)}
@@ -317,8 +318,8 @@ def test_a_mixed_picture_is_mostly_itself_and_its_target_says_how_much_of_the_ot
 def test_mixed_pictures_are_learned_with_mixed_targets(asked):
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8)).eval()
-    memory, masks = Memory(8, levels(3)[0]), Masks(levels(3))
-    memory.turn_to(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))
+    memory, masks = MaskMemory(8, levels(3)[0]), MaskHierarchy(levels(3))
+    memory.set_batch(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))
     loss = MaskLoss(network, network, masks, MaskTraining(mix=0.5, **asked), 0.5, memory=memory, classes=3)
     shown = []
     network.register_forward_hook(lambda module, given, answer: shown.append(given[0].detach()))
@@ -326,7 +327,7 @@ def test_mixed_pictures_are_learned_with_mixed_targets(asked):
     found = loss(pictures, targets, 0.5, torch.Generator().manual_seed(4))
     some, shares = mixed(pictures, F.one_hot(targets, 3).float(), 0.5, torch.Generator().manual_seed(4))
     hidden = (shown[-1] == 0.5).all(1)
-    assert torch.equal(shown[-1], laid_over("picture", some, hidden, 0.5))
+    assert torch.equal(shown[-1], apply_masks("picture", some, hidden, 0.5))
     expected = -(shares * network(shown[-1]).log_softmax(1)).sum(1).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -340,9 +341,9 @@ CLIMBING = {"strategy": "climbing", "climbing_from": 0.4}
 def test_masks_lie_where_the_pictures_are(asked):
     """On a device without data: whatever lay elsewhere could not meet it."""
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8), depth=3).to("meta")
-    memory = Memory(4, levels(3)[0])
-    memory.turn_to(torch.arange(4), draw_changes(4, SIZE, Augment(), torch.Generator()))
-    masks = Masks(levels(2, 3), torch.device("meta"))
+    memory = MaskMemory(4, levels(3)[0])
+    memory.set_batch(torch.arange(4), draw_changes(4, SIZE, Augment(), torch.Generator()))
+    masks = MaskHierarchy(levels(2, 3), torch.device("meta"))
     loss = MaskLoss(network, network, masks, MaskTraining(**asked), 0.5, memory=memory)
     found = loss(images(4).to("meta"), torch.arange(4, device="meta") % 3, 0.5, torch.Generator().manual_seed(0))
     assert found.device.type == "meta"
@@ -352,7 +353,7 @@ def test_masks_lie_where_the_pictures_are(asked):
 def test_of_several_draws_each_picture_gets_the_one_of_largest_loss():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
-    masks, pictures, targets = Masks(levels(3)), images(16), torch.arange(16) % 3
+    masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
     loss = MaskLoss(network, network, masks, MaskTraining(draws=4, draws_from=0.5), 0.5)
     found = masks.hidden(loss.drawn(pictures, targets, 4, torch.Generator().manual_seed(5)))
     assert network.training
@@ -360,13 +361,13 @@ def test_of_several_draws_each_picture_gets_the_one_of_largest_loss():
     tried = torch.stack([masks.hidden(masks.random(16, draw)) for _ in range(4)])
     network.eval()
     losses = torch.stack([
-        F.cross_entropy(network(laid_over("picture", pictures, some)), targets, reduction="none") for some in tried
+        F.cross_entropy(network(apply_masks("picture", pictures, some)), targets, reduction="none") for some in tried
     ])  # fmt: skip
     assert torch.equal(found, tried[losses.argmax(0), torch.arange(16)])
-    expected = F.cross_entropy(network(laid_over("picture", pictures, found)), targets).item()
+    expected = F.cross_entropy(network(apply_masks("picture", pictures, found)), targets).item()
     assert loss(pictures, targets, 0.5, torch.Generator().manual_seed(5)).item() == pytest.approx(expected, rel=1e-5)
     one = masks.hidden(masks.random(16, torch.Generator().manual_seed(5)))
-    expected = F.cross_entropy(network(laid_over("picture", pictures, one)), targets).item()
+    expected = F.cross_entropy(network(apply_masks("picture", pictures, one)), targets).item()
     assert loss(pictures, targets, 0.4, torch.Generator().manual_seed(5)).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -413,7 +414,7 @@ TINY = {
 }
 
 
-FINER = TINY["settings"] | {"finer": 2, "confident": 0.4}
+FINER = TINY["settings"] | {"subdivisions": 2, "exit_gap": 0.4}
 NULL = TINY["model"] | {"encoding": "null"}
 SHARED = {"name": "shared-bagnet", "widths": [8, 8, 8, 8, 8]}
 VIT = {"name": "vit", "patch_size": 2, "embed_dim": 8, "depth": 1, "num_heads": 2}
@@ -457,10 +458,13 @@ def test_some_batches_learn_under_finer_masks_in_the_end():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8), encoding="null")
     larger, small = levels(2)[0], mask_set([THREAT], SIZE, (2, 2), None, [(2, 2)])
-    memory = Memory(8, larger)
-    memory.turn_to(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))
-    asked, masks = MaskTraining(strategy="climbing", finer=0.4, finer_from=0.5), (Masks([larger]), Masks([small]))
-    loss = MaskLoss(network, network, masks[0], asked, 0.5, memory=memory, finer=masks[1:])
+    memory = MaskMemory(8, larger)
+    memory.set_batch(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))
+    asked, masks = (
+        MaskTraining(strategy="climbing", finer=0.4, finer_from=0.5),
+        (MaskHierarchy([larger]), MaskHierarchy([small])),
+    )
+    loss = MaskLoss(network, network, masks[0], asked, 0.5, memory=memory, smaller=masks[1:])
     shown, batches = [], []
     network.register_forward_hook(lambda module, given, answer: shown.append(given[0].detach()))
     for step in range(60):
@@ -570,7 +574,7 @@ def test_shipped_recipes_are_read():
     for name, masks in zip(names, numbers, strict=True):
         recipe = read(cp_recipe(name))
         size = (28, 28) if name.startswith("mnist") else (32, 32) if name.startswith("cifar") else (224, 224)
-        asked = {name: recipe.settings.get(name) for name in ("masks", "stride", "finer")}
+        asked = {name: recipe.settings.get(name) for name in ("masks", "stride", "subdivisions")}
         defense = defenses.PatchCleanser(nn.Identity(), recipe.threat, **asked)
         assert [len(found) for found in masks_of(defense, size)] == masks
 

@@ -49,27 +49,29 @@ def full_table(defense, x):
     return ev.scores(ev.logits(defense.model, MaskPairs(defense.views_of(size).masks), x))
 
 
-@pytest.mark.parametrize("maps", [True, False])
-@pytest.mark.parametrize("sure", [0.0, 0.5])
+@pytest.mark.parametrize("all_margins", [True, False])
+@pytest.mark.parametrize("gap", [0.0, 0.5])
 @pytest.mark.parametrize(
     ("threat", "masks", "stride"),
     [(THREAT, 3, None), (THREAT, (2, 4), None), (cp.PatchThreat((2, 5)), 4, None), (THREAT, None, 2),
      (cp.PatchThreat(2, count=2), (2, 3), None), (cp.PatchThreat(5, shape="line"), 3, None), (cp.PatchThreat(12), 6, None)],
 )  # fmt: skip
-def test_the_full_table_says_the_same(threat, masks, stride, sure, maps):
+def test_the_full_table_says_the_same(threat, masks, stride, gap, all_margins):
     x = torch.cat([pictures(), torch.rand(9, 2, *SIZE, generator=torch.Generator().manual_seed(3))])
-    defense = cp.PatchCleanser(Thirds().eval(), threat, masks=masks, stride=stride, sure=sure, maps=maps)
+    defense = cp.PatchCleanser(
+        Thirds().eval(), threat, masks=masks, stride=stride, min_mean_gap=gap, all_margins=all_margins
+    )
     evidence = defense.evidence(x)
     found = defense.certificate(evidence, threat)
     table = full_table(defense, x)
     relation = defense.relation(threat, SIZE)
-    full = rules.DoubleMask(sure).certify(table, relation.rows, error=evidence.error)
+    full = rules.DoubleMask(gap).certify(table, relation.rows, error=evidence.error)
     margin = full.margin[:, relation.row_of]
     assert torch.equal(found.label, full.label)
     assert torch.equal(found.certified, full.certified)
     assert torch.equal(defense.predict(x), full.label)
     assert (found.margin <= margin + 1e-6).all()  # float32 in batches of other sizes
-    if maps:  # every margin of a certified place, and which places are certified
+    if all_margins:  # every margin of a certified place, and which places are certified
         assert torch.equal(found.margin > 0, margin > 0)
         assert torch.allclose(found.margin[margin > 0], margin[margin > 0], rtol=0, atol=1e-6)
     known = ~evidence.unsure
@@ -81,15 +83,17 @@ def test_the_full_table_says_the_same(threat, masks, stride, sure, maps):
 @pytest.mark.slow
 def test_certificates_hold_against_pasted_patches():
     x = pictures()
-    for maps in (True, False):
+    for all_margins in (True, False):
         tried = check_defense(
-            cp.PatchCleanser(Thirds().eval(), THREAT, masks=3, maps=maps), x, THREAT, slack=1e-5, trials=8
+            cp.PatchCleanser(Thirds().eval(), THREAT, masks=3, all_margins=all_margins), x, THREAT, slack=1e-5, trials=8
         )
         assert tried.certified > 100
         assert tried.changed > 10
     tried = check_defense(cp.MinorityReports(Thirds().eval(), THREAT, masks=3), x, THREAT, slack=1e-5, trials=8)
     assert tried.certified > 100
-    tried = check_defense(cp.PatchCleanser(Thirds().eval(), THREAT, masks=3, sure=0.5), x, THREAT, slack=1e-5, trials=8)
+    tried = check_defense(
+        cp.PatchCleanser(Thirds().eval(), THREAT, masks=3, min_mean_gap=0.5), x, THREAT, slack=1e-5, trials=8
+    )
     assert tried.certified > 50
     one = cp.PatchThreat(1)
     check_defense(cp.PatchCleanser(Thirds().eval(), one, masks=4), x[:4], one, slack=1e-5, trials=40)
@@ -163,12 +167,12 @@ def test_passes():
     net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5)).eval()
     net[-1].weight.data *= 8
     x = torch.rand(60, 2, *SIZE)
-    quick = cp.PatchCleanser(net, THREAT, masks=6, maps=False)
+    quick = cp.PatchCleanser(net, THREAT, masks=6, all_margins=False)
     found, evidence = quick.certify(x, THREAT), quick.evidence(x)
     open_ = ~found.certified
     assert open_.sum() > 20
     assert evidence.passes[open_].double().mean() < quick.number_of_views(SIZE) / 5
-    clear = cp.PatchCleanser(Thirds().eval(), THREAT, masks=6, maps=False)
+    clear = cp.PatchCleanser(Thirds().eval(), THREAT, masks=6, all_margins=False)
     evidence = clear.evidence(pictures()[[0, 2]])
     assert clear.certificate(evidence, THREAT).certified.all()
     assert evidence.passes.tolist() == [325] * 2
@@ -188,14 +192,14 @@ def test_answers_do_not_depend_on_the_batch():
     net = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 3)).eval()
     net[-1].weight.data *= 4
     x = torch.rand(16, 2, *SIZE)
-    for maps in (True, False):
-        defense = cp.PatchCleanser(net, THREAT, masks=4, maps=maps)
+    for all_margins in (True, False):
+        defense = cp.PatchCleanser(net, THREAT, masks=4, all_margins=all_margins)
         whole = defense.certify(x, THREAT)
         for i in range(len(x)):
             alone = defense.certify(x[i : i + 1], THREAT)
             assert alone.label[0] == whole.label[i]
             assert torch.allclose(alone.margin[0], whole.margin[i], rtol=0, atol=1e-5)
-        small = cp.PatchCleanser(net, THREAT, masks=4, maps=maps, batch_size=7).certify(x, THREAT)
+        small = cp.PatchCleanser(net, THREAT, masks=4, all_margins=all_margins, batch_size=7).certify(x, THREAT)
         assert torch.equal(small.label, whole.label)
         assert torch.equal(small.certified, whole.certified)
 
@@ -343,22 +347,22 @@ def test_settings_are_plain_values():
         assert json.dumps(made(Thirds().eval(), THREAT, masks=(2, 4)).settings())
 
 
-@pytest.mark.parametrize("sure", [-0.1, 1.0, math.nan, True, "0.3"])
-def test_how_sure_a_mask_must_be_is_a_lead(sure):
-    with pytest.raises(InputError, match="sure is a lead in confidence"):
-        cp.PatchCleanser(Thirds().eval(), THREAT, sure=sure)
+@pytest.mark.parametrize("gap", [-0.1, 1.0, math.nan, True, "0.3"])
+def test_min_mean_gap_is_a_gap(gap):
+    with pytest.raises(InputError, match="min_mean_gap is a gap in confidence"):
+        cp.PatchCleanser(Thirds().eval(), THREAT, min_mean_gap=gap)
 
 
-def test_a_mask_that_is_not_sure_does_not_win():
+def test_a_mask_of_small_mean_gap_does_not_win():
     """Masks hide a dim bright spot: what is left is answered otherwise under all second masks, with a small lead."""
     x = torch.full((1, 2, *SIZE), 0.3)
     x[:, :, 1:3, 1:3] = 0.9  # makes the first third the brightest
     x[:, :, 8:, :] = 0.302
     network = Thirds(sharpness=25.0)
     network.weight.copy_(torch.eye(3))
-    paper, asks = (cp.PatchCleanser(network.eval(), THREAT, masks=3, fill=0.3, sure=sure) for sure in (0.0, 0.3))
+    paper, asks = (cp.PatchCleanser(network.eval(), THREAT, masks=3, fill=0.3, min_mean_gap=gap) for gap in (0.0, 0.3))
     assert paper.predict(x).tolist() == [2]
     assert asks.predict(x).tolist() == [0]
-    assert "mean lead of 0.3" in asks.theorem
+    assert "mean gap of 0.3" in asks.theorem
     for defense in (paper, asks):
         assert not defense.certify(x, THREAT).certified.any()

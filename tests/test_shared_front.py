@@ -76,18 +76,18 @@ def test_hidden_cells_are_those_that_see_a_hidden_pixel(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("threat", THREATS, ids=str)
-@pytest.mark.parametrize("sure", [0.0, 0.1])
-def test_equals_brute_force_over_masked_pictures(name, threat, sure):
+@pytest.mark.parametrize("gap", [0.0, 0.1])
+def test_equals_brute_force_over_masked_pictures(name, threat, gap):
     """A front and a back end for every pair of masks, cut out of the picture, without any of PatchCURE's own parts."""
     model, images = network(name), pictures(6, 3)
-    defense = PatchCURE(model, threat, masks=2, sure=sure)
+    defense = PatchCURE(model, threat, masks=2, min_mean_gap=gap)
     pairs = defense.views_of(SIZE)
     index = torch.arange(pairs.number(SIZE))
     rendered = render("null", images, pairs, index)
     logits = model(rendered.flatten(0, 1)).unflatten(0, (6, -1))
     torch.testing.assert_close(defense.every_pair(SIZE)(images), logits, rtol=1e-9, atol=1e-9)
     relation, scores = sees(pairs, threat, SIZE), evidence.scores(logits)
-    expected = DoubleMask(sure).certify(scores, relation.rows)
+    expected = DoubleMask(gap).certify(scores, relation.rows)
     found = defense.certify(images, threat)
     assert torch.equal(found.label, expected.label)
     assert torch.equal(defense.predict(images), expected.label)
@@ -96,7 +96,7 @@ def test_equals_brute_force_over_masked_pictures(name, threat, sure):
     torch.testing.assert_close(found.margin[proven], margin[proven], rtol=0, atol=1e-6)
     assert (found.margin[~proven] <= margin[~proven] + 1e-6).all()
     assert torch.equal(found.certified, proven.all(1))
-    quick = PatchCURE(model, threat, masks=2, maps=False, sure=sure)
+    quick = PatchCURE(model, threat, masks=2, all_margins=False, min_mean_gap=gap)
     assert torch.equal(quick.certify(images, threat).certified, found.certified)
 
 

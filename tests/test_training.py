@@ -301,8 +301,8 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
         assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)
     first = both | {"name": "cascade", "exit_gap": 0.3}
     train(read(recipe, [f"model={json.dumps(first)}"]), tmp_path / "cascade")
-    defense, card = load_defense(tmp_path / "cascade", changes={"sure": 0.2})
-    assert (card.model.exit_gap, defense.sure) == (0.3, 0.2)
+    defense, card = load_defense(tmp_path / "cascade", changes={"min_mean_gap": 0.2})
+    assert (card.model.exit_gap, defense.min_mean_gap) == (0.3, 0.2)
     networks = defense.model.model.parts
     assert torch.allclose(networks[0](images), load_defense(tmp_path / "0")[0].model.model(images), atol=1e-6)
     assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)

@@ -1,7 +1,10 @@
 """Double masking where the whole picture's answer takes the majority's place: reference, attacks, refusals."""
 
+import re
+
 import pytest
 import torch
+from certipatch.defenses.methods import SETTINGS
 from test_patchcleanser import SIZE, THREAT, full_table, pictures
 from torch import nn
 from torch.nn import functional as F
@@ -10,6 +13,7 @@ import certipatch as cp
 from certipatch import evidence as ev
 from certipatch import rules
 from certipatch.attacks import losses
+from certipatch.defenses.settings import RENAMED
 from certipatch.errors import InputError
 from certipatch.models import CascadeSettings, ConvSettings, FallbackEnsemble, FallbackEnsembleSettings, NullToFill
 from certipatch.models.adapters.adapted import Adapted, Preprocessing
@@ -55,23 +59,23 @@ def several() -> torch.Tensor:
     return torch.cat([pictures(), unclear])
 
 
-@pytest.mark.parametrize("maps", [True, False])
-@pytest.mark.parametrize("sure", [0.0, 0.3])
+@pytest.mark.parametrize("all_margins", [True, False])
+@pytest.mark.parametrize("gap", [0.0, 0.3])
 @pytest.mark.parametrize("network", [Brightest().eval(), fallback_ensemble()], ids=["one", "two"])
-def test_the_full_table_says_the_same(network, sure, maps):
+def test_the_full_table_says_the_same(network, gap, all_margins):
     x = several()
-    defense = cp.PatchCleanser(network, THREAT, masks=3, sure=sure, maps=maps, whole=True)
+    defense = cp.PatchCleanser(network, THREAT, masks=3, min_mean_gap=gap, all_margins=all_margins, fallback="unmasked")
     evidence = defense.evidence(x)
     found = defense.certificate(evidence, THREAT)
     whole = ev.scores(getattr(network, "unmasked", network)(x))
     table = torch.cat([full_table(defense, x), whole[:, None]], 1)
     relation = defense.relation(THREAT, SIZE)
     assert relation.rows[:, -1].all()  # the attacker has the whole picture wherever the patch lies
-    full = rules.DoubleMask(sure, True).certify(table, relation.rows, error=evidence.error)
+    full = rules.DoubleMask(gap, "unmasked").certify(table, relation.rows, error=evidence.error)
     assert torch.equal(found.label, full.label)
     assert torch.equal(defense.predict(x), full.label)
     assert torch.equal(found.certified, full.certified)
-    paper = cp.PatchCleanser(network, THREAT, masks=3, sure=sure, maps=maps).certify(x, THREAT)
+    paper = cp.PatchCleanser(network, THREAT, masks=3, min_mean_gap=gap, all_margins=all_margins).certify(x, THREAT)
     assert torch.equal(found.certified, paper.certified)
     assert torch.equal(found.label[paper.certified], paper.label[paper.certified])
     assert (found.label != paper.label).any()
@@ -81,8 +85,8 @@ def test_the_full_table_says_the_same(network, sure, maps):
 
 def test_finer_masks_know_nothing_of_it():
     x, network = several(), fallback_ensemble()
-    given = {"masks": 2, "finer": 2, "confident": 0.3}
-    defense = cp.PatchCleanser(network, THREAT, **given, whole=True)
+    given = {"masks": 2, "subdivisions": 2, "exit_gap": 0.3}
+    defense = cp.PatchCleanser(network, THREAT, **given, fallback="unmasked")
     found, paper = defense.certify(x, THREAT), cp.PatchCleanser(network, THREAT, **given).certify(x, THREAT)
     assert torch.equal(found.certified, paper.certified)
     assert torch.equal(found.margin[paper.certified] > 0, paper.margin[paper.certified] > 0)
@@ -93,9 +97,11 @@ def test_finer_masks_know_nothing_of_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("finer", [None, 2])
-def test_certificates_hold_against_pasted_patches(finer):
-    defense = cp.PatchCleanser(fallback_ensemble(), THREAT, masks=3, finer=finer, confident=0.3, whole=True)
+@pytest.mark.parametrize("subdivisions", [None, 2])
+def test_certificates_hold_against_pasted_patches(subdivisions):
+    defense = cp.PatchCleanser(
+        fallback_ensemble(), THREAT, masks=3, subdivisions=subdivisions, exit_gap=0.3, fallback="unmasked"
+    )
     tried = check_defense(defense, several(), THREAT, slack=1e-5, trials=8)
     assert tried.certified > 50
     assert tried.changed > 10
@@ -119,7 +125,7 @@ def test_certificates_do_not_depend_on_the_whole_picture():
     x, network, answers = several(), Brightest().eval(), []
     for label in range(3):
         network.unmasked = Says(label)
-        answers.append(cp.PatchCleanser(network, THREAT, masks=6, whole=True).certify(x, THREAT))
+        answers.append(cp.PatchCleanser(network, THREAT, masks=6, fallback="unmasked").certify(x, THREAT))
     certified, labels = answers[0].margin > 0, torch.stack([one.label for one in answers])
     assert all(torch.equal(one.margin > 0, certified) for one in answers)
     wins = certified.any(1)
@@ -130,30 +136,30 @@ def test_certificates_do_not_depend_on_the_whole_picture():
 
 @pytest.mark.slow
 def test_a_model_may_bring_its_own():
-    """As an attribute, also behind a preprocessing; without ``whole`` nobody looks at it."""
+    """As an attribute, also behind a preprocessing; without ``fallback="unmasked"`` nobody looks at it."""
     x, network = torch.cat([several(), several()[:, :1]], 1), Brightest().eval()
     network.unmasked = Says(2)
-    found = cp.PatchCleanser(network, THREAT, masks=3, whole=True).certify(x, THREAT)
+    found = cp.PatchCleanser(network, THREAT, masks=3, fallback="unmasked").certify(x, THREAT)
     asked = Adapted(network, Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3), "mine").eval()
     assert torch.equal(
-        cp.PatchCleanser(asked, THREAT, masks=3, fill=0.0, whole=True).certify(x, THREAT).label, found.label
+        cp.PatchCleanser(asked, THREAT, masks=3, fill=0.0, fallback="unmasked").certify(x, THREAT).label, found.label
     )
     assert (found.label[(found.margin <= 0).all(1)] == 2).all()
     network.unmasked = Says(2, classes=5)
     cp.PatchCleanser(network, THREAT, masks=3).certify(x, THREAT)
     with pytest.raises(InputError, match="whole pictures with 5 classes, masked ones with 3"):
-        cp.PatchCleanser(network, THREAT, masks=3, whole=True).predict(x)
+        cp.PatchCleanser(network, THREAT, masks=3, fallback="unmasked").predict(x)
     network.unmasked = nn.Sequential(nn.BatchNorm2d(3), Brightest()).train()
     with pytest.raises(InputError, match="train"):
-        cp.PatchCleanser(network, THREAT, masks=3, whole=True).predict(x)
+        cp.PatchCleanser(network, THREAT, masks=3, fallback="unmasked").predict(x)
     network.unmasked = Says(2).double()
-    assert torch.equal(cp.PatchCleanser(network, THREAT, masks=3, whole=True).predict(x), found.label)
+    assert torch.equal(cp.PatchCleanser(network, THREAT, masks=3, fallback="unmasked").predict(x), found.label)
 
 
 def test_attacks_go_through_the_whole_picture():
     x = pictures(4).requires_grad_()
     network = fallback_ensemble()
-    defense = cp.PatchCleanser(network, THREAT, masks=3, whole=True)
+    defense = cp.PatchCleanser(network, THREAT, masks=3, fallback="unmasked")
     leads = losses.leads(defense, x, torch.Generator().manual_seed(0))
     assert leads.shape == (4, 3)
     paper = losses.leads(cp.PatchCleanser(network, THREAT, masks=3), x, torch.Generator().manual_seed(0))
@@ -161,12 +167,12 @@ def test_attacks_go_through_the_whole_picture():
     plain = losses.bare_leads(defense, x, torch.Generator())
     torch.testing.assert_close(plain, losses.lead_of(network.unmasked(x)))
     evidence = torch.tensor([[[0.9, 0.1]] * 3 + [[0.2, 0.8]], [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.2, 0.8]]])
-    found = losses.rule_leads(rules.DoubleMask(whole=True), evidence)
-    assert torch.equal(found.argmax(1), rules.DoubleMask(whole=True).predict(evidence))
+    found = losses.rule_leads(rules.DoubleMask(fallback="unmasked"), evidence)
+    assert torch.equal(found.argmax(1), rules.DoubleMask(fallback="unmasked").predict(evidence))
 
 
 def test_views():
-    views = MaskPairs(mask_set([THREAT], SIZE, (2, 2)), whole=True)
+    views = MaskPairs(mask_set([THREAT], SIZE, (2, 2)), unmasked=True)
     assert views.number(SIZE) == 11
     assert views.visible(SIZE)[-1].all()
     assert torch.equal(views.visible(SIZE)[:-1], MaskPairs(views.masks).visible(SIZE))
@@ -204,15 +210,22 @@ def test_a_fallback_ensemble_starts_from_networks_that_were_trained_one_by_one(t
 
 def test_refusals_and_settings():
     network = Brightest().eval()
-    with pytest.raises(InputError, match="whole is true or false"):
-        cp.PatchCleanser(network, THREAT, whole=1)
-    assert cp.PatchCleanser(network, THREAT, whole=True).settings()["whole"] is True
+    with pytest.raises(InputError, match="fallback is majority or unmasked, not True"):
+        cp.PatchCleanser(network, THREAT, fallback=True)
+    assert cp.PatchCleanser(network, THREAT, fallback="unmasked").settings()["fallback"] == "unmasked"
     with pytest.raises(InputError, match="at least two networks"):
         FallbackEnsemble([network])
     with pytest.raises(ValueError, match="the cascade cannot have fallback-ensemble as a member"):
         CascadeSettings(members=(CONV, {"name": "fallback-ensemble", "members": (CONV, CONV)}))
     two = {"name": "fallback-ensemble", "members": (CONV, CONV)}
     told = {"name": "mine", "data": "cifar10", "model": two, "defense": "patchcleanser"}
-    with pytest.raises(ValueError, match="members of a fallback-ensemble are trained one by one"):
-        Recipe(**told, settings={"whole": True}, epochs=3)
-    assert "whole" not in cp.PatchCleanser(network, THREAT).settings()
+    with pytest.raises(ValueError, match="specialists are trained one by one"):
+        Recipe(**told, settings={"fallback": "unmasked"}, epochs=3)
+    assert "fallback" not in cp.PatchCleanser(network, THREAT).settings()
+
+
+@pytest.mark.parametrize("defense", ["patchcleanser", "patchcure"])
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_earlier_name_of_a_setting_is_refused_with_its_new_one(defense, old, new):
+    with pytest.raises(ValueError, match=f"{old} has a new name: use {re.escape(new)}"):
+        SETTINGS[defense].model_validate({old: 0.5})

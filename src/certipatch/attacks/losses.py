@@ -26,7 +26,7 @@ from certipatch.defenses.clipped_bagnet import ClippedBagNet
 from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
 from certipatch.defenses.digital_watermarking import DigitalWatermarking
 from certipatch.defenses.empirical import EmpiricalDefense
-from certipatch.defenses.masked import BehindMasks
+from certipatch.defenses.masked import MaskedClassifier
 from certipatch.defenses.patchcleanser import PatchCleanser
 from certipatch.defenses.patchcure import PatchCURE
 from certipatch.defenses.patchguard import PatchGuard
@@ -65,7 +65,7 @@ def bare_leads(defense: object, images: Float[Tensor, "N C H W"], generator: Gen
 
     With views: the mean of their logits. Behind masks: of the picture without any.
     """
-    whole = isinstance(getattr(defense, "model", None), BehindMasks | SharedFront)
+    whole = isinstance(getattr(defense, "model", None), MaskedClassifier | SharedFront)
     if isinstance(defense, ViewDefense) and not whole:
         size = (images.shape[2], images.shape[3])
         return lead_of(view_logits(defense.model, defense.views_of(size), images).mean(1))
@@ -108,11 +108,11 @@ def _(defense: PatchCleanser, images: Tensor, generator: Generator) -> Tensor:
     """Through double masking: every mask alone, and with one second mask, drawn anew at each step; the largest masks. And
     the whole picture, where that decides."""
     pairs = defense.sizes((images.shape[2], images.shape[3]))[0]
-    whole = None
-    if defense.whole:
+    unmasked = None
+    if defense.fallback == "unmasked":
         every = PixelSets(torch.ones_like(pairs.masks[:1]))
-        whole = lead_of(view_logits(defense.unmasked, every, images)[:, 0].float())
-    return masked_leads(defense.model, pairs, images, generator, whole)
+        unmasked = lead_of(view_logits(defense.unmasked, every, images)[:, 0].float())
+    return masked_leads(defense.model, pairs, images, generator, unmasked)
 
 
 @leads.register
@@ -127,16 +127,16 @@ def masked_leads(
     pairs: Views,
     maps: Float[Tensor, "N C H W"],
     generator: Generator,
-    whole: Float[Tensor, "N K"] | None = None,
+    unmasked: Float[Tensor, "N K"] | None = None,
 ) -> Float[Tensor, "N K"]:
-    """Leads under double masking of pictures, or of the maps that a network reads; ``whole`` are those in the whole picture."""
+    """Leads under double masking of pictures, or of the maps that a network reads; ``unmasked``: in the unmasked one."""
     number = number_of_masks(pairs.number((maps.shape[2], maps.shape[3])))
     table, every = pair_table(number), torch.arange(number)
     second = (every + torch.randint(1, max(2, number), (number,), generator=generator)) % number
     index = torch.cat([table[every, every], table[every, second]])
     logits = view_logits(model, pairs, maps, index).float()
     alone, paired = lead_of(logits.flatten(0, 1)).view(logits.shape).split(number, 1)
-    return twice_masked(alone, paired, whole)
+    return twice_masked(alone, paired, unmasked)
 
 
 @leads.register
@@ -286,11 +286,11 @@ def _(rule: DoubleMask, evidence: Tensor) -> Tensor:
     said = lead_of(evidence.flatten(0, 1)).view(evidence.shape)
     ahead = said[:, rule.table(evidence)]
     alone = ahead.diagonal(dim1=1, dim2=2).movedim(-1, 1)
-    return twice_masked(alone, ahead.amax(2), said[:, -1] if rule.whole else None)
+    return twice_masked(alone, ahead.amax(2), said[:, -1] if rule.unmasked else None)
 
 
 def twice_masked(
-    alone: Float[Tensor, "N M K"], paired: Float[Tensor, "N M K"], whole: Float[Tensor, "N K"] | None = None
+    alone: Float[Tensor, "N M K"], paired: Float[Tensor, "N M K"], unmasked: Float[Tensor, "N K"] | None = None
 ) -> Float[Tensor, "N K"]:
     """Leads under double masking: k has the majority of masks, or the whole picture, and no mask that disagrees passes.
 
@@ -298,5 +298,5 @@ def twice_masked(
     says something else fails. The masks that are hardest to turn count, the weakest links of the attack.
     """
     hardest = torch.maximum(alone, paired).topk(min(3, alone.shape[1]), 1, largest=False).values.mean(1)
-    otherwise = alone.median(1).values if whole is None else whole
+    otherwise = alone.median(1).values if unmasked is None else unmasked
     return torch.minimum(otherwise, hardest) + LEAK * alone.mean(1)

@@ -13,6 +13,7 @@ from certipatch.defenses.base import ViewDefense
 from certipatch.errors import InputError
 from certipatch.inference import rows_per_pass
 from certipatch.models.quickest import quickest
+from certipatch.rules.double_mask import FALLBACKS, Fallback
 from certipatch.threats import PatchThreat
 from certipatch.views import PixelSets, mask_set
 from certipatch.views.incidence import sees
@@ -22,7 +23,7 @@ PerAxis = int | tuple[int, int] | None
 
 
 @final
-class BehindMasks(nn.Module):
+class MaskedClassifier(nn.Module):
     """A classifier of whole pictures that is shown masked ones; a network of NULL-encoded ones is shown those.
 
     Args:
@@ -69,7 +70,7 @@ class BehindMasks(nn.Module):
 class MaskDefense(ViewDefense):
     """A defense that lays masks over pictures; arguments as for ``PatchCleanser``."""
 
-    model: BehindMasks
+    model: MaskedClassifier
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class MaskDefense(ViewDefense):
         fill: Fill | None = None,
         batch_size: int | None = None,
     ):
-        super().__init__(BehindMasks(model, fill), None, batch_size)
+        super().__init__(MaskedClassifier(model, fill), None, batch_size)
         self.threats = checked_threats(threat)
         if isinstance(masks, Tensor) and (masks.ndim != 3 or masks.dtype != torch.bool):
             raise InputError(f"masks of your own are bool (M, H, W), not {masks.dtype} {tuple(masks.shape)}")
@@ -181,18 +182,18 @@ def per_axis(value: Any, what: str) -> tuple[int, int] | None:
     return pair[0], pair[1]
 
 
-def checked_sure(sure: Any, what: str = "sure") -> float:
-    """A lead in confidence, in [0, 1). InputError on anything else."""
-    if isinstance(sure, bool) or not isinstance(sure, int | float) or not 0 <= sure < 1:
-        raise InputError(f"{what} is a lead in confidence, at least 0 and less than 1, not {sure!r}")
-    return float(sure)
+def checked_gap(gap: Any, name: str) -> float:
+    """A gap in confidence, in [0, 1). InputError on anything else."""
+    if isinstance(gap, bool) or not isinstance(gap, int | float) or not 0 <= gap < 1:
+        raise InputError(f"{name} is a gap in confidence, at least 0 and less than 1, not {gap!r}")
+    return float(gap)
 
 
-def checked_whole(whole: Any) -> bool:
-    """True or False. InputError on anything else."""
-    if not isinstance(whole, bool):
-        raise InputError(f"whole is true or false, not {whole!r}")
-    return whole
+def checked_fallback(fallback: Any) -> Fallback:
+    """A fallback of double masking. InputError on anything else."""
+    if fallback not in FALLBACKS:
+        raise InputError(f"fallback is {' or '.join(FALLBACKS)}, not {fallback!r}")
+    return fallback
 
 
 def checked_fill(fill: Any) -> Fill:

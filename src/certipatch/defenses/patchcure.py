@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence, ViewDefense
-from certipatch.defenses.masked import checked_sure, checked_threats, covering_masks, per_axis
-from certipatch.defenses.patchcleanser import _Look
+from certipatch.defenses.double_masking import PredictionTable, score_error
+from certipatch.defenses.masked import checked_gap, checked_threats, covering_masks, per_axis
 from certipatch.errors import InputError
 from certipatch.inference import canonical_logits
 from certipatch.model_check import check_model
@@ -35,9 +35,10 @@ class PatchCURE(ViewDefense):
         threat: the patch that masks are made for, or several; the answer depends on it.
         masks: masks per axis of the front's map, k or (rows, columns); by default 6, or as many as ``stride`` needs.
         stride: cells from mask to mask; None for the smallest that so many masks allow.
-        maps: margins of all places; False stops as soon as the verdict on the threat is known.
+        all_margins: margins of all locations; False stops as soon as the verdict on the threat is known.
         batch_size: masked maps, or pictures, in a batch (default: as many as 2²⁰ pixels have pictures).
-        sure: the mean lead in confidence that lets a mask win against the majority (see ``rules.DoubleMask``); 0 asks nothing.
+        min_mean_gap: the mean gap in confidence that lets a mask win against the majority (see ``rules.DoubleMask``); 0 asks
+            nothing.
 
     A patch touches the features that see a pixel of it: a box of cells. Masks are boxes of cells that cover every such
     box; a pixel counts as hidden by a mask when no cell outside of it sees the pixel. That every place of the patch is
@@ -57,17 +58,19 @@ class PatchCURE(ViewDefense):
         threat: PatchThreat | Sequence[PatchThreat],
         masks: PerAxis = None,
         stride: PerAxis = None,
-        maps: bool = True,
+        all_margins: bool = True,
         batch_size: int | None = None,
-        sure: float = 0.0,
+        min_mean_gap: float = 0.0,
     ):
         if not isinstance(model, SharedFront):
             raise InputError("patchcure needs a network with a shared front: shared-bagnet or shared-vit")
         super().__init__(model, None, batch_size)
         self.front: SharedFront = model
-        self.threats, self.maps, self.sure = checked_threats(threat), maps, checked_sure(sure)
+        self.front_end, self.back_end = FrontEnd(model), BackEnd(model)
+        self.threats, self.all_margins = checked_threats(threat), all_margins
+        self.min_mean_gap = checked_gap(min_mean_gap, "min_mean_gap")
         self.masks, self.stride = per_axis(masks, "masks"), per_axis(stride, "stride")
-        self.theorem = DoubleMask(self.sure).theorem
+        self.theorem = DoubleMask(self.min_mean_gap).theorem
         self._covers: dict[tuple[int, int], Bool[Tensor, "L M"]] = {}
         self._cells: dict[tuple[int, int], MaskPairs] = {}
         self._costs: dict[tuple[int, ...], tuple[int, int]] = {}
@@ -77,8 +80,8 @@ class PatchCURE(ViewDefense):
         return {
             "masks": self.masks and list(self.masks),
             "stride": self.stride and list(self.stride),
-            "sure": self.sure,
-            "maps": self.maps,
+            "min_mean_gap": self.min_mean_gap,
+            "all_margins": self.all_margins,
             "threat": threats if len(threats) > 1 else threats[0],
         }
 
@@ -95,13 +98,12 @@ class PatchCURE(ViewDefense):
         return found
 
     def rule(self, image_size: tuple[int, int]) -> DoubleMask:
-        return DoubleMask(self.sure)
+        return DoubleMask(self.min_mean_gap)
 
     def values(
         self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance
     ) -> tuple[Tensor, None, Float64[Tensor, " B"]]:
-        error = tolerance.of(torch.ones(len(logits), dtype=torch.float64, device=logits.device))
-        return ev.scores(logits), None, error
+        return ev.scores(logits), None, score_error(tolerance, logits)
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
         size = images.shape[2], images.shape[3]
@@ -112,17 +114,17 @@ class PatchCURE(ViewDefense):
         if self._tolerance.get(key, (None,))[0] != state:
             pairs = self.views_of(size)  # a pair shows nothing that its masks alone do not
             index = pair_table(len(pairs.masks)).diagonal()
-            some = AllPairs(self.front, self._cells[size].visible(self.front.fields.grid, index))
+            some = MaskedFeatures(self.front, self._cells[size].visible(self.front.fields.grid, index))
             shown = PixelSets(pairs.visible(size, index))
             self._tolerance[key] = state, check_model(some, shown, images, self.batch_size)
             self._equivalents(images[:1], torch.tensor([1]))  # measured here, where nobody else counts multiply-adds
         return self._tolerance[key][1]
 
     def predict(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, " B"]:
-        return self.label(self._looked_at(images, certify=False))
+        return self.label(self._evidence(images, certify=False))
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
-        return self._looked_at(images, certify=True)
+        return self._evidence(images, certify=True)
 
     def forward_passes(self, image_size: tuple[int, int]) -> int:
         """Whole passes that looking at every pair amounts to."""
@@ -131,28 +133,28 @@ class PatchCURE(ViewDefense):
         pairs = torch.tensor([self.views_of(image_size).number(image_size)])
         return int(self._equivalents(probe, pairs)[0])
 
-    def every_pair(self, image_size: tuple[int, int]) -> "AllPairs":
+    def every_pair(self, image_size: tuple[int, int]) -> "MaskedFeatures":
         """Pictures → logits under all pairs of masks, for graphs and tests."""
         self.views_of(image_size)
-        return AllPairs(self.front, self._cells[image_size].visible(self.front.fields.grid))
+        return MaskedFeatures(self.front, self._cells[image_size].visible(self.front.fields.grid))
 
     def behind_front(self, image_size: tuple[int, int]) -> tuple[nn.Module, MaskPairs]:
         """The back end as a network of maps with hidden cells, and all pairs of masks of cells: what attacks go through."""
         self.views_of(image_size)
-        return _Back(self.front), self._cells[image_size]
+        return self.back_end, self._cells[image_size]
 
-    def _looked_at(self, images: Float[Tensor, "B C H W"], certify: bool) -> Evidence:
+    def _evidence(self, images: Float[Tensor, "B C H W"], certify: bool) -> Evidence:
         ev.check_images(images)
         tolerance, size = self.tolerance(images), (images.shape[2], images.shape[3])
-        features = canonical_logits(_Features(self.front), len(images), lambda rows: images[rows.to(images.device)])
-        look = _Look(_OnFeatures(self, size, self.batch_size), features, tolerance)  # type: ignore[arg-type]
-        look.at_single_masks()
-        look.at_disagreers()
+        features = canonical_logits(self.front_end, len(images), lambda rows: images[rows.to(images.device)])
+        error = score_error(tolerance, images)
+        table = PredictionTable(self.rule(size), self._cells[size], self.back_end, features, error, self.batch_size)
+        table.first_round()
+        table.second_round()
         if certify:
-            look.at_pairs(None if self.maps else self._covers[size].to(images.device))
-        found = look.evidence()
-        assert found.passes is not None
-        return replace(found, image_size=size, passes=self._equivalents(images[:1], found.passes))
+            table.certify_pairs(None if self.all_margins else self._covers[size].to(images.device))
+        passes = self._equivalents(images[:1], table.passes)
+        return replace(table.evidence(), image_size=size, passes=passes)
 
     def _equivalents(self, image: Float[Tensor, "1 C H W"], pairs: Int64[Tensor, " B"]) -> Int64[Tensor, " B"]:
         """Whole passes that one front and so many back ends amount to, by multiply-adds, rounded up.
@@ -172,7 +174,7 @@ class PatchCURE(ViewDefense):
 
 
 @final
-class AllPairs(nn.Module):
+class MaskedFeatures(nn.Module):
     """A shared front under some masks of cells at once: pictures (B, C, H, W) → logits (B, v, K)."""
 
     encoding = "all-views"
@@ -189,19 +191,7 @@ class AllPairs(nn.Module):
         return self.model.back(masked.flatten(0, 1)).unflatten(0, (-1, shown.shape[0]))
 
 
-class _OnFeatures:
-    """What looking at views needs to know of a defense, with features in the place of pictures."""
-
-    def __init__(self, defense: PatchCURE, image_size: tuple[int, int], batch_size: int | None):
-        self.cells, self.batch_size = defense._cells[image_size], batch_size
-        self.model = _Back(defense.front)
-        self.label, self.sure, self.whole = defense.label, defense.sure, False
-
-    def views_of(self, grid: tuple[int, int]) -> MaskPairs:
-        return self.cells
-
-
-class _Features(nn.Module):
+class FrontEnd(nn.Module):
     """The front as a network of its own."""
 
     encoding = "all-views"
@@ -214,7 +204,7 @@ class _Features(nn.Module):
         return self.model.features(images)
 
 
-class _Back(nn.Module):
+class BackEnd(nn.Module):
     """The back end, as a network of maps whose hidden cells are painted with zeros."""
 
     encoding, fill = "fill", 0.0

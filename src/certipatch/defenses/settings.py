@@ -5,11 +5,21 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 from certipatch.rules.clopper_pearson import MAX_SAMPLES
+from certipatch.rules.double_mask import Fallback
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 PerAxis = Annotated[int, Field(ge=1, le=256)]
 Fill = Annotated[float, Field(ge=0, le=1)]
-Lead = Annotated[float, Field(ge=0, lt=1)]
+Gap = Annotated[float, Field(ge=0, lt=1)]
+
+RENAMED = {
+    "sure": "min_mean_gap",
+    "maps": "all_margins",
+    "finer": "subdivisions",
+    "confident": "exit_gap",
+    "whole": "fallback: unmasked (or majority)",
+}
+"""Earlier names of the settings of double masking."""
 
 
 class ViewSettings(BaseModel):
@@ -127,26 +137,37 @@ class MaskSettings(Settings):
     patch: Side = 5
 
 
-class PatchCleanserSettings(MaskSettings):
-    """PatchCleanser. Without ``maps`` it stops as soon as the verdict is known. Only masks so ``sure`` win. Masks that are
-    ``finer`` are looked at where what is said under the others is not so ``confident``. Where no mask wins, the ``whole`` picture
-    decides instead of the majority."""
+class DoubleMaskingSettings(Settings):
+    """Double masking. A mask wins only if its mean gap reaches ``min_mean_gap``. Without ``all_margins`` the search stops as
+    soon as the verdict is known."""
 
-    sure: float = Field(default=0.0, ge=0, lt=1)
-    maps: bool = False
-    finer: PerAxis | tuple[PerAxis, PerAxis] | None = None
-    confident: Lead | tuple[Lead, ...] = 0.5
-    whole: bool = False
+    min_mean_gap: float = Field(default=0.0, ge=0, lt=1)
+    all_margins: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_names(cls, values: Any) -> Any:
+        for old, new in RENAMED.items():
+            if isinstance(values, dict) and old in values:
+                raise ValueError(f"{old} has a new name: use {new}")
+        return values
 
 
-class PatchCURESettings(Settings):
+class PatchCleanserSettings(MaskSettings, DoubleMaskingSettings):
+    """PatchCleanser. Smaller masks, by ``subdivisions`` of the others, are evaluated only where the gap under the larger ones is
+    below ``exit_gap``. ``fallback`` gives the label if no mask wins."""
+
+    subdivisions: PerAxis | tuple[PerAxis, PerAxis] | None = None
+    exit_gap: Gap | tuple[Gap, ...] = 0.5
+    fallback: Fallback = "majority"
+
+
+class PatchCURESettings(DoubleMaskingSettings):
     """PatchCURE. ``patch`` is what its masks are made for where no threat is given."""
 
     masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
     stride: PerAxis | tuple[PerAxis, PerAxis] | None = None
     patch: Side = 5
-    sure: float = Field(default=0.0, ge=0, lt=1)
-    maps: bool = False
 
 
 class MinorityReportsSettings(MaskSettings):

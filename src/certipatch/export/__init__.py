@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from certipatch import evidence as ev
 from certipatch.defenses import Defense, IntervalBounds, PatchCleanser, PatchCURE, Undefended
 from certipatch.defenses.base import ViewDefense
+from certipatch.defenses.double_masking import merge_sizes
 from certipatch.errors import InputError
 from certipatch.export.network import logits
 from certipatch.export.rules import graph
@@ -23,7 +24,6 @@ from certipatch.models.adapters.onnx import OnnxNetwork
 from certipatch.models.quickest import as_program
 from certipatch.plumbing.versions import versions
 from certipatch.rules import DoubleMask
-from certipatch.rules.double_mask import best_leads
 from certipatch.saved import Card
 from certipatch.saved.open import ClassifierInfo
 from certipatch.threats import PatchThreat
@@ -66,7 +66,8 @@ class AsGraph(nn.Module):
         defense.check(probe)
         tolerance = defense.tolerance(probe)
         self.model = defense.every_pair(image_size) if isinstance(defense, PatchCURE) else defense.model
-        self.unmasked = defense.unmasked if isinstance(defense, PatchCleanser) and defense.whole else None
+        decides = isinstance(defense, PatchCleanser) and defense.fallback == "unmasked"
+        self.unmasked = defense.unmasked if decides else None
         if any(isinstance(module, SharedViT | Cascade) for module in self.modules()):
             self.model, self.unmasked = copy.deepcopy((self.model, self.unmasked))
             for module in self.modules():
@@ -74,14 +75,13 @@ class AsGraph(nn.Module):
                     module.skip_hidden = False
                 elif isinstance(module, Cascade):
                     module.early_exit = False
-        sizes, confident, whole = [], (), None
+        larger, unmasked = [], None
         if isinstance(defense, PatchCleanser):
-            sizes, confident = defense.larger(image_size), defense.confident
+            larger = [(logits(self.model, s.pairs, image_size, channels), s) for s in defense.larger(image_size)]
             if self.unmasked is not None:
                 every = PixelSets(torch.ones(1, *image_size, dtype=torch.bool))
-                whole, views = logits(self.unmasked, every, image_size, channels), defense.sizes(image_size)[-1]
+                unmasked, views = logits(self.unmasked, every, image_size, channels), defense.sizes(image_size)[-1]
         scores = logits(self.model, views, image_size, channels)
-        larger = [(logits(self.model, pairs, image_size, channels), around) for pairs, around in sizes]
         with torch.inference_mode():
             classes = scores(probe).shape[2]
         rule = defense.rule(image_size)
@@ -90,11 +90,10 @@ class AsGraph(nn.Module):
         def answer(images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
             found = scores(images)
             if isinstance(rule, DoubleMask):  # it has no use for errors
-                seen = ev.scores(found)
-                for (of_larger, around), enough in reversed(list(zip(larger, confident, strict=True))):
-                    first = ev.scores(of_larger(images))[:, around]
-                    seen = torch.where((best_leads(first) >= enough)[..., None], first, seen)
-                return answer_of(seen if whole is None else torch.cat([seen, ev.scores(whole(images))], 1), None)
+                table = merge_sizes(ev.scores(found), [(ev.scores(of(images)), masks) for of, masks in larger])
+                if unmasked is not None:
+                    table = torch.cat([table, ev.scores(unmasked(images))], 1)
+                return answer_of(table, None)
             values, _, error = defense.values(found, tolerance)
             return answer_of(values, error)
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from certipatch.defenses.masked import BehindMasks
+from certipatch.defenses.masked import MaskedClassifier
 from certipatch.models import CrossConvNet, ViT
 from certipatch.models.vit import cut, groups, visible_tokens
 from certipatch.views import Bands, Blocks, Cross, Views
@@ -18,7 +18,7 @@ Logits = Callable[[Tensor], Tensor]
 
 def logits(model: nn.Module, views: Views, image_size: tuple[int, int], channels: int) -> Logits:
     """What ``evidence.logits`` computes for pictures of one size."""
-    if isinstance(model, BehindMasks):
+    if isinstance(model, MaskedClassifier):
         if isinstance(model.model, ViT):
             return logits(model.model, views, image_size, channels)
     elif isinstance(model, CrossConvNet):

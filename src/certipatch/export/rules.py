@@ -25,7 +25,7 @@ from certipatch.rules import (
     Windows,
 )
 from certipatch.rules.base import clipped
-from certipatch.rules.double_mask import best_leads, number_of_masks, sureness
+from certipatch.rules.double_mask import double_masking, number_of_masks, top2_gap
 from certipatch.rules.masked_detection import EPSILON
 from certipatch.views.masks import pair_table
 
@@ -80,18 +80,15 @@ def _least(windows: Windows | JointWindows) -> Callable[[Float64[Tensor, "B V K"
 
 
 def _double_mask(rule: DoubleMask, views: int, classes: int) -> Graph:
-    pairs, every = pair_table(number_of_masks(views - rule.whole)), torch.arange(classes)
+    pairs, every = pair_table(number_of_masks(views - rule.unmasked)), torch.arange(classes)
 
     def answer(values: Shaped[Tensor, "B V K"], error: Tensor | None) -> Answers:
-        said = values.argmax(2)
-        table = said[:, pairs]
+        predicted = values.argmax(2)
+        table = predicted[:, pairs]
         alone = table.diagonal(dim1=1, dim2=2)
-        otherwise = said[:, -1] if rule.whole else (alone[:, :, None] == every).double().sum(1).argmax(1)
-        passes = (alone != otherwise[:, None]) & (table == alone[:, :, None]).all(2)
-        if rule.sure:
-            passes &= sureness(best_leads(values)[:, pairs]) >= rule.sure
-        first = passes.int().argmax(1, keepdim=True)
-        return (torch.where(passes.any(1), alone.gather(1, first)[:, 0], otherwise),)
+        majority = (alone[:, :, None] == every).double().sum(1).argmax(1)
+        may_win = rule.reaches_min_gap(top2_gap(values)[:, pairs]) if rule.min_mean_gap else None
+        return (double_masking(table, predicted[:, -1] if rule.unmasked else majority, may_win),)
 
     return answer
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final, get_args
 
 import torch
 from jaxtyping import Bool, Float64, Int64, Shaped
@@ -15,78 +15,101 @@ CHUNK_BYTES = 256 * 2**20  # working memory of one step
 SUM_ROUNDING = 1e-9  # relative, of a float64 sum in another order
 
 
+Fallback = Literal["majority", "unmasked"]
+FALLBACKS: tuple[Fallback, ...] = get_args(Fallback)
+
+
 @final
 @dataclass(frozen=True)
 class DoubleMask(Rule):
-    """The answer that survives every second mask.
+    """The prediction that survives every second mask.
 
     Args:
-        sure: how far the best class must lead the next, in the mean over the views of a mask, for that mask to win
-            against the majority. 0 asks nothing, as the paper. A mask that hides what there is to see answers alike
-            under every second mask, too, but seldom surely.
-        whole: whether one view more, the last, shows the whole picture. Its prediction then takes the majority's place.
+        min_mean_gap: how far the best class must lead the next, in the mean over the views of a mask, for that mask to win
+            against the fallback. 0 asks nothing, as the paper. A mask that hides the object gives one answer under every
+            second mask, too, but seldom with a large gap.
+        fallback: the label if no mask wins: the ``majority`` of the one-mask predictions, as the paper, or the prediction on
+            the ``unmasked`` image, which is one view more, the last.
 
-    Evidence is about the picture under every mask and every two of them: V = M(M+1)/2 views, numbered as
+    Evidence is about the image under every mask and every two of them: V = M(M+1)/2 views, numbered as
     ``views.masks.pair_table`` says. A view predicts its largest entry, on a tie the smaller class; so 0/1 tables of
     predictions are evidence, and so are scores.
 
-    *Rule* (Algorithm 1). Every disagreer with the majority of one-mask predictions (of smallest class on a tie) is looked
-    at under every second mask; the first disagreer whose predictions all stay its own, and which is sure, is the answer;
-    without one, the majority.
+    *Rule* (Algorithm 1). A disagreer is a mask whose prediction differs from the fallback. Every disagreer is evaluated under
+    every second mask. The first one whose predictions all stay its own, and whose mean gap is large enough, gives the label;
+    without one, the fallback does. The majority takes the smallest class on a tie.
 
-    **Theorem.** If some mask c predicts y alone and together with every second mask, and is sure, and the attacker owns
-    none of these views, the answer is y before and after the attack.
+    **Theorem.** If some mask c predicts y alone and together with every second mask, with a large enough mean gap, and the
+    attacker owns none of these views, the label is y before and after the attack.
 
-    *Proof.* Mask c still predicts y alone and in every pair, as surely. Every disagreer d that predicts another class than y has
-    the pair (d, c), which predicts y: it fails. So a disagreer that passes predicts y. If the majority is y, the answer
-    is y: without a passing disagreer the majority, with one the y that it predicts. If it is another class, then c is a
+    *Proof.* Mask c still predicts y alone and in every pair, by the same gaps. Every disagreer d that predicts another class
+    than y has the pair (d, c), which predicts y: it fails. So a disagreer that passes predicts y. If the fallback is y, the
+    label is y: without a passing disagreer the fallback, with one the y that it predicts. If it is another class, then c is a
     disagreer, and passes.
 
-    Of the majority the proof uses nothing: any class may stand in its place, such as what a network says that sees the whole
-    picture, the attacker's patch included. So that network, of which nothing is certified, may be the most accurate one.
+    The proof uses nothing of the fallback: any class may stand in its place, such as the prediction of a network on the
+    unmasked image, the attacker's patch included. So that network, of which nothing is certified, may be the most accurate
+    one.
 
-    A patch within mask c is hidden in all views of c, so c's views are nobody's. The condition is also necessary, as
-    long as less than half of the masks cover the location: if no mask that covers it is so, the attacker makes all
-    others predict some z ≠ y alone, which is then the majority, and every pair that he owns; no disagreer passes. With
-    ``whole`` it is always: he makes that z, too.
+    A patch within mask c is hidden in all views of c, so the attacker owns none of them. The condition is also necessary, as
+    long as less than half of the masks cover the location: if no mask that covers it satisfies the condition, the attacker
+    makes all others predict some z ≠ y alone, which is then the majority, and every pair that the attacker owns; no disagreer
+    passes. With ``fallback="unmasked"`` it is always necessary, because the attacker also controls the unmasked prediction.
 
     The margin is the smallest gap between y and another class over the views of c, for the best such c: of integers the
-    difference plus 1 − [y > k], so that it is positive exactly where y is predicted. Where ``sure`` is asked for, it is
-    at most how far the mean exceeds that. −inf where no mask covers.
+    difference plus 1 − [y > k], so that it is positive exactly where y is predicted. With ``min_mean_gap`` it is at most how
+    far the mean exceeds that. −inf where no mask covers.
 
     Departs from the paper: its certificate (Algorithm 2) asks the condition of every mask and of every pair; this asks
     it of one mask for each location, which is implied, certifies more where covers overlap, and says where it fails.
-    ``whole`` is ours.
+    ``min_mean_gap`` and the unmasked fallback are ours.
     """
 
-    sure: float = 0.0
-    whole: bool = False
+    min_mean_gap: float = 0.0
+    fallback: Fallback = "majority"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sure < math.inf:
-            raise ValueError(f"sure is a finite lead of at least 0, not {self.sure}")
+        if not 0 <= self.min_mean_gap < math.inf:
+            raise ValueError(f"min_mean_gap is a finite gap of at least 0, not {self.min_mean_gap}")
+        if self.fallback not in FALLBACKS:
+            raise ValueError(f"fallback is {' or '.join(FALLBACKS)}, not {self.fallback!r}")
 
     @property
     def theorem(self) -> str:
-        surely = f", with a mean lead of {self.sure:g}" if self.sure else ""
-        return f"some mask that covers the patch predicts y alone and together with every second mask{surely}"
+        gap = f", with a mean gap of {self.min_mean_gap:g}" if self.min_mean_gap else ""
+        return f"some mask that covers the patch predicts y alone and together with every second mask{gap}"
+
+    @property
+    def unmasked(self) -> bool:
+        """True if the last view shows the unmasked image."""
+        return self.fallback == "unmasked"
 
     def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
         check_evidence(evidence)
-        said, table = predictions(evidence), self.table(evidence)
+        predicted, table = predictions(evidence), self.table(evidence)
+        large_enough = None
+        if self.min_mean_gap:
+            large_enough = self.reaches_min_gap(top2_gap(evidence)[:, table])
         return double_masking(
-            said[:, table], evidence.shape[2], self.is_sure(evidence), said[:, -1] if self.whole else None
+            predicted[:, table], self.fallback_label(predicted, table, evidence.shape[2]), large_enough
         )
 
     def table(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, "M M"]:
         """``pair_table`` of as many masks as there is evidence about. ValueError where there are no such tables."""
-        return pair_table(number_of_masks(evidence.shape[1] - self.whole)).to(evidence.device)
+        return pair_table(number_of_masks(evidence.shape[1] - self.unmasked)).to(evidence.device)
 
-    def is_sure(self, evidence: Shaped[Tensor, "B V K"]) -> Bool[Tensor, "B M"] | None:
-        """Which masks lead by ``sure`` in the mean over their views; None where that is not asked for."""
-        if not self.sure:
-            return None
-        return sureness(best_leads(evidence)[:, self.table(evidence)]) >= self.sure
+    def fallback_label(
+        self, predicted: Int64[Tensor, "B V"], table: Int64[Tensor, "M M"], classes: int
+    ) -> Int64[Tensor, " B"]:
+        """The label if no mask wins, from the predictions of all views."""
+        if self.unmasked:
+            return predicted[:, -1]
+        alone = predicted[:, table.diagonal()]
+        return torch.nn.functional.one_hot(alone, classes).sum(1).argmax(1)
+
+    def reaches_min_gap(self, gaps: Float64[Tensor, "B M M"]) -> Bool[Tensor, "B M"]:
+        """True for masks whose mean gap is large enough for them to win."""
+        return mean_gap(gaps) >= self.min_mean_gap
 
     def certify(
         self,
@@ -104,15 +127,15 @@ class DoubleMask(Rule):
         step = max(1, CHUNK_BYTES // (8 * max(3 * evidence[:1].numel(), 2 * covers.numel())))
         for first in range(0, len(evidence), step):
             here = slice(first, first + step)
-            gap = leads(evidence[here], label[here])
+            gap = label_gap(evidence[here], label[here])
             if error is not None:
                 gap = gap - 2 * error[here, None].to(gap.device)
             if unsure is not None:
                 gap = gap.masked_fill(unsure[here], -torch.inf)
             rows = gap[:, table].amin(2)
-            if self.sure:  # of integers the lead itself, without what a tie adds
-                lead = best_leads(evidence[here]) - (0 if error is None else 2 * error[here, None].to(gap.device))
-                rows = torch.minimum(rows, sureness(lead[:, table]) * (1 - SUM_ROUNDING) - self.sure)
+            if self.min_mean_gap:  # of integers the gap itself, without what a tie adds
+                top = top2_gap(evidence[here]) - (0 if error is None else 2 * error[here, None].to(gap.device))
+                rows = torch.minimum(rows, mean_gap(top[:, table]) * (1 - SUM_ROUNDING) - self.min_mean_gap)
             margins.append(torch.where(covers, rows[:, None], -torch.inf).amax(2))
         return Verdict(label, torch.cat(margins))
 
@@ -130,8 +153,11 @@ def predictions(evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, "B V"]:
     return (evidence.to(torch.uint8) if evidence.dtype == torch.bool else evidence).argmax(2)
 
 
-def leads(evidence: Shaped[Tensor, "B V K"], label: Int64[Tensor, " B"]) -> Float64[Tensor, "B V"]:
-    """How far the label leads in every view: positive exactly where it is predicted (of reals: and not by a tie)."""
+def label_gap(evidence: Shaped[Tensor, "B V K"], label: Int64[Tensor, " B"]) -> Float64[Tensor, "B V"]:
+    """The gap between the label and the best other class in every view.
+
+    Positive exactly where the label is predicted (of reals: and not by a tie).
+    """
     chosen = label[:, None, None].expand(-1, evidence.shape[1], 1)
     if evidence.is_floating_point():
         values = evidence.double().clamp(-HUGE, HUGE)
@@ -149,30 +175,27 @@ def leads(evidence: Shaped[Tensor, "B V K"], label: Int64[Tensor, " B"]) -> Floa
     return torch.minimum(*gaps)
 
 
-def best_leads(evidence: Shaped[Tensor, "*n K"]) -> Float64[Tensor, "*n"]:
-    """How far the best class of every view leads the next."""
+def top2_gap(evidence: Shaped[Tensor, "*n K"]) -> Float64[Tensor, "*n"]:
+    """The gap between the two best classes of every view."""
     values = evidence if evidence.is_floating_point() else evidence.double()
     top = values.topk(2, -1).values.double().clamp(-HUGE, HUGE)
     return top[..., 0] - top[..., 1]
 
 
-def sureness(rows: Float64[Tensor, "B M M"]) -> Float64[Tensor, "B M"]:
-    """The mean lead of every mask over its views: alone, and with every second mask."""
-    return (rows / rows.shape[2]).sum(2)
+def mean_gap(gaps: Float64[Tensor, "B M M"]) -> Float64[Tensor, "B M"]:
+    """The mean gap of every mask over its views: alone, and with every second mask."""
+    return (gaps / gaps.shape[2]).sum(2)
 
 
 def double_masking(
-    table: Int64[Tensor, "B M M"],
-    classes: int,
-    sure: Bool[Tensor, "B M"] | None = None,
-    otherwise: Int64[Tensor, " B"] | None = None,
+    table: Int64[Tensor, "B M M"], fallback: Int64[Tensor, " B"], may_win: Bool[Tensor, "B M"] | None = None
 ) -> Int64[Tensor, " B"]:
-    """Labels from predictions under every two masks; on the diagonal those under one. Only ``sure`` masks win, and
-    ``otherwise``, by default the majority, where none does."""
+    """Labels from predictions under every two masks (on the diagonal under one): of the first disagreer that passes.
+
+    Only masks that ``may_win`` do; without one that passes, the label is the ``fallback``.
+    """
     alone = table.diagonal(dim1=1, dim2=2)
-    if otherwise is None:
-        otherwise = torch.nn.functional.one_hot(alone, classes).sum(1).argmax(1)
-    passes = (alone != otherwise[:, None]) & (table == alone[:, :, None]).all(2)
-    passes &= True if sure is None else sure
+    passes = (alone != fallback[:, None]) & (table == alone[:, :, None]).all(2)
+    passes &= True if may_win is None else may_win
     first = passes.int().argmax(1, keepdim=True)
-    return torch.where(passes.any(1), alone.gather(1, first)[:, 0], otherwise)
+    return torch.where(passes.any(1), alone.gather(1, first)[:, 0], fallback)

@@ -259,8 +259,8 @@ class Recipe(DefenseSpec):
             raise ValueError("interval stands instead of objective; leave one out")
         if self.masking is not None and (self.interval is not None or asked != Objective()):
             raise ValueError("masking stands instead of objective and interval; leave them out")
-        if self.masking is not None and self.masking.finer and not self.settings.get("finer"):
-            raise ValueError("masking.finer is for a defense with finer masks; use settings.finer=2")
+        if self.masking is not None and self.masking.finer and not self.settings.get("subdivisions"):
+            raise ValueError("masking.finer is for a defense with finer masks; use settings.subdivisions=2")
         if self.masking is not None and self.defense not in MASKED:
             raise ValueError(f"training under masks is for {', '.join(MASKED)}, not {self.defense}")
         if self.halving is not None and self.interval is None:

@@ -23,7 +23,8 @@ from certipatch.threats import PatchThreat
 from certipatch.training import checkpoint, start
 from certipatch.training.augment import draw_changes, recoloured
 from certipatch.training.interval import IntervalObjective
-from certipatch.training.masking import MaskLoss, Masks, Memory, masks_of
+from certipatch.training.mask_search import MaskHierarchy, MaskMemory, masks_of
+from certipatch.training.masking import MaskLoss
 from certipatch.training.muon import Muon
 from certipatch.training.recipe import IntervalTraining, Recipe
 from certipatch.training.view_loss import view_loss
@@ -92,7 +93,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     train_count = len(every) - recipe.holdout
     sets = [] if recipe.masking is None else masks_of(blank.build(network), size)
     climbing = recipe.masking is not None and recipe.masking.strategy == "climbing"
-    memory = Memory(train_count, sets[0]) if climbing else None
+    memory = MaskMemory(train_count, sets[0]) if climbing else None
     remembered = None if memory is None else memory.centres
     first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity, remembered)
     _check_same_start(fabric, first, out)
@@ -129,7 +130,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
             images = recoloured(images, augment.colour, draw)
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         if memory is not None:
-            memory.turn_to(chosen, changes, chunk)
+            memory.set_batch(chosen, changes, chunk)
         images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
         for group in stepped.param_groups:
             group["lr"] = recipe.learning_rate * group.get("scale", 1.0) * _rate(recipe, share)
@@ -137,7 +138,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         loss = weight * loss_of(images, targets[chosen][chunk].to(fabric.device), share, draw)
         fabric.backward(loss)
         if memory is not None:
-            memory.meet(fabric)
+            memory.synchronize(fabric)
         stepped.step()
         done, epoch_ends = step + 1, (step + 1) % per_epoch == 0
         if done % 10 == 0 or epoch_ends:
@@ -253,7 +254,7 @@ def _masked(
     network: nn.Module,
     module: nn.Module,
     fabric: Fabric,
-    memory: Memory | None,
+    memory: MaskMemory | None,
     classes: int,
 ) -> MaskLoss:
     """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
@@ -267,6 +268,7 @@ def _masked(
         )
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
-    masks, until = Masks(levels, fabric.device), recipe.plain_from
-    finer = [Masks([*levels, *sets[1 : n + 1]], fabric.device) for n in range(1, len(sets))] if asked.finer else []
-    return MaskLoss(network, module, masks, asked, fill, fabric.autocast, memory, classes, until, finer)
+    masks, until, smaller = MaskHierarchy(levels, fabric.device), recipe.plain_from, []
+    if asked.finer:
+        smaller = [MaskHierarchy([*levels, *sets[1 : n + 1]], fabric.device) for n in range(1, len(sets))]
+    return MaskLoss(network, module, masks, asked, fill, fabric.autocast, memory, classes, until, smaller)

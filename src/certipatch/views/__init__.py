@@ -48,7 +48,7 @@ def create(settings: dict[str, Any]) -> Views | RandomViews:
         if name == "pixel-sets":
             return PixelSets(torch.tensor(rest["visible"], dtype=torch.bool))
         if name == "mask-pairs":
-            return MaskPairs(torch.tensor(rest["masks"], dtype=torch.bool), rest.get("whole", False))
+            return MaskPairs(torch.tensor(rest["masks"], dtype=torch.bool), rest.get("unmasked", False))
         if name == OneOf.name:
             views = create(rest["views"])
             assert isinstance(views, Views)

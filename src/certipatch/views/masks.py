@@ -6,7 +6,7 @@ mask that starts at or before t: t − start ≤ s − 1, so the patch ends with
 """
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 from typing import Any, final
 
@@ -56,19 +56,19 @@ class MaskPairs(Views):
 
     Args:
         masks: bool (M, H, W), True where the mask hides the pixel.
-        whole: whether one view more, the last, shows the whole picture.
+        unmasked: True for one view more, the last, which shows the unmasked picture.
     """
 
-    def __init__(self, masks: Tensor, whole: bool = False):
+    def __init__(self, masks: Tensor, unmasked: bool = False):
         if masks.dtype != torch.bool or masks.ndim != 3 or masks.numel() == 0:
             raise InputError(
                 f"masks are a bool tensor (M, H, W) with at least one mask, not {masks.dtype} {tuple(masks.shape)}"
             )
         _check_number(len(masks))
-        self.masks, self.whole = masks.detach().cpu().clone(), whole
-        self._hides = torch.cat([self.masks, torch.zeros_like(self.masks[:1])]) if whole else self.masks
+        self.masks, self.unmasked = masks.detach().cpu().clone(), unmasked
+        self._hides = torch.cat([self.masks, torch.zeros_like(self.masks[:1])]) if unmasked else self.masks
         self._pairs = torch.triu_indices(len(masks), len(masks))
-        if whole:
+        if unmasked:
             self._pairs = torch.cat([self._pairs, torch.full((2, 1), len(masks))], 1)
 
     def number(self, image_size: tuple[int, int]) -> int:
@@ -81,7 +81,7 @@ class MaskPairs(Views):
         return ~(self._hides[one] | self._hides[other])
 
     def settings(self) -> dict[str, Any]:
-        return {"name": "mask-pairs", "masks": self.masks.to(torch.uint8).tolist(), "whole": self.whole}
+        return {"name": "mask-pairs", "masks": self.masks.to(torch.uint8).tolist(), "unmasked": self.unmasked}
 
 
 def _check_size(image_size: tuple[int, int], masks: Tensor) -> None:
@@ -108,6 +108,37 @@ def pair_table(masks: int) -> Int64[Tensor, "M M"]:
     table = torch.zeros((masks, masks), dtype=torch.int64)
     table[one, other] = table[other, one] = torch.arange(len(one))
     return table
+
+
+def prime_divisions(parts: Pair) -> list[Pair]:
+    """Prime factors of the parts along rows and columns, one pair after another: (4, 2) → [(2, 2), (2, 1)]."""
+    divisions, rest = [], list(parts)
+    while rest != [1, 1]:
+        factors = [next((f for f in range(2, number + 1) if number % f == 0), 1) for number in rest]
+        divisions.append((factors[0], factors[1]))
+        rest = [number // factor for number, factor in zip(rest, factors, strict=True)]
+    return divisions
+
+
+def enclosing_pairs(sizes: Sequence[Bool[Tensor, "_ H W"]]) -> list[Int64[Tensor, " V"]]:
+    """For every pair of the smallest masks, the pair of each larger size around it, from the largest to the smallest size.
+
+    Enclosure is nested: two pairs within the same pair of one size are within the same pairs of all larger sizes.
+    """
+    enclosing: list[Int64[Tensor, " V"]] = []
+    for larger, smaller in reversed(list(pairwise(sizes))):
+        pair = enclosing_pair(smaller, larger)
+        enclosing.insert(0, pair[enclosing[0]] if enclosing else pair)
+    return enclosing
+
+
+def enclosing_pair(smaller: Bool[Tensor, "M H W"], larger: Bool[Tensor, "N H W"]) -> Int64[Tensor, " V"]:
+    """For every pair of smaller masks, the pair of larger ones that hides at least as much; numbered by ``pair_table``."""
+    inside = (smaller.flatten(1).double() @ (~larger).flatten(1).double().T) == 0
+    assert bool(inside.any(1).all())
+    parent = inside.int().argmax(1)
+    first, second = torch.triu_indices(len(smaller), len(smaller))
+    return pair_table(len(larger))[parent[first], parent[second]]
 
 
 def axis_masks(
