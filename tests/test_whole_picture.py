@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from certipatch.defenses.methods import SETTINGS
+from certipatch.defenses.registry import SETTINGS
 from test_patchcleanser import SIZE, THREAT, full_table, pictures
 from torch import nn
 from torch.nn import functional as F

@@ -83,7 +83,7 @@ class PatchCleanser(MaskDefense):
     ):
         super().__init__(model, threat, masks, stride, fill, batch_size)
         self.all_margins, self.min_mean_gap = all_margins, checked_gap(min_mean_gap, "min_mean_gap")
-        self.fallback = checked_fallback(fallback)
+        self.fallback: Fallback = checked_fallback(fallback)
         own = getattr(model, "unmasked", None)
         self.unmasked = MaskedClassifier(own if fallback == "unmasked" and isinstance(own, nn.Module) else model, fill)
         self.subdivisions = per_axis(subdivisions, "subdivisions")

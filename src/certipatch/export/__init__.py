@@ -66,8 +66,9 @@ class AsGraph(nn.Module):
         defense.check(probe)
         tolerance = defense.tolerance(probe)
         self.model = defense.every_pair(image_size) if isinstance(defense, PatchCURE) else defense.model
-        decides = isinstance(defense, PatchCleanser) and defense.fallback == "unmasked"
-        self.unmasked = defense.unmasked if decides else None
+        self.unmasked = None
+        if isinstance(defense, PatchCleanser) and defense.fallback == "unmasked":
+            self.unmasked = defense.unmasked
         if any(isinstance(module, SharedViT | Cascade) for module in self.modules()):
             self.model, self.unmasked = copy.deepcopy((self.model, self.unmasked))
             for module in self.modules():
