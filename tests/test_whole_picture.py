@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from certipatch.defenses.registry import SETTINGS
 from test_patchcleanser import SIZE, THREAT, full_table, pictures
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ import certipatch as cp
 from certipatch import evidence as ev
 from certipatch import rules
 from certipatch.attacks import losses
+from certipatch.defenses.registry import SETTINGS
 from certipatch.defenses.settings import RENAMED
 from certipatch.errors import InputError
 from certipatch.models import CascadeSettings, ConvSettings, FallbackEnsemble, FallbackEnsembleSettings, NullToFill
@@ -219,7 +219,7 @@ def test_refusals_and_settings():
         CascadeSettings(members=(CONV, {"name": "fallback-ensemble", "members": (CONV, CONV)}))
     two = {"name": "fallback-ensemble", "members": (CONV, CONV)}
     told = {"name": "mine", "data": "cifar10", "model": two, "defense": "patchcleanser"}
-    with pytest.raises(ValueError, match="specialists are trained one by one"):
+    with pytest.raises(ValueError, match="members of a fallback-ensemble are trained one by one"):
         Recipe(**told, settings={"fallback": "unmasked"}, epochs=3)
     assert "fallback" not in cp.PatchCleanser(network, THREAT).settings()
 
