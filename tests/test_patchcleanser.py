@@ -179,11 +179,11 @@ def test_passes():
     asked = []
     handle = clear.model.register_forward_hook(lambda _module, given, _answer: asked.append(len(given[0])))
     clear.evidence(pictures()[[0, 2]])
-    assert sum(asked) == 2 * 325
-    assert len(asked) < 12  # full batches
+    assert len(set(asked)) == 1  # passes of one shape, the last of each round filled up
+    assert 2 * 325 <= sum(asked) < 2 * 325 + 12 * asked[0]
     asked.clear()
     clear.predict(pictures()[[0, 2]])
-    assert sum(asked) == 2 * 25
+    assert 2 * 25 <= sum(asked) < 2 * 25 + asked[0]
     handle.remove()
 
 

@@ -155,10 +155,12 @@ def test_the_front_runs_once_and_passes_are_counted_by_multiply_adds():
     model, images = network("bagnet 6"), pictures(3, 6)
     defense = PatchCURE(model, THREATS[0], masks=3)
     defense.check(images)
+    defense.evidence(images)  # once, to find how many rows a pass has
     seen = []
     model.local.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
     found = defense.evidence(images)
-    assert seen == [3]
+    assert len(set(seen)) == 1  # passes of one shape, as few as hold three pictures
+    assert 3 <= sum(seen) < 3 + seen[0]
     front, back = next(iter(defense._costs.values()))
     assert front > back > 0
     looked = 45 if found.unsure is None else 45 - found.unsure.sum(1)
