@@ -116,6 +116,7 @@ def hidden_tiles(shown: Bool[Tensor, "V H W"]) -> Bool[Tensor, "T H W"]:
     hides = ~shown.flatten(1).all(1)
     if len(tiles) <= FEW_TILES:
         return tiles[_hidden(shown, tiles).any(0)]
+    hidden = _hidden(shown, tiles)
     for number in TILES_PER_AXIS:
         tiles = grid_tiles([torch.arange(n) * min(n, number) // n for n in shown.shape[1:]])
         hidden = _hidden(shown, tiles)
