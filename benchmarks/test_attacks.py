@@ -14,7 +14,7 @@ import torch
 import certipatch as cp
 from certipatch.attacks import Task, Victim, find
 from certipatch.attacks.clean_views import CleanViews
-from certipatch.defenses import Undefended
+from certipatch.defenses.undefended import Undefended
 
 PICTURES, STARTS, STEPS = 32, 2, 10
 GROUP = f"patch PGD, {PICTURES} pictures x {STARTS} starts x {STEPS} steps"

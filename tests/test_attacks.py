@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import certipatch as cp
-from certipatch.attacks import ATTACKS, Places, Task, Victim, find, losses
+from certipatch.attacks import ATTACKS, Places, Task, Victim, find
 from certipatch.attacks.clean_views import CleanViews
 from certipatch.attacks.locate import coarse_to_fine
 from certipatch.attacks.universal import poses, worn
@@ -325,8 +325,8 @@ RULES = [
 def test_soft_rules_answer_as_the_rule_where_evidence_is_clear(rule):
     agree = 0
     for seed in range(8):
-        values = losses.soft_votes(confident(6, 3, seed), 0.3).requires_grad_()
-        found = losses.rule_leads(rule, values)
+        values = soft_votes(confident(6, 3, seed), 0.3).requires_grad_()
+        found = rule.leads(values)
         hard = rule.predict((values.detach() > 0.5).float())
         tallies = (values.detach() > 0.5).float().sum(1).topk(2, 1).values
         clear = tallies[:, 0] - tallies[:, 1] >= 2
@@ -347,7 +347,7 @@ def test_detectors_lead_only_without_an_alarm():
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn((5, 4, 3), generator=generator) * 6 + torch.tensor([4.0, 0, 0])
         for rule, evidence in ((windowed, logits), (masked, logits.softmax(2))):
-            found = losses.rule_leads(rule, evidence)
+            found = rule.leads(evidence)
             answer, alarm = rule.predict(evidence), rule.alarm(evidence)
             says = found.max(1)
             assert torch.equal(says.indices[says.values > 0.02], answer[says.values > 0.02])
@@ -362,7 +362,7 @@ def test_double_masking_leads_where_all_masks_agree():
     evidence = torch.zeros((2, 6, 3))
     evidence[0, :, 1] = 1.0  # three masks, six views: all say 1
     evidence[1, :, 2] = 1.0
-    found = losses.rule_leads(DoubleMask(), evidence)
+    found = DoubleMask().leads(evidence)
     assert torch.equal(found.argmax(1), DoubleMask().predict(evidence))
     assert (found.amax(1) > 0).all()
 

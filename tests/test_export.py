@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from certipatch.export.rules import graph
 
 import certipatch as cp
 from certipatch import data, defenses, models, rules
@@ -13,7 +14,6 @@ from certipatch import views as vw
 from certipatch.defenses import MinorityReports, PatchCleanser, PatchCURE, Undefended
 from certipatch.errors import InputError
 from certipatch.export import AsGraph, to_onnx
-from certipatch.export.rules import graph
 from certipatch.models import Cascade, FallbackEnsemble
 from certipatch.saved import Card, open_defense
 from certipatch.views.render import null, render

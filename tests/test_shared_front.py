@@ -85,7 +85,7 @@ def test_equals_brute_force_over_masked_pictures(name, threat, gap):
     index = torch.arange(pairs.number(SIZE))
     rendered = render("null", images, pairs, index)
     logits = model(rendered.flatten(0, 1)).unflatten(0, (6, -1))
-    torch.testing.assert_close(defense.every_pair(SIZE)(images), logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(defense.exported_network(SIZE)(images), logits, rtol=1e-9, atol=1e-9)
     relation, scores = sees(pairs, threat, SIZE), evidence.scores(logits)
     expected = DoubleMask(gap).certify(scores, relation.rows)
     found = defense.certify(images, threat)

@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from certipatch import rules, testing, views
     from certipatch.certificate import Certificate
-    from certipatch.defenses import (
-        BagCert,
-        ClippedBagNet,
-        Defense,
-        DerandomizedSmoothing,
-        IntervalBounds,
-        MinorityReports,
-        PatchCleanser,
-        PatchCURE,
-        PatchGuard,
-        PatchGuardPlusPlus,
-        RandomizedAblation,
-    )
+    from certipatch.defenses import Defense
+    from certipatch.defenses.bagcert import BagCert
+    from certipatch.defenses.clipped_bagnet import ClippedBagNet
+    from certipatch.defenses.derandomized_smoothing import DerandomizedSmoothing
+    from certipatch.defenses.interval_bounds import IntervalBounds
+    from certipatch.defenses.minority_reports import MinorityReports
+    from certipatch.defenses.patchcleanser import PatchCleanser
+    from certipatch.defenses.patchcure import PatchCURE
+    from certipatch.defenses.patchguard import PatchGuard
+    from certipatch.defenses.patchguard_plus_plus import PatchGuardPlusPlus
+    from certipatch.defenses.randomized_ablation import RandomizedAblation
     from certipatch.errors import InputError
     from certipatch.models import receptive_fields
     from certipatch.saved import load
@@ -32,19 +30,9 @@ if TYPE_CHECKING:
     from certipatch.views.incidence import sees
 
 _HOME = {
-    "BagCert": "certipatch.defenses",
     "Certificate": "certipatch.certificate",
-    "ClippedBagNet": "certipatch.defenses",
     "Defense": "certipatch.defenses",
-    "DerandomizedSmoothing": "certipatch.defenses",
     "InputError": "certipatch.errors",
-    "IntervalBounds": "certipatch.defenses",
-    "MinorityReports": "certipatch.defenses",
-    "PatchCURE": "certipatch.defenses",
-    "PatchCleanser": "certipatch.defenses",
-    "PatchGuard": "certipatch.defenses",
-    "PatchGuardPlusPlus": "certipatch.defenses",
-    "RandomizedAblation": "certipatch.defenses",
     "PatchThreat": "certipatch.threats",
     "SparseThreat": "certipatch.threats",
     "load": "certipatch.saved",
@@ -83,6 +71,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(_HOME[name]), name)
     elif name in _MODULES:
         value = import_module(f"certipatch.{name}")
+    elif name[:1].isupper() and hasattr(defenses := import_module("certipatch.defenses"), name):
+        value = getattr(defenses, name)  # any other defense, by the name of its class
     else:
         raise AttributeError(f"module 'certipatch' has no attribute {name!r}")
     globals()[name] = value

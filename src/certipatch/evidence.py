@@ -8,11 +8,12 @@ from typing import final
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from certipatch.errors import InputError
 from certipatch.inference import canonical_logits
 from certipatch.views import Views
-from certipatch.views.render import render_each
+from certipatch.views.render import render, render_each
 
 PIXELS = 2**20  # of one forward pass of an attack, unless a batch size is given
 
@@ -92,6 +93,30 @@ def logits_of(
     if answer.ndim != 2:
         raise InputError(f"the model gives {tuple(answer.shape)} where (N, K) is needed")
     return answer
+
+
+def differentiable_logits(
+    model: nn.Module, views: Views, images: Float[Tensor, "N C H W"], index: Tensor | None = None
+) -> Float[Tensor, "N v K"]:
+    """The network's logits for views of every picture, as ``logits``, with gradients: for attacks, never for answers.
+
+    Views beyond one forward pass of ``PIXELS`` pixels are computed again on the way back, to save memory.
+    """
+    encoding = getattr(model, "encoding", "null")
+    if encoding == "all-views":
+        every = model(images).to(images.dtype)
+        return every if index is None else every[:, index]
+    index = torch.arange(views.number((images.shape[2], images.shape[3]))) if index is None else index
+    step = max(1, PIXELS // images[:, 0].numel())
+
+    def answers(pictures: Tensor, chosen: Tensor) -> Tensor:
+        shown = render(encoding, pictures, views, chosen, getattr(model, "fill", 0.5))
+        return model(shown.flatten(0, 1)).to(images.dtype).unflatten(0, shown.shape[:2])
+
+    if len(index) <= step or not images.requires_grad:
+        return torch.cat([answers(images, chosen) for chosen in index.split(step)], 1)
+    parts = [checkpoint(answers, images, chosen, use_reentrant=False) for chosen in index.split(step)]
+    return torch.cat([part for part in parts if isinstance(part, Tensor)], 1)
 
 
 def image_logits(

@@ -60,9 +60,10 @@ class Victim:
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
         """How far each class is from being the answer; differentiable."""
-        found = losses.leads if self.adaptive else losses.bare_leads
         with self.passes(images):
-            return found(self.defense, images, generator)
+            if self.adaptive:
+                return losses.leads(self.defense, images, generator)
+            return losses.network_leads(self.defense, images)
 
     def passes(self, images: Tensor) -> torch.autocast:
         """In which precision networks are passed for leads of such pictures."""

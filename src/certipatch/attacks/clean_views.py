@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from certipatch import evidence as ev
-from certipatch.attacks import losses
 from certipatch.attacks.base import Task, Victim
 from certipatch.defenses.base import ViewDefense
 from certipatch.views import Views
@@ -29,7 +28,9 @@ class CleanViews:
         self._views, self._size = views, (shown.shape[1], shown.shape[2])
         self._shown = shown.flatten(1).to(task.images)  # (V, H·W)
         with torch.no_grad(), victim.passes(task.images):
-            parts = [losses.view_logits(self._defense.model, views, part) for part in task.images.split(task.batch)]
+            parts = [
+                ev.differentiable_logits(self._defense.model, views, part) for part in task.images.split(task.batch)
+            ]
         self._logits = torch.cat(parts)
 
     @classmethod
@@ -38,7 +39,7 @@ class CleanViews:
         defense, size = victim.defense, (task.images.shape[2], task.images.shape[3])
         if not victim.adaptive or not isinstance(defense, ViewDefense):
             return None
-        own = losses.leads.dispatch(type(defense)) is losses.leads.dispatch(ViewDefense)
+        own = type(defense).leads is ViewDefense.leads
         if not own or getattr(defense.model, "encoding", "null") == "all-views":
             return None
         views = defense.views_of(size)
@@ -60,7 +61,7 @@ class CleanViews:
         logits = self._logits[picture]
         changed = torch.cat([part for part in answers if isinstance(part, Tensor)]).to(logits.dtype)
         logits = logits.index_put((touched[:, 0], touched[:, 1]), changed)
-        return losses.logit_leads(self._defense, logits, self._size)
+        return self._defense.leads_of_logits(logits, self._size)
 
     def _answers(self, images: Float[Tensor, "R C H W"], pairs: Int64[Tensor, "n 2"]) -> Float[Tensor, "n K"]:
         model = self._defense.model

@@ -76,7 +76,7 @@ def _rows(kind: str) -> dict[str, str]:
     if kind == "defenses":
         from certipatch.defenses import METHODS
 
-        return {name: (method.__doc__ or "").splitlines()[0] for name, method in METHODS.items()}
+        return {name: _first_line_of_defense(name) for name in METHODS}
     from certipatch.saved import zoo
 
     return {name: _card_line(card) for name, card in zoo().items()}
@@ -88,9 +88,8 @@ def _in_full(kind: str, name: str, line: str) -> tuple[str, dict[str, Any]]:
 
     if kind == "defenses":
         from certipatch.defenses import METHODS
-        from certipatch.defenses.registry import SETTINGS
 
-        return inspect.getdoc(METHODS[name]) or line, SETTINGS[name]().model_dump(mode="json")
+        return inspect.getdoc(METHODS[name]) or line, METHODS[name].settings_class().model_dump(mode="json")
     if kind == "attacks":
         from certipatch.attacks import ATTACKS
 
@@ -101,6 +100,16 @@ def _in_full(kind: str, name: str, line: str) -> tuple[str, dict[str, Any]]:
         path = resources.find("recipes", f"{name}.yaml")
         return line if path is None else path.read_text(encoding="utf-8").rstrip(), {}
     return line, {}
+
+
+def _first_line_of_defense(name: str) -> str:
+    """What a defense is; of one of another package that cannot be used, why."""
+    from certipatch.defenses import METHODS
+
+    try:
+        return (METHODS[name].__doc__ or "").strip().partition("\n")[0]
+    except InputError as error:
+        return str(error)
 
 
 def _first_comment(path) -> str:

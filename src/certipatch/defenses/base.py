@@ -1,23 +1,27 @@
 """What a certified defense is, for every command: evidence once, then any certificate from it."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.certificate import Certificate, Notion
+from certipatch.defenses.method import Method
 from certipatch.errors import InputError
 from certipatch.model_check import check_model
 from certipatch.models import receptive_fields
 from certipatch.rules import Rule
+from certipatch.rules.soft import lead_of, soft_votes
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views import Views
 from certipatch.views.incidence import Incidence, sees
+
+EXACT = ev.Tolerance(0.0, 0.0)
 
 
 @final
@@ -39,13 +43,10 @@ class Evidence:
     """The labels, where values are the least that scores may be, whatever the rounding; None where they follow from values."""
 
 
-class Defense(ABC):
+class Defense(Method):
     """A certified defense. ``certify`` is ``certificate(evidence(images), threat)``: one pass serves every threat."""
 
-    name: ClassVar[str]
     notion: ClassVar[Notion] = "recovery"
-    theorem: str
-    """The condition behind its certificates, in one line."""
     confidence: float = 1.0
     """Of its certificates: exactly 1, or 1 − α where they rest on samples."""
 
@@ -64,10 +65,6 @@ class Defense(ABC):
     @abstractmethod
     def check(self, images: Float[Tensor, "B C H W"]) -> None:
         """Refuse a model that breaks the theorem's conditions (InputError with the reason)."""
-
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """The defense's own settings, as plain JSON values."""
 
     @abstractmethod
     def forward_passes(self, image_size: tuple[int, int]) -> int:
@@ -98,6 +95,9 @@ class Defense(ABC):
         """
         return None
 
+    def compute_all_margins(self) -> None:
+        """From now on give the margins of all locations, also those that the verdict does not need."""
+
     def as_given(self) -> AbstractContextManager[None]:
         """Within it the network runs as it was given, without that way; what is counted of it is counted so."""
         return nullcontext()
@@ -109,6 +109,8 @@ class Defense(ABC):
 
 class ViewDefense(Defense):
     """A defense made of a network, views and a rule: everything but how logits become evidence, and the rule.
+
+    It is attacked through ``soft_values`` and the rule's ``leads``, and exported as the rule's ``graph`` behind its network.
 
     Args:
         model: an ``nn.Module`` in eval mode; its ``encoding`` says what it reads (see ``evidence.logits``).
@@ -136,6 +138,27 @@ class ViewDefense(Defense):
         self, logits: Float[Tensor, "B V K"], tolerance: ev.Tolerance
     ) -> tuple[Tensor, Bool[Tensor, "B V"] | None, Float64[Tensor, " B"] | None]:
         """Evidence from logits: values, unsure views or None, error or None."""
+
+    def soft_values(self, logits: Float[Tensor, "N V K"]) -> Float[Tensor, "N V K"]:
+        """Evidence with a gradient, for attacks: by default ``values``, or soft votes for the top class if it has none."""
+        values = self.values(logits, EXACT)[0]
+        return values if values.is_floating_point() else soft_votes(logits, None)
+
+    def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"] | None:
+        size = (images.shape[2], images.shape[3])
+        return self.leads_of_logits(ev.differentiable_logits(self.model, self.views_of(size), images), size)
+
+    def leads_of_logits(self, logits: Float[Tensor, "N V K"], image_size: tuple[int, int]) -> Float[Tensor, "N K"]:
+        """Leads from the logits of all views of images of (H, W) pixels."""
+        return self.rule(image_size).leads(self.soft_values(logits))
+
+    def network_leads(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+        """Leads of the mean over the views' logits."""
+        views = self.views_of((images.shape[2], images.shape[3]))
+        return lead_of(ev.differentiable_logits(self.model, views, images).mean(1))
+
+    def exported_network(self, image_size: tuple[int, int]) -> nn.Module | None:
+        return self.model
 
     def views_of(self, image_size: tuple[int, int]) -> Views:
         """The views of pictures of (H, W) pixels."""

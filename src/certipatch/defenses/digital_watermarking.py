@@ -1,14 +1,28 @@
 """Digital watermarking (Hayes, CVPR workshops 2018): find the patch as a dense region of salient pixels, and mask it."""
 
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.defenses.empirical import EmpiricalDefense
+from certipatch.defenses.settings import DefenseSettings
 from certipatch.errors import InputError
+from certipatch.rules.soft import lead_of
+
+
+class WatermarkSettings(DefenseSettings):
+    """Shares of pixels, and the side of the neighbourhood."""
+
+    share: float = Field(default=0.1, gt=0, lt=1)
+    neighbours: float = Field(default=0.4, ge=0, le=1)
+    size: int | None = Field(default=None, ge=1, le=4095)
+
+
+DEFAULT = WatermarkSettings()
 
 
 @final
@@ -28,28 +42,29 @@ class DigitalWatermarking(EmpiricalDefense):
 
     Departs from the paper: the plain gradient stands for guided backpropagation, which needs networks made of ReLU layers;
     a mean colour for inpainting; sizes follow the picture's, where the paper gives pixels of ImageNet. Chiang et al. 2020
-    attack it through an identity on the way back (BPDA), and so do we (``attacks.losses``).
+    attack it through an identity on the way back (BPDA), and so do we (``leads``).
     """
 
     name: ClassVar[str] = "dw"
+    settings_class = WatermarkSettings
 
     def __init__(
         self,
         model: nn.Module,
-        share: float = 0.1,
-        neighbours: float = 0.4,
-        size: int | None = None,
+        share: float = DEFAULT.share,
+        neighbours: float = DEFAULT.neighbours,
+        size: int | None = DEFAULT.size,
         batch_size: int | None = None,
     ):
         super().__init__(model, batch_size)
-        if not (0 < share < 1 and 0 <= neighbours <= 1):
-            raise InputError(f"share lies in (0, 1) and neighbours in [0, 1]; they are {share} and {neighbours}")
-        if size is not None and (size < 1 or size % 2 == 0):
+        self.options = WatermarkSettings.checked(share=share, neighbours=neighbours, size=size)
+        if size is not None and size % 2 == 0:
             raise InputError(f"size is an odd number of pixels, not {size}")
         self.share, self.neighbours, self.size = share, neighbours, size
 
-    def settings(self) -> dict[str, Any]:
-        return {"share": self.share, "neighbours": self.neighbours, "size": self.size}
+    def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
+        """BPDA: the network sees the masked picture, the gradient comes back as if nothing had been masked."""
+        return lead_of(self.model(images + (self.cleaned(images) - images).detach()).float())
 
     def cleaned(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
         mask = self.mask(images)[:, None]

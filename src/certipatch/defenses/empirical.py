@@ -1,17 +1,19 @@
 """Empirical defenses: an answer and no proof. They have no ``certify``, so that a false certificate cannot be written."""
 
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from abc import abstractmethod
+from typing import ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from certipatch import evidence as ev
+from certipatch.defenses.method import Method
 from certipatch.errors import InputError
+from certipatch.rules.soft import lead_of
 
 
-class EmpiricalDefense(ABC):
+class EmpiricalDefense(Method):
     """Cleans a picture of what looks like a patch, then asks a plain network.
 
     Args:
@@ -19,8 +21,8 @@ class EmpiricalDefense(ABC):
         batch_size: most pictures of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
     """
 
-    name: ClassVar[str]
-    theorem: ClassVar[str] = "none: nothing is certified"
+    theorem = "none: nothing is certified"
+    reads_whole_images: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, batch_size: int | None = None):
         if batch_size is not None and batch_size < 1:
@@ -31,9 +33,9 @@ class EmpiricalDefense(ABC):
     def cleaned(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
         """The pictures that the network is shown."""
 
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """The defense's own settings, as plain JSON values."""
+    def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
+        """Through the cleaning itself."""
+        return lead_of(self.model(self.cleaned(images)).float())
 
     @torch.no_grad()
     def predict(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, " B"]:

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.bounds import Interval, passage, patch_margins, patch_verdict, regions, sparse_margins
@@ -40,6 +40,8 @@ class IntervalBounds(Defense):
     """
 
     name: ClassVar[str] = "interval-bounds"
+    reads_whole_images: ClassVar[bool] = True
+    trains_by_bounds: ClassVar[bool] = True
     theorem = "lower bound of z_y − z_k over the box, less twice the tolerance of a logit there, > 0 for every location and rival"
 
     def __init__(self, model: nn.Module, batch_size: int | None = None, memory: int = MEMORY):
@@ -51,8 +53,11 @@ class IntervalBounds(Defense):
         self._tolerance: dict[tuple[Any, ...], tuple[bytes, float]] = {}
         self._regions: dict[tuple[Threat, tuple[int, int]], Regions] = {}
 
-    def settings(self) -> dict[str, Any]:
-        return {}
+    def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
+        return self.network_leads(images)
+
+    def exported_network(self, image_size: tuple[int, int]) -> nn.Module:
+        return self.model
 
     def check(self, images: Float[Tensor, "B C H W"]) -> None:
         self.tolerance(images)

@@ -1,14 +1,28 @@
 """Local gradients smoothing (Naseer, Khan & Porikli, WACV 2019, https://arxiv.org/abs/1807.01216)."""
 
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from certipatch.defenses.empirical import EmpiricalDefense
+from certipatch.defenses.settings import DefenseSettings
 from certipatch.errors import InputError
+
+
+class GradientSettings(DefenseSettings):
+    """The paper's."""
+
+    window: int = Field(default=15, ge=1, le=4096)
+    overlap: int = Field(default=5, ge=0, le=4096)
+    threshold: float = Field(default=0.1, ge=0, le=1)
+    smoothing: float = Field(default=2.3, ge=0)
+
+
+DEFAULT = GradientSettings()
 
 
 @final
@@ -31,32 +45,24 @@ class LocalGradientsSmoothing(EmpiricalDefense):
     """
 
     name: ClassVar[str] = "lgs"
+    settings_class = GradientSettings
 
     def __init__(
         self,
         model: nn.Module,
-        window: int = 15,
-        overlap: int = 5,
-        threshold: float = 0.1,
-        smoothing: float = 2.3,
+        window: int = DEFAULT.window,
+        overlap: int = DEFAULT.overlap,
+        threshold: float = DEFAULT.threshold,
+        smoothing: float = DEFAULT.smoothing,
         batch_size: int | None = None,
     ):
         super().__init__(model, batch_size)
         if not 0 <= overlap < window:
             raise InputError(f"windows of {window} pixels overlap by 0 to {window - 1}, not {overlap}")
-        if not (0 <= threshold <= 1 and smoothing >= 0):
-            raise InputError(
-                f"threshold lies in [0, 1] and smoothing is not negative; they are {threshold} and {smoothing}"
-            )
+        self.options = GradientSettings.checked(
+            window=window, overlap=overlap, threshold=threshold, smoothing=smoothing
+        )
         self.window, self.overlap, self.threshold, self.smoothing = window, overlap, threshold, smoothing
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "window": self.window,
-            "overlap": self.overlap,
-            "threshold": self.threshold,
-            "smoothing": self.smoothing,
-        }
 
     def cleaned(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
         sharp = sharpness(images)

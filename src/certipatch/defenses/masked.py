@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import ViewDefense
+from certipatch.defenses.method import leads_of_network
 from certipatch.errors import InputError
 from certipatch.inference import rows_per_pass
 from certipatch.models.quickest import quickest
@@ -70,6 +71,8 @@ class MaskedClassifier(nn.Module):
 class MaskDefense(ViewDefense):
     """A defense that lays masks over pictures; arguments as for ``PatchCleanser``."""
 
+    reads_whole_images: ClassVar[bool] = True
+    trains_under_masks: ClassVar[bool] = True
     model: MaskedClassifier
 
     def __init__(
@@ -96,6 +99,10 @@ class MaskDefense(ViewDefense):
             "fill": list(f) if isinstance(f := self.model.fill, tuple) else f,
             "threat": threats if len(threats) > 1 else threats[0],
         }
+
+    def network_leads(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+        """Leads in the whole picture."""
+        return leads_of_network(self.model, images)
 
     def covering(self, image_size: tuple[int, int]) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
         """The masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats."""

@@ -5,15 +5,26 @@ from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Float64
+from pydantic import Field
 from torch import Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.certificate import Notion
 from certipatch.defenses.masked import MaskDefense, PerAxis
+from certipatch.defenses.settings import MaskSettings
 from certipatch.rules import MinorityReports as Rule
 from certipatch.threats import PatchThreat
 from certipatch.views import PixelSets, Views
 from certipatch.views.render import Fill
+
+
+class MinorityReportsSettings(MaskSettings):
+    """The masks, and τ."""
+
+    threshold: float = Field(default=0.5, ge=0, lt=1)
+
+
+DEFAULT = MinorityReportsSettings()
 
 
 @final
@@ -36,6 +47,12 @@ class MinorityReports(MaskDefense):
 
     name: ClassVar[str] = "minority-reports"
     notion: ClassVar[Notion] = "detection"
+    settings_class = MinorityReportsSettings
+    in_words: ClassVar[str] = (
+        "The network looks at the picture, and at it with each of many masks over it. If under some mask it is "
+        "sure of another class, it raises an alarm. Wherever the patch lies, some mask hides it. Where the network is sure of "
+        "the answer under such a mask, an attacker can change the answer only at the price of an alarm."
+    )
 
     def __init__(
         self,
@@ -44,7 +61,7 @@ class MinorityReports(MaskDefense):
         masks: PerAxis | Bool[Tensor, "M H W"] = None,
         stride: PerAxis = None,
         fill: Fill | None = None,
-        threshold: float = 0.5,
+        threshold: float = DEFAULT.threshold,
         batch_size: int | None = None,
     ):
         super().__init__(model, threat, masks, stride, fill, batch_size)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence
@@ -19,14 +19,31 @@ from certipatch.defenses.masked import (
     covering_masks,
     per_axis,
 )
+from certipatch.defenses.method import leads_of_network
+from certipatch.defenses.settings import DoubleMaskingSettings, Gap, MaskSettings
+from certipatch.defenses.settings import PerAxis as Number
+from certipatch.defenses.soft_double_masking import sampled_pair_leads
 from certipatch.errors import InputError
 from certipatch.model_check import check_model
 from certipatch.rules import DoubleMask
 from certipatch.rules.double_mask import Fallback
+from certipatch.rules.soft import lead_of
 from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs, PixelSets
 from certipatch.views.masks import enclosing_pairs, prime_divisions
 from certipatch.views.render import Fill
+
+
+class PatchCleanserSettings(MaskSettings, DoubleMaskingSettings):
+    """Smaller masks, by ``subdivisions`` of the others, are evaluated only where the gap under the larger ones is below
+    ``exit_gap``. ``fallback`` gives the label if no mask wins."""
+
+    subdivisions: Number | tuple[Number, Number] | None = None
+    exit_gap: Gap | tuple[Gap, ...] = 0.5
+    fallback: Fallback = "majority"
+
+
+DEFAULT = PatchCleanserSettings()
 
 
 @final
@@ -66,6 +83,14 @@ class PatchCleanser(MaskDefense):
     """
 
     name: ClassVar[str] = "patchcleanser"
+    settings_class = PatchCleanserSettings
+    in_words: ClassVar[str] = (
+        "The network looks at the picture with each of many masks over it, and with every two of them. The "
+        "answer is that of most masks, or, where that is asked for, the one to the whole picture; a mask that dissents is "
+        "believed instead if it stays with its answer under every second mask. Wherever the patch lies, some mask hides it. "
+        "Where such a mask says the same alone and together with every second mask, nothing painted under it can change the "
+        "answer."
+    )
 
     def __init__(
         self,
@@ -76,10 +101,10 @@ class PatchCleanser(MaskDefense):
         fill: Fill | None = None,
         all_margins: bool = True,
         batch_size: int | None = None,
-        min_mean_gap: float = 0.0,
-        subdivisions: PerAxis = None,
-        exit_gap: float | Sequence[float] = 0.5,
-        fallback: Fallback = "majority",
+        min_mean_gap: float = DEFAULT.min_mean_gap,
+        subdivisions: PerAxis = DEFAULT.subdivisions,
+        exit_gap: float | Sequence[float] = DEFAULT.exit_gap,
+        fallback: Fallback = DEFAULT.fallback,
     ):
         super().__init__(model, threat, masks, stride, fill, batch_size)
         self.all_margins, self.min_mean_gap = all_margins, checked_gap(min_mean_gap, "min_mean_gap")
@@ -106,6 +131,21 @@ class PatchCleanser(MaskDefense):
         if self.divisions:
             settings |= {"subdivisions": list(self.subdivisions or ()), "exit_gap": list(self.exit_gaps)}
         return settings | ({"fallback": self.fallback} if self.fallback != "majority" else {})
+
+    def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
+        """Through double masking with the largest masks, and through the unmasked image if it is the fallback."""
+        pairs = self.sizes((images.shape[2], images.shape[3]))[0]
+        unmasked = None
+        if self.fallback == "unmasked":
+            every = PixelSets(torch.ones_like(pairs.masks[:1]))
+            unmasked = lead_of(ev.differentiable_logits(self.unmasked, every, images)[:, 0].float())
+        return sampled_pair_leads(self.model, pairs, images, generator, unmasked)
+
+    def compute_all_margins(self) -> None:
+        self.all_margins = True
+
+    def network_leads(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+        return leads_of_network(self.unmasked, images)
 
     def views_of(self, image_size: tuple[int, int]) -> MaskPairs:
         if image_size not in self._views:

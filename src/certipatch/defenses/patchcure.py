@@ -6,17 +6,22 @@ from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence, ViewDefense
 from certipatch.defenses.double_masking import PredictionTable, score_error
 from certipatch.defenses.masked import checked_gap, checked_threats, covering_masks, per_axis
+from certipatch.defenses.method import leads_of_network
+from certipatch.defenses.settings import DoubleMaskingSettings, Side
+from certipatch.defenses.settings import PerAxis as Number
+from certipatch.defenses.soft_double_masking import sampled_pair_leads
 from certipatch.errors import InputError
 from certipatch.inference import canonical_logits
 from certipatch.model_check import check_model
 from certipatch.models import SharedFront
+from certipatch.models.settings import NetworkSettings
 from certipatch.rules import DoubleMask
 from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs, PixelSets, mask_set
@@ -24,6 +29,17 @@ from certipatch.views.incidence import sees
 from certipatch.views.masks import pair_table
 
 PerAxis = int | tuple[int, int] | None
+
+
+class PatchCURESettings(DoubleMaskingSettings):
+    """``patch`` is what its masks are made for where no threat is given."""
+
+    masks: Number | tuple[Number, Number] | None = None
+    stride: Number | tuple[Number, Number] | None = None
+    patch: Side = 5
+
+
+DEFAULT = PatchCURESettings()
 
 
 @final
@@ -51,6 +67,15 @@ class PatchCURE(ViewDefense):
     """
 
     name: ClassVar[str] = "patchcure"
+    settings_class = PatchCURESettings
+    in_words: ClassVar[str] = (
+        "A first part of the network looks at small windows of the picture, once. A second part answers with each of "
+        "many masks over what the first one found, and with every two of them; the answer is chosen from these as by double "
+        "masking. Wherever the patch lies, some mask hides every window that sees it. Where such a mask says the same alone "
+        "and together with every second mask, nothing painted under it can change the answer."
+    )
+    reads_whole_images: ClassVar[bool] = True
+    trains_under_masks: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -60,7 +85,7 @@ class PatchCURE(ViewDefense):
         stride: PerAxis = None,
         all_margins: bool = True,
         batch_size: int | None = None,
-        min_mean_gap: float = 0.0,
+        min_mean_gap: float = DEFAULT.min_mean_gap,
     ):
         if not isinstance(model, SharedFront):
             raise InputError("patchcure needs a network with a shared front: shared-bagnet or shared-vit")
@@ -74,6 +99,23 @@ class PatchCURE(ViewDefense):
         self._covers: dict[tuple[int, int], Bool[Tensor, "L M"]] = {}
         self._cells: dict[tuple[int, int], MaskPairs] = {}
         self._costs: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    @classmethod
+    def check_network(cls, network: NetworkSettings) -> None:
+        if not network.shared_front:
+            name = getattr(network, "name", "another")
+            raise ValueError(f"patchcure needs a network with a shared front, shared-bagnet or shared-vit, not {name}")
+
+    def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
+        """Through double masking on features; the front is passed once, forth and back."""
+        back, pairs = self.behind_front((images.shape[2], images.shape[3]))
+        return sampled_pair_leads(back, pairs, self.front.features(images), generator)
+
+    def compute_all_margins(self) -> None:
+        self.all_margins = True
+
+    def network_leads(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
+        return leads_of_network(self.model, images)
 
     def settings(self) -> dict[str, Any]:
         threats = [threat.to_dict() for threat in self.threats]
@@ -133,7 +175,7 @@ class PatchCURE(ViewDefense):
         pairs = torch.tensor([self.views_of(image_size).number(image_size)])
         return int(self._equivalents(probe, pairs)[0])
 
-    def every_pair(self, image_size: tuple[int, int]) -> "MaskedFeatures":
+    def exported_network(self, image_size: tuple[int, int]) -> "MaskedFeatures":
         """Pictures → logits under all pairs of masks, for graphs and tests."""
         self.views_of(image_size)
         return MaskedFeatures(self.front, self._cells[image_size].visible(self.front.fields.grid))

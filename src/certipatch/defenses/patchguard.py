@@ -1,19 +1,34 @@
 """PatchGuard (Xiang et al. 2021): robust masking of local evidence, with the certificate of ``rules.RobustMask``."""
 
 import math
-from typing import Any, ClassVar, Literal, final, get_args
+from typing import ClassVar, Literal, final
 
 from jaxtyping import Bool, Float, Float64, Int64
+from pydantic import Field
 from torch import Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence, ViewDefense
+from certipatch.defenses.settings import DefenseSettings, Side
 from certipatch.rules import JointWindows, RobustMask, Windows
 from certipatch.threats import PatchThreat
 from certipatch.views import Bands, Blocks, Cross, ReceptiveFields, Views
 from certipatch.views.incidence import sees
 
 Kind = Literal["logits", "confidence", "sigmoid", "prediction"]
+
+
+class PatchGuardSettings(DefenseSettings):
+    """T, the kind of evidence and its limit, and the patch that it is built for: ``fixed``, whatever the threat."""
+
+    evidence: Kind | None = None
+    threshold: float = Field(default=0.0, ge=0, le=1)
+    clip: float | None = Field(default=None, gt=0)
+    patch: Side = 5
+    fixed: bool = False
+
+
+DEFAULT = PatchGuardSettings()
 
 
 def malicious_windows(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Windows | JointWindows:
@@ -49,7 +64,7 @@ class PatchGuard(ViewDefense):
         evidence: ``logits``, ``confidence`` (softmax), ``sigmoid`` (each class on its own, so that a view may speak for
             several or none) or ``prediction`` (one vote for the top class).
         threshold: T in [0, 1]; 0 always masks, 1 never.
-        clip: largest logit that counts; all other evidence ends at 1. Negative evidence counts as 0.
+        clip: largest logit that counts, None for no limit; all other evidence ends at 1. Negative evidence counts as 0.
         fixed: it stays built for ``threat`` whatever it is evaluated against, so that one answer has certificates for
             all sizes, and a largest certified patch.
         batch_size: pictures or rendered views per forward pass.
@@ -58,16 +73,22 @@ class PatchGuard(ViewDefense):
     """
 
     name: ClassVar[str] = "patchguard"
+    settings_class = PatchGuardSettings
+    in_words: ClassVar[str] = (
+        "The network looks at {views}, and says for each how much it speaks for every class. Before adding up, "
+        "every class loses the region that speaks loudest for it, a region as large as the patch can reach. The certificate "
+        "compares, place by place, the least that the answer can be left with against the most that any rival can reach."
+    )
 
     def __init__(
         self,
         model: nn.Module,
         threat: PatchThreat,
         views: Views | None = None,
-        evidence: Kind | None = None,
-        threshold: float = 0.0,
-        clip: float = math.inf,
-        fixed: bool = False,
+        evidence: Kind | None = DEFAULT.evidence,
+        threshold: float = DEFAULT.threshold,
+        clip: float | None = DEFAULT.clip,
+        fixed: bool = DEFAULT.fixed,
         batch_size: int | None = None,
     ):
         super().__init__(model, views, batch_size)
@@ -75,23 +96,15 @@ class PatchGuard(ViewDefense):
             raise ValueError(f"PatchGuard is built for a patch, not for {threat}")
         self.threat = threat
         self.kind: Kind = evidence or ("confidence" if isinstance(views, Bands | Blocks | Cross) else "logits")
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"evidence is {', '.join(get_args(Kind))}, not {evidence!r}")
+        largest = math.inf if clip is None else clip
+        self.clip = largest if self.kind == "logits" else min(largest, 1.0)
+        self.options = PatchGuardSettings.checked(
+            evidence=self.kind, threshold=threshold, clip=None if math.isinf(self.clip) else self.clip, fixed=fixed
+        )
         self.threshold, self.fixed = threshold, fixed
-        self.clip = clip if self.kind == "logits" else min(clip, 1.0)
         self.raw = self.kind in ("logits", "sigmoid")  # type: ignore[misc]
         self._rules: dict[tuple[int, int], RobustMask] = {}
         self.theorem = RobustMask(Windows.runs(1, 1), threshold, self.clip).theorem
-
-    def settings(self) -> dict[str, Any]:
-        clip = None if math.isinf(self.clip) else self.clip
-        return {
-            "evidence": self.kind,
-            "threshold": self.threshold,
-            "clip": clip,
-            "threat": self.threat.to_dict(),
-            "fixed": self.fixed,
-        }
 
     def largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"] | None:
         return self._largest_patch(evidence) if self.fixed else None

@@ -1,17 +1,29 @@
 """PatchGuard++ (Xiang & Mittal 2021): hide every window of the feature map in turn; a dissenting answer is an alarm."""
 
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 from jaxtyping import Float, Float64
+from pydantic import Field
 from torch import Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.certificate import Notion
 from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.patchguard import malicious_windows
+from certipatch.defenses.settings import DefenseSettings, Side
 from certipatch.rules import MaskedDetection
 from certipatch.threats import PatchThreat
 from certipatch.views import Views
+
+
+class DetectionSettings(DefenseSettings):
+    """τ, and the patch that it is built for."""
+
+    threshold: float = Field(default=0.5, ge=0, lt=1)
+    patch: Side = 5
+
+
+DEFAULT = DetectionSettings()
 
 
 @final
@@ -29,6 +41,12 @@ class PatchGuardPlusPlus(ViewDefense):
 
     name: ClassVar[str] = "patchguard-plus-plus"
     notion: ClassVar[Notion] = "detection"
+    settings_class = DetectionSettings
+    in_words: ClassVar[str] = (
+        "The network looks at {views}. The defense hides region after region of them; if another class "
+        "then wins with a high score, it raises an alarm. A patch that lies in a hidden region has no say in what is left. "
+        "Where what is left says the same as the whole, an attacker can change the answer only at the price of an alarm."
+    )
     raw: ClassVar[bool] = True
 
     def __init__(
@@ -36,18 +54,16 @@ class PatchGuardPlusPlus(ViewDefense):
         model: nn.Module,
         threat: PatchThreat,
         views: Views | None = None,
-        threshold: float = 0.5,
+        threshold: float = DEFAULT.threshold,
         batch_size: int | None = None,
     ):
         super().__init__(model, views, batch_size)
         if not isinstance(threat, PatchThreat):
             raise ValueError(f"PatchGuard++ is built for a patch, not for {threat}")
+        self.options = DetectionSettings.checked(threshold=threshold)
         self.threat, self.threshold = threat, threshold
         self._rules: dict[tuple[int, int], MaskedDetection] = {}
         self.theorem = f"no alarm, and a window that holds all of A leaves y a score > {threshold:g}"
-
-    def settings(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "threat": self.threat.to_dict()}
 
     def rule(self, image_size: tuple[int, int]) -> MaskedDetection:
         if image_size not in self._rules:

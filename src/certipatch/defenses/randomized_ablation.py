@@ -5,19 +5,36 @@ from typing import Any, ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Generator, Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.certificate import Certificate
 from certipatch.defenses.base import Defense, Evidence
+from certipatch.defenses.settings import DefenseSettings
 from certipatch.errors import InputError
 from certipatch.model_check import check_model
 from certipatch.models import receptive_fields
 from certipatch.rules import ClopperPearson
-from certipatch.rules.clopper_pearson import check_samples
+from certipatch.rules.clopper_pearson import MAX_SAMPLES, check_samples
+from certipatch.rules.soft import lead_of, soft_votes
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views import OneOf, PixelSets, RandomPixels, RandomViews, Views
 from certipatch.views.incidence import Incidence, sees
+
+SAMPLED = 32  # random views behind one gradient
+
+
+class RandomizedSettings(DefenseSettings):
+    """The paper's."""
+
+    samples: int = Field(default=10_000, ge=1, le=MAX_SAMPLES)
+    samples_to_pick: int = Field(default=1_000, ge=1, le=MAX_SAMPLES)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+DEFAULT = RandomizedSettings()
 
 
 def delta(
@@ -80,20 +97,31 @@ class RandomizedAblation(Defense):
     """
 
     name: ClassVar[str] = "randomized-ablation"
+    settings_class = RandomizedSettings
+    in_words: ClassVar[str] = (
+        "The network never sees the whole picture. It looks at views drawn at random, and each votes for "
+        "one class. A patch can only change votes of views that show one of its pixels, and what share of all possible views "
+        "those are is known exactly. Where the answer keeps more than half of all votes without that share, nothing painted "
+        "there can take it from the class that most views vote for. The votes are estimated from a sample, so each "
+        "certificate holds with the stated confidence only."
+    )
+    takes_random_views: ClassVar[bool] = True
+    watched_settings: ClassVar[dict[str, Any]] = {"samples": 50, "samples_to_pick": 10}  # fewer certify less
 
     def __init__(
         self,
         model: nn.Module,
         views: RandomViews | Views | None,
-        samples: int = 10_000,
-        samples_to_pick: int = 1_000,
-        alpha: float = 0.05,
-        seed: int = 0,
+        samples: int = DEFAULT.samples,
+        samples_to_pick: int = DEFAULT.samples_to_pick,
+        alpha: float = DEFAULT.alpha,
+        seed: int = DEFAULT.seed,
         batch_size: int | None = None,
     ):
         check_samples(samples_to_pick, "samples_to_pick")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed is a whole number of at least 0, not {seed!r}")
+        self.options = RandomizedSettings.checked(
+            samples=samples, samples_to_pick=samples_to_pick, alpha=alpha, seed=seed
+        )
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.model, self.batch_size = model, batch_size
@@ -106,13 +134,19 @@ class RandomizedAblation(Defense):
         self._worst: dict[tuple[int, tuple[int, int]], Tensor] = {}
         self._delta: dict[tuple[Threat, tuple[int, int]], tuple[Tensor, Incidence | None]] = {}
 
-    def settings(self) -> dict[str, Any]:
-        return {
-            "samples": self.rule.samples,
-            "samples_to_pick": self.samples_to_pick,
-            "alpha": self.rule.alpha,
-            "seed": self.seed,
-        }
+    def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
+        """Expectation over transformations: soft votes of some random views, others at each step."""
+        size = (images.shape[2], images.shape[3])
+        family = self.family(size)
+        if isinstance(family, OneOf):
+            index = None
+            if getattr(self.model, "encoding", "null") != "all-views":
+                index = family.choose(size, SAMPLED, generator)
+            logits = ev.differentiable_logits(self.model, family.views, images, index)
+        else:
+            views = PixelSets(family.draw(size, SAMPLED, generator))
+            logits = ev.differentiable_logits(self.model, views, images)
+        return lead_of(soft_votes(logits, None).mean(1))
 
     def family(self, image_size: tuple[int, int]) -> RandomViews:
         """The random views of pictures of (H, W) pixels. InputError if they do not fit."""

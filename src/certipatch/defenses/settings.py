@@ -1,11 +1,10 @@
-"""What recipes and cards may say of views and of each defense, with defaults."""
+"""The settings of views, and what the settings of every defense share. A defense's own are in its file."""
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from certipatch.rules.clopper_pearson import MAX_SAMPLES
-from certipatch.rules.double_mask import Fallback
+from certipatch.errors import InputError, problem
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 PerAxis = Annotated[int, Field(ge=1, le=256)]
@@ -59,76 +58,27 @@ class ViewSettings(BaseModel):
         return {name: getattr(self, name) for name in ("name", "width", "stride", "wrap", "count")}
 
 
-class Settings(BaseModel):
-    """Settings of a defense in a recipe or card."""
+class DefenseSettings(BaseModel):
+    """The settings of a defense, with their defaults and limits: in a card, a recipe, ``--set``, and its constructor.
+
+    A field ``patch`` is the side of the patch that a defense is built for if no threat is given.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-class SmoothingSettings(Settings):
-    """Derandomized smoothing."""
-
-    threshold: float | None = Field(default=0.3, ge=0, lt=1)
-    margin: Literal["location", "paper"] = "location"
-
-
-class RandomizedSettings(Settings):
-    """Randomized ablation; the paper's."""
-
-    samples: int = Field(default=10_000, ge=1, le=MAX_SAMPLES)
-    samples_to_pick: int = Field(default=1_000, ge=1, le=MAX_SAMPLES)
-    alpha: float = Field(default=0.05, gt=0, lt=1)
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    @classmethod
+    def checked(cls, **values: Any) -> Self:
+        """The settings that a constructor was given. InputError that names the one that does not fit."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            place, words = problem(error, cls.model_fields)
+            first = place.partition(".")[0]
+            given = f", not {values[first]!r}" if first in values else ""
+            raise InputError(f"{place}{': ' * bool(place)}{words}{given}"[:300]) from None
 
 
-class PatchGuardSettings(Settings):
-    """PatchGuard. ``patch`` is what it is built for where no threat is given, or where it is ``fixed``, always."""
-
-    evidence: Literal["logits", "confidence", "sigmoid", "prediction"] | None = None
-    threshold: float = Field(default=0.0, ge=0, le=1)
-    clip: float | None = Field(default=None, gt=0)
-    patch: Side = 5
-    fixed: bool = False
-
-
-class ClippedBagNetSettings(Settings):
-    """Clipped BagNet."""
-
-    scale: float = Field(default=0.05, gt=0)
-    shift: float = 1.0
-
-
-class BagCertSettings(Settings):
-    """BagCert."""
-
-    threshold: float = Field(default=0.3, ge=0, lt=1)
-
-
-class DetectionSettings(Settings):
-    """PatchGuard++."""
-
-    threshold: float = Field(default=0.5, ge=0, lt=1)
-    patch: Side = 5
-
-
-class GradientSettings(Settings):
-    """Local gradients smoothing; the paper's."""
-
-    window: int = Field(default=15, ge=1, le=4096)
-    overlap: int = Field(default=5, ge=0, le=4096)
-    threshold: float = Field(default=0.1, ge=0, le=1)
-    smoothing: float = Field(default=2.3, ge=0)
-
-
-class WatermarkSettings(Settings):
-    """Digital watermarking."""
-
-    share: float = Field(default=0.1, gt=0, lt=1)
-    neighbours: float = Field(default=0.4, ge=0, le=1)
-    size: int | None = Field(default=None, ge=1, le=4095)
-
-
-class MaskSettings(Settings):
+class MaskSettings(DefenseSettings):
     """Masks over the picture. ``patch`` is what they are made for where no threat is given."""
 
     masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
@@ -137,7 +87,7 @@ class MaskSettings(Settings):
     patch: Side = 5
 
 
-class DoubleMaskingSettings(Settings):
+class DoubleMaskingSettings(DefenseSettings):
     """Double masking. A mask wins only if its mean gap reaches ``min_mean_gap``. Without ``all_margins`` the search stops as
     soon as the verdict is known."""
 
@@ -151,26 +101,3 @@ class DoubleMaskingSettings(Settings):
             if isinstance(values, dict) and old in values:
                 raise ValueError(f"{old} has a new name: use {new}")
         return values
-
-
-class PatchCleanserSettings(MaskSettings, DoubleMaskingSettings):
-    """PatchCleanser. Smaller masks, by ``subdivisions`` of the others, are evaluated only where the gap under the larger ones is
-    below ``exit_gap``. ``fallback`` gives the label if no mask wins."""
-
-    subdivisions: PerAxis | tuple[PerAxis, PerAxis] | None = None
-    exit_gap: Gap | tuple[Gap, ...] = 0.5
-    fallback: Fallback = "majority"
-
-
-class PatchCURESettings(DoubleMaskingSettings):
-    """PatchCURE. ``patch`` is what its masks are made for where no threat is given."""
-
-    masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
-    stride: PerAxis | tuple[PerAxis, PerAxis] | None = None
-    patch: Side = 5
-
-
-class MinorityReportsSettings(MaskSettings):
-    """Minority Reports."""
-
-    threshold: float = Field(default=0.5, ge=0, lt=1)

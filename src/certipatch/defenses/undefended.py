@@ -1,10 +1,10 @@
 """No defense: a plain network, to compare with. It certifies nothing."""
 
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from certipatch import evidence as ev
 from certipatch.certificate import Certificate
@@ -25,6 +25,10 @@ class Undefended(Defense):
 
     name: ClassVar[str] = "undefended"
     theorem = "none: nothing is certified"
+    in_words: ClassVar[str] = (
+        "A plain network that looks at the whole picture: any patch may change its answer, nothing is proven."
+    )
+    reads_whole_images: ClassVar[bool] = True
 
     def __init__(self, model: nn.Module, batch_size: int | None = None):
         self.model, self.batch_size = model, batch_size
@@ -49,8 +53,11 @@ class Undefended(Defense):
         if self.model.training:
             raise InputError("model refused: it is in training mode, call model.eval()")
 
-    def settings(self) -> dict[str, Any]:
-        return {}
+    def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
+        return self.network_leads(images)
+
+    def exported_network(self, image_size: tuple[int, int]) -> nn.Module:
+        return self.model
 
     def forward_passes(self, image_size: tuple[int, int]) -> int:
         return 1

@@ -13,12 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certipatch import evidence as ev
-from certipatch.defenses import Defense, IntervalBounds, PatchCleanser, PatchCURE, Undefended
+from certipatch.defenses import Defense
 from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.double_masking import merge_sizes
+from certipatch.defenses.patchcleanser import PatchCleanser
 from certipatch.errors import InputError
 from certipatch.export.network import logits
-from certipatch.export.rules import graph
 from certipatch.models import Cascade, SharedViT
 from certipatch.models.adapters.onnx import OnnxNetwork
 from certipatch.models.quickest import as_program
@@ -48,13 +48,14 @@ class AsGraph(nn.Module):
     def __init__(self, defense: Defense, image_size: tuple[int, int], channels: int):
         super().__init__()
         self.defense_name = defense.name
-        if isinstance(defense, Undefended | IntervalBounds):
-            self.model, self.answer = defense.model, lambda images: (self.model(images).argmax(1),)
-            return
-        if not isinstance(defense, ViewDefense):
-            random = getattr(defense, "confidence", 1.0) < 1
-            reason = "its answers rest on random draws" if random else "its answers have no graph"
+        network = defense.exported_network(image_size)
+        if network is None:
+            reason = "its answers rest on random draws" if defense.confidence < 1 else "its answers have no graph"
             raise InputError(f"{defense.name} cannot be exported: {reason}")
+        self.model = network
+        if not isinstance(defense, ViewDefense):
+            self.answer = lambda images: (self.model(images).argmax(1),)
+            return
         views = defense.views_of(image_size)
         number = views.number(image_size)
         if getattr(defense.model, "encoding", "null") != "all-views" and number * math.prod(image_size) > MAX_PIXELS:
@@ -65,10 +66,8 @@ class AsGraph(nn.Module):
         probe = torch.zeros(1, channels, *image_size)
         defense.check(probe)
         tolerance = defense.tolerance(probe)
-        self.model = defense.every_pair(image_size) if isinstance(defense, PatchCURE) else defense.model
-        self.unmasked = None
-        if isinstance(defense, PatchCleanser) and defense.fallback == "unmasked":
-            self.unmasked = defense.unmasked
+        decides = isinstance(defense, PatchCleanser) and defense.fallback == "unmasked"
+        self.unmasked = defense.unmasked if decides else None
         if any(isinstance(module, SharedViT | Cascade) for module in self.modules()):
             self.model, self.unmasked = copy.deepcopy((self.model, self.unmasked))
             for module in self.modules():
@@ -86,7 +85,7 @@ class AsGraph(nn.Module):
         with torch.inference_mode():
             classes = scores(probe).shape[2]
         rule = defense.rule(image_size)
-        answer_of = graph(rule, number, classes)
+        answer_of = rule.graph(number, classes)
 
         def answer(images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
             found = scores(images)

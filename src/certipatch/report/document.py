@@ -66,7 +66,7 @@ def page(
         "attack": words.attack(summary["threat"]),
         "certified": summary["certified"] if own else round(summary["certified_accuracy"] * summary["images"]),
         "notion": words.NOTIONS.get(summary["notion"], summary["notion"]),
-        "plain": words.plain(str(config.get("method")), places and places.layout["words"]),
+        "plain": words.plain(str(config.get("method")), summary["theorem"], places and places.layout["words"]),
         "shares": [] if own else _shares(summary, outcomes),
         "chart": _chart(summary),
         "cards": drawn,

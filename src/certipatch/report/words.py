@@ -3,7 +3,11 @@
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
+
+from certipatch.defenses.registry import METHODS
+from certipatch.errors import InputError
 
 NOTIONS = {
     "recovery": "Recovery: no attack within the threat changes the answer.",
@@ -11,47 +15,12 @@ NOTIONS = {
 }
 
 
-PLAIN = {
-    "derandomized-smoothing": "The network never sees the whole picture. It looks at {views}, and each casts its vote; the "
-    "class with most votes is the answer. A patch can only change those views that show one of its pixels. The "
-    "certificate gives all of them to the attacker, as votes for whichever rival he likes. Where the answer still wins "
-    "with the votes of the other views, nothing painted there can change it.",
-    "patchguard": "The network looks at {views}, and says for each how much it speaks for every class. Before adding up, "
-    "every class loses the region that speaks loudest for it, a region as large as the patch can reach. The certificate "
-    "compares, place by place, the least that the answer can be left with against the most that any rival can reach.",
-    "clipped-bagnet": "The network looks at {views}. Each adds a score between two fixed limits to every class; the class "
-    "with the largest sum is the answer. A patch can only change the scores of those views that show one of its pixels, "
-    "and only up to the limits. Where the answer still wins when all of them are at their worst, nothing painted there "
-    "can change it.",
-    "bagcert": "The network looks at {views}. Each counts for every class that it is sure enough of; the class with the "
-    "largest count is the answer. A patch can only change those views that show one of its pixels. Where the answer "
-    "still wins when all of them count against it, nothing painted there can change it.",
-    "patchguard-plus-plus": "The network looks at {views}. The defense hides region after region of them; if another class "
-    "then wins with a high score, it raises an alarm. A patch that lies in a hidden region has no say in what is left. "
-    "Where what is left says the same as the whole, an attacker can change the answer only at the price of an alarm.",
-    "randomized-ablation": "The network never sees the whole picture. It looks at views drawn at random, and each votes for "
-    "one class. A patch can only change votes of views that show one of its pixels, and what share of all possible views "
-    "those are is known exactly. Where the answer keeps more than half of all votes without that share, nothing painted "
-    "there can take it from the class that most views vote for. The votes are estimated from a sample, so each "
-    "certificate holds with the stated confidence only.",
-    "patchcleanser": "The network looks at the picture with each of many masks over it, and with every two of them. The "
-    "answer is that of most masks, or, where that is asked for, the one to the whole picture; a mask that dissents is believed "
-    "instead if it stays with its answer under every second mask. Wherever the patch lies, some mask hides it. Where such a "
-    "mask says the same alone and together with every second mask, nothing painted under it can change the answer.",
-    "patchcure": "A first part of the network looks at small windows of the picture, once. A second part answers with each of "
-    "many masks over what the first one found, and with every two of them; the answer is chosen from these as by double masking. "
-    "Wherever the patch lies, some mask hides every window that sees it. Where such a mask says the same alone and together "
-    "with every second mask, nothing painted under it can change the answer.",
-    "minority-reports": "The network looks at the picture, and at it with each of many masks over it. If under some mask it is "
-    "sure of another class, it raises an alarm. Wherever the patch lies, some mask hides it. Where the network is sure of "
-    "the answer under such a mask, an attacker can change the answer only at the price of an alarm.",
-    "undefended": "A plain network that looks at the whole picture: any patch may change its answer, nothing is proven.",
-}
-
-
-def plain(method: str, views: str | None) -> str:
-    """The theorem of a defense in plain words; nothing for one that is not known."""
-    return PLAIN.get(method, "").format(views=f"partial pictures ({views})" if views else "partial pictures")
+def plain(method: str, theorem: str, views: str | None) -> str:
+    """The theorem of a defense in plain words; as it is for a defense that has none, or is not known here."""
+    with suppress(KeyError, InputError):
+        if words := METHODS[method].in_words:
+            return words.format(views=f"partial pictures ({views})" if views else "partial pictures")
+    return f"It is certified where the theorem holds: {theorem}."
 
 
 def percent(fraction: float, images: int) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from certipatch import attacks
 from certipatch.data import Pictures, load
-from certipatch.defenses import Undefended
+from certipatch.defenses.undefended import Undefended
 from certipatch.errors import InputError
 from certipatch.evidence import PIXELS
 from certipatch.models.adapters import is_adapter, open_model

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from certipatch import attacks
 from certipatch.attacks import Task, Victim
-from certipatch.defenses import Undefended
+from certipatch.defenses.undefended import Undefended
 from certipatch.evidence import PIXELS
 from certipatch.plumbing import devices
 from certipatch.reproduce import local_logits, plots

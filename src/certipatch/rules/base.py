@@ -1,12 +1,21 @@
 """What a rule is: evidence → label, and a theorem that bounds what an attacker can do to it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
+
+from certipatch.errors import InputError
+from certipatch.rules.soft import lead_of
+
+Answers = tuple[Tensor, ...]
+"""The label (B,), and of a rule that detects the alarm (B,)."""
+Graph = Callable[[Tensor, "Tensor | None"], Answers]
+"""Evidence (B, V, K), and how far its scores may be off (B,) → answers."""
 
 HUGE = 1e290  # stands for infinite evidence, so that sums of it stay finite
 
@@ -58,6 +67,23 @@ class Rule(ABC):
 
         Errors: ValueError on L = 0, V = 0, K < 2, NaN or shapes that do not fit each other.
         """
+
+    def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
+        """How far each class is from being the answer to soft evidence, differentiable: what an attack raises.
+
+        Without an own one: the lead of the mean over the views, which is the rule itself if the answer is the class of
+        largest sum.
+        """
+        return lead_of(evidence.mean(1))
+
+    def graph(self, views: int, classes: int) -> Graph:
+        """``predict`` in operations that do not depend on the data, with windows and tables as constants, for ``export``.
+
+        Sums are in float64 there too, so that another order of them changes nothing but ties of reals.
+
+        Errors: InputError for a rule that has none.
+        """
+        raise InputError(f"export: the rule {type(self).__name__} has no graph")
 
 
 def check_evidence(evidence: Tensor) -> None:

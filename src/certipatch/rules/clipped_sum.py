@@ -5,10 +5,20 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from certipatch.rules.base import Rule, Verdict, certified_lead, check_evidence, check_relation, clipped, outside_sums
+from certipatch.rules.base import (
+    Graph,
+    Rule,
+    Verdict,
+    certified_lead,
+    check_evidence,
+    check_relation,
+    clipped,
+    outside_sums,
+)
+from certipatch.rules.soft import lead_of, leaky
 
 EPSILON = torch.finfo(torch.float64).eps
 
@@ -74,3 +84,9 @@ class ClippedSum(Rule):
         if error is not None:
             rounding = rounding + 2 * views * error[:, None]
         return Verdict(label, certified_lead(outside, label) - lost - rounding)
+
+    def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
+        return lead_of(leaky(evidence, self.lo, self.hi).sum(1))
+
+    def graph(self, views: int, classes: int) -> Graph:
+        return lambda values, _: (clipped(values, self.lo, self.hi).sum(1).argmax(1),)

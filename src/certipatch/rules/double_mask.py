@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Literal, final, get_args
 
 import torch
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from certipatch.rules.base import HUGE, Rule, Verdict, check_evidence, check_relation
+from certipatch.rules.base import HUGE, Answers, Graph, Rule, Verdict, check_evidence, check_relation
+from certipatch.rules.soft import LEAK, leads_of_each
 from certipatch.views.masks import pair_table
 
 CHUNK_BYTES = 256 * 2**20  # working memory of one step
@@ -139,6 +140,26 @@ class DoubleMask(Rule):
             margins.append(torch.where(covers, rows[:, None], -torch.inf).amax(2))
         return Verdict(label, torch.cat(margins))
 
+    def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
+        """From the full table of pairs."""
+        each = leads_of_each(evidence)
+        table = each[:, self.table(evidence)]
+        alone = table.diagonal(dim1=1, dim2=2).movedim(-1, 1)
+        return double_mask_leads(alone, table.amax(2), each[:, -1] if self.unmasked else None)
+
+    def graph(self, views: int, classes: int) -> Graph:
+        pairs, every = pair_table(number_of_masks(views - self.unmasked)), torch.arange(classes)
+
+        def answer(values: Shaped[Tensor, "B V K"], error: Tensor | None) -> Answers:
+            predicted = values.argmax(2)
+            table = predicted[:, pairs]
+            alone = table.diagonal(dim1=1, dim2=2)
+            majority = (alone[:, :, None] == every).double().sum(1).argmax(1)
+            may_win = self.reaches_min_gap(top2_gap(values)[:, pairs]) if self.min_mean_gap else None
+            return (double_masking(table, predicted[:, -1] if self.unmasked else majority, may_win),)
+
+        return answer
+
 
 def number_of_masks(views: int) -> int:
     """M of V = M(M+1)/2 views. ValueError where V is no such number."""
@@ -199,3 +220,16 @@ def double_masking(
     passes &= True if may_win is None else may_win
     first = passes.int().argmax(1, keepdim=True)
     return torch.where(passes.any(1), alone.gather(1, first)[:, 0], fallback)
+
+
+def double_mask_leads(
+    alone: Float[Tensor, "N M K"], paired: Float[Tensor, "N M K"], unmasked: Float[Tensor, "N K"] | None = None
+) -> Float[Tensor, "N K"]:
+    """Leads under double masking: k has the majority of masks, or the unmasked prediction, and no mask that disagrees passes.
+
+    alone: k's lead under each mask. paired: its largest lead under that mask and a second one; above 0 a disagreer that
+    says something else fails. The masks that are hardest to turn count, the weakest links of the attack.
+    """
+    hardest = torch.maximum(alone, paired).topk(min(3, alone.shape[1]), 1, largest=False).values.mean(1)
+    otherwise = alone.median(1).values if unmasked is None else unmasked
+    return torch.minimum(otherwise, hardest) + LEAK * alone.mean(1)

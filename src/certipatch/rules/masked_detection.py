@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from certipatch.rules.base import Rule, Verdict, check_evidence, check_relation, clipped
+from certipatch.rules.base import Answers, Graph, Rule, Verdict, check_evidence, check_relation, clipped
+from certipatch.rules.soft import LEAK, lead_of, leads_of_each
 from certipatch.rules.windows import JointWindows, Windows
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -98,6 +99,30 @@ class MaskedDetection(Rule):
             margins.append(margin)
         return Verdict(label, torch.cat(margins), torch.cat(alarms))
 
+    def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
+        """The answer without an alarm, under every window."""
+        windows = self._windows
+        kept = (~windows.members).sum(1).to(evidence.device)
+        means = (windows.outside(evidence) / kept.clamp(min=1)[:, None])[:, kept > 0]
+        slope = LEAK * (lead_of(evidence.mean(1)) + leads_of_each(means).amin(1))
+        return unseen(evidence.mean(1).softmax(1), means.softmax(2), self.threshold) + slope.clamp(max=0)
+
+    def graph(self, views: int, classes: int) -> Graph:
+        others = (~self._windows.members).double()
+        left = others.sum(1)
+
+        def answer(values: Shaped[Tensor, "B V K"], error: Tensor | None) -> Answers:
+            scores = clipped(values, -torch.inf, torch.inf)
+            label = scores.sum(1).argmax(1)
+            confidence = ((others @ scores) / left.clamp(min=1)[:, None]).softmax(2)
+            confidence = torch.where(left[:, None] == 0, 0.0, confidence)
+            rounding = 8 * values.shape[1] * EPSILON * (1 + scores.abs().amax((1, 2)))
+            if error is not None:
+                rounding = rounding + 2 * error
+            return label, _alarm(confidence, label, self.threshold, rounding)
+
+        return answer
+
 
 @final
 @dataclass(frozen=True)
@@ -160,6 +185,20 @@ class MinorityReports(Rule):
         alarm, margin = dissent(scores[:, 1:], label, covering, self.threshold, rounding, sure)
         return Verdict(label, margin, alarm)
 
+    def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
+        """The answer to the whole picture without an alarm, under every mask."""
+        slope = LEAK * lead_of((evidence[:, 0] + 1e-30).log())  # scores saturate, their logarithms do not
+        return unseen(evidence[:, 0], evidence[:, 1:], self.threshold) + slope.clamp(max=0)
+
+    def graph(self, views: int, classes: int) -> Graph:
+        def answer(values: Shaped[Tensor, "B V K"], error: Tensor | None) -> Answers:
+            scores = clipped(values, -torch.inf, torch.inf)
+            label = scores[:, 0].argmax(1)
+            rounding = torch.zeros_like(scores[:, 0, 0]) if error is None else 2 * error
+            return label, _alarm(scores[:, 1:], label, self.threshold, rounding)
+
+        return answer
+
 
 def dissent(
     scores: Float64[Tensor, "B W K"],
@@ -201,3 +240,24 @@ def _check_scores(
     check_relation(evidence, sees, unsure, error)
     if unsure is not None and bool(unsure.any()):
         raise ValueError("detection reads scores, which have an error instead of unsure views")
+
+
+def unseen(whole: Float[Tensor, "N K"], masked: Float[Tensor, "N W K"], threshold: float) -> Float[Tensor, "N K"]:
+    """Leads as an answer that no masked one contradicts: under every mask class k leads, or nothing else scores above τ.
+
+    The hardest masks of each class count, the weakest links of the attack.
+    """
+    ahead = leads_of_each(masked)
+    others = masked - ahead
+    hardest = torch.maximum(ahead, threshold - others).topk(min(3, masked.shape[1]), 1, largest=False).values
+    return torch.minimum(lead_of(whole), hardest.mean(1))
+
+
+def _alarm(
+    scores: Float64[Tensor, "B W K"], label: Tensor, threshold: float, rounding: Float64[Tensor, " B"]
+) -> Bool[Tensor, " B"]:
+    """``dissent``'s alarm as a graph."""
+    chosen = label[:, None, None].expand(-1, scores.shape[1], 1)
+    own, others = scores.gather(2, chosen)[..., 0], scores.scatter(2, chosen, -torch.inf).amax(2)
+    off = rounding[:, None]
+    return ((others > threshold - off) & (others >= own - off) & (scores != 0).any(2)).any(1)

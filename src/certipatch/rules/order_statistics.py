@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from certipatch.rules.base import Rule, Verdict, check_evidence, check_relation, clipped
+from certipatch.rules.base import Graph, Rule, Verdict, check_evidence, check_relation, clipped
+from certipatch.rules.soft import lead_of, leaky
 
 EPSILON = torch.finfo(torch.float64).eps
 CHUNK_BYTES = 128 * 2**20  # working memory of one step
@@ -64,6 +65,20 @@ class OrderStatistic(Rule):
         mass = ranked.abs().amax((1, 2))[:, None]
         rounding = 4 * views * EPSILON * mass
         return Verdict(label, margin - rounding - (0 if error is None else 2 * error[:, None]))
+
+    def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
+        """Soft median and trimmed mean: ranks beside the kept ones count a little."""
+        views = evidence.shape[1]
+        trim = self.trimmed(views)
+        rank = torch.arange(views, device=evidence.device, dtype=evidence.dtype)
+        beyond = (trim - rank).clamp(min=0) + (rank - (views - trim - 1)).clamp(min=0)
+        weight = torch.exp(-((beyond / max(1.0, 0.05 * views)) ** 2))
+        ranked = leaky(evidence, self.lo, self.hi).sort(1).values
+        return lead_of((ranked * (weight / weight.sum())[None, :, None]).sum(1))
+
+    def graph(self, views: int, classes: int) -> Graph:
+        kept = slice(self.trimmed(views), views - self.trimmed(views))
+        return lambda values, _: (clipped(values, self.lo, self.hi).sort(1).values[:, kept].mean(1).argmax(1),)
 
     def _means(
         self, ranked: Float64[Tensor, "V K"], outside: Bool[Tensor, "l V K"], trim: int

@@ -1,15 +1,16 @@
 """Robust masking: the rule of PatchGuard (Xiang et al. 2021), with a certificate that holds."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float64, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from certipatch.rules.base import Rule, Verdict, check_numbers, check_relation, check_shape, clipped
+from certipatch.rules.base import Answers, Graph, Rule, Verdict, check_numbers, check_relation, check_shape, clipped
+from certipatch.rules.soft import lead_of, leaky
 from certipatch.rules.windows import JointWindows, Windows
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -102,6 +103,33 @@ class RobustMask(Rule):
                 ]
             first += len(part)
         return Verdict(torch.cat(labels), torch.cat(margins))
+
+    def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
+        """Soft masking: a mean of what the windows leave over, mostly of the least; used as far as masking is likely."""
+        scores = leaky(evidence, 0.0, self.clip)
+        total = scores.sum(1)
+        if self.threshold == 1:
+            return lead_of(total)
+        width = 0.02 * total.detach().amax(1)[:, None].clamp(min=1e-3)
+        left = self._windows.outside(scores)  # (N, W, K)
+        least = (torch.softmax(-left / width[:, None], 1) * left).sum(1)
+        if self.threshold == 0:
+            return lead_of(least)
+        masked = torch.sigmoid(((1 - self.threshold) * total - least) / width)
+        return lead_of(masked * least + (1 - masked) * total)
+
+    def graph(self, views: int, classes: int) -> Graph:
+        least_outside, keep = _least_outside(self._windows), 1 - self.threshold
+
+        def answer(values: Shaped[Tensor, "B V K"], error: Tensor | None) -> Answers:
+            scores = clipped(values, 0.0, self.clip)
+            total = scores.sum(1)
+            if self.threshold == 1:
+                return (total.argmax(1),)
+            least = least_outside(scores)
+            return (torch.where(least < keep * total, least, total).argmax(1),)
+
+        return answer
 
     def _places(self, sees: Bool[Tensor, "L V"]) -> tuple[Any, Any, Int64[Tensor, " L"]]:
         """The windows, the attacker's places as windows of the same grid, and which of these each location is."""
@@ -289,3 +317,13 @@ def _least(outside: Float64[Tensor, "b W K"], covering: Bool[Tensor, "P W"]) -> 
         more = outside[:, order[:, n]].masked_fill((count <= n)[:, None], torch.inf)
         result = torch.minimum(result, more)
     return result
+
+
+def _least_outside(windows: Windows | JointWindows) -> Callable[[Float64[Tensor, "B V K"]], Float64[Tensor, "B K"]]:
+    """The least that a window leaves over, as one product. Of pairs it is the sum of each family's least."""
+    if isinstance(windows, JointWindows):
+        first, second = _least_outside(windows.first), _least_outside(windows.second)
+        split = windows.first.number_of_views
+        return lambda scores: first(scores[:, :split]) + second(scores[:, split:])
+    others = (~windows.members).double()
+    return lambda scores: (others @ scores).amin(1)

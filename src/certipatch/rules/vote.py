@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from certipatch.rules.base import Rule, Verdict, check_evidence, check_relation
+from certipatch.rules.base import Graph, Rule, Verdict, check_evidence, check_relation
+from certipatch.rules.soft import lead_of
 
 CHUNK_BYTES = 256 * 2**20  # working memory of one step
 
@@ -78,6 +79,12 @@ class Vote(Rule):
             for i in range(0, max(1, len(votes)), step)
         ]
         return Verdict(label, (torch.cat(leads, 1) - touched + 1).T.double())
+
+    def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
+        return lead_of(evidence.sum(1))
+
+    def graph(self, views: int, classes: int) -> Graph:
+        return lambda values, _: (values.double().sum(1).argmax(1),)
 
 
 def _checked_votes(evidence: Tensor) -> Tensor:

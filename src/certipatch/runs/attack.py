@@ -7,6 +7,7 @@ clean ≥ attacked because only pictures with the right answer are counted; atta
 a proof: certified pictures are attacked like all others, and nothing is clamped.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from certipatch import attacks
 from certipatch.attacks import Attack, Task, Victim, certifies
 from certipatch.attacks.locate import check_search
+from certipatch.attacks.losses import has_soft_version
 from certipatch.data import Pictures
 from certipatch.errors import InputError
 from certipatch.evidence import PIXELS
@@ -113,6 +115,11 @@ def attack_into(
     method = attacks.find(attack_name)
     method.check(threat)
     opened = open_experiment(defense, data, threat or PatchThreat(1), certified=False)
+    adaptive = (options or {}).get("adaptive", True)
+    if method.gradients and adaptive and isinstance(threat, PatchThreat) and not has_soft_version(opened.defense):
+        if opened.workers.first:
+            print(f"note: {opened.name} has no soft version to follow, so square attacks it", file=sys.stderr)
+        method = attacks.find("square")
     fields: dict[str, Any] = opened.job() | {"starts": method.starts, "steps": method.steps}
     fields |= {"batch": default_batch(opened.card.image_size)}
     fields |= {key: value for key, value in (options or {}).items() if value is not None}

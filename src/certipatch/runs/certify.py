@@ -13,7 +13,7 @@ from torch import Tensor
 
 from certipatch.certificate import Certificate
 from certipatch.data import load, read_picture
-from certipatch.defenses import Defense, Evidence, PatchCleanser, PatchCURE
+from certipatch.defenses import Defense, Evidence
 from certipatch.errors import InputError
 from certipatch.plumbing import files
 from certipatch.plumbing.versions import versions
@@ -54,8 +54,8 @@ def certify_files(
 ) -> dict[str, Any]:
     """Certify picture files; gives what ``certify --json`` prints. With ``out`` also a run folder, with the report."""
     defense, card, name = open_certified(ref, threat, lambda: (read_all_or_raise(paths, read_size), None))
-    if isinstance(defense, PatchCleanser | PatchCURE) and "all_margins" not in (ref.settings or {}):
-        defense.all_margins = True
+    if "all_margins" not in (ref.settings or {}):
+        defense.compute_all_margins()
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; give a new --out")
     images = torch.stack(read_all_or_raise(paths, lambda path: read_image(path, card)))

@@ -5,7 +5,6 @@ that a card cannot ask for more than the weights beside it.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +15,12 @@ from torch import nn
 
 from certipatch import views as view_sets
 from certipatch.defenses.base import Defense
-from certipatch.defenses.registry import METHODS, SETTINGS, THREAT_SPECIFIC_METHODS, WHOLE_IMAGE_METHODS
+from certipatch.defenses.registry import METHODS, names_with
 from certipatch.defenses.settings import Side, ViewSettings
 from certipatch.errors import InputError, problem
 from certipatch.models import ModelSettings
 from certipatch.saved.weights import SCALE, restored, sha256
-from certipatch.threats import PatchThreat, Threat
+from certipatch.threats import Threat
 
 
 class DefenseSpec(BaseModel):
@@ -44,20 +43,19 @@ class DefenseSpec(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        settings = SETTINGS[self.defense].model_validate(self.settings)
+        method = METHODS[self.defense]
+        settings = method.settings_class.model_validate(self.settings)
         object.__setattr__(self, "settings", settings.model_dump(mode="json"))
         local = self.model.local_logits
-        if local == (self.views is not None) and self.defense not in WHOLE_IMAGE_METHODS:
+        if local == (self.views is not None) and not method.reads_whole_images:
             needs = "has receptive fields of its own; leave views out" if local else "needs views"
             raise ValueError(f"{self.defense} with the network {self.model.name} {needs}")
-        if self.defense in WHOLE_IMAGE_METHODS and (self.views is not None or local):
+        if method.reads_whole_images and (self.views is not None or local):
             raise ValueError(f"{self.defense} reads whole pictures, without views; {self.model.name} cannot")
-        if self.defense == "patchcure" and not self.model.shared_front:
-            raise ValueError(
-                f"patchcure needs a network with a shared front, shared-bagnet or shared-vit, not {self.model.name}"
-            )
-        if self.views is not None and self.views.random and self.defense != "randomized-ablation":
-            raise ValueError(f"{self.defense} asks every view; {self.views.name} are for randomized-ablation")
+        method.check_network(self.model)
+        if self.views is not None and self.views.random and not method.takes_random_views:
+            drawing = names_with("takes_random_views")
+            raise ValueError(f"{self.defense} asks every view; {self.views.name} are for {drawing}")
         return self
 
     def view_set(self) -> view_sets.Views | view_sets.RandomViews | None:
@@ -111,23 +109,9 @@ def build_defense(
     threat: Threat | None = None,
     views: view_sets.Views | view_sets.RandomViews | None = None,
 ) -> Any:
-    """The defense ``method`` around ``network``, with validated settings as a card stores them.
-
-    Args:
-        threat: the patch that PatchGuard, PatchCleanser and their kin are built for; None for the one in their settings.
-            Where it is a sparse threat they are built for a patch of so many pixels a side, which never certifies more.
-        views: the views of a network that does not read whole pictures, or None for its receptive fields.
-    """
-    settings = dict(settings)
-    if method in THREAT_SPECIFIC_METHODS:
-        patch = settings.pop("patch")
-        given = isinstance(threat, PatchThreat) and not settings.get("fixed")
-        settings["threat"] = threat if given else PatchThreat(patch)
-    if method not in WHOLE_IMAGE_METHODS:
-        settings["views"] = views
-    if method == "patchguard":
-        settings["clip"] = math.inf if settings["clip"] is None else settings["clip"]
-    return METHODS[method](network, **settings)
+    """The defense ``method`` around ``network``, with settings as a card stores them. As ``Method.from_settings``."""
+    found = METHODS[method]
+    return found.from_settings(network, found.settings_class.model_validate(settings), threat, views)
 
 
 def read(folder: Path) -> Card:
@@ -164,7 +148,7 @@ def load_defense(
                 card.model_dump() | {"defense": method or card.defense, "settings": kept | (changes or {})}
             )
         except ValidationError as error:
-            place, words = problem(error, SETTINGS[method or card.defense].model_fields)
+            place, words = problem(error, METHODS[method or card.defense].settings_class.model_fields)
             place += ": " * bool(place)
             raise InputError(f"{method or card.defense} around {folder.name}: {place}{words}") from None
     weights = read_weights(folder, card)

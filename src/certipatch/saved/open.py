@@ -9,7 +9,7 @@ from typing import Any, final
 from pydantic import ValidationError
 
 from certipatch.defenses import Defense
-from certipatch.defenses.registry import METHODS, SETTINGS, WHOLE_IMAGE_METHODS
+from certipatch.defenses.registry import METHODS, names_with
 from certipatch.errors import InputError, problem
 from certipatch.models.adapters import FORMS, Adapted, is_adapter, open_model
 from certipatch.models.adapters.sources import opening
@@ -204,13 +204,13 @@ def wrap_classifier(
 
     Errors: InputError for another method, and for settings that it has not.
     """
-    if method not in WHOLE_IMAGE_METHODS:
-        known = ", ".join(WHOLE_IMAGE_METHODS)
+    if not METHODS[method].reads_whole_images:
+        known = names_with("reads_whole_images")
         raise InputError(f"{method} needs a network of views or local evidence; around {network.name} use {known}")
     try:
-        settings = SETTINGS[method].model_validate(changes or {}).model_dump(mode="json")
+        settings = METHODS[method].settings_class.model_validate(changes or {}).model_dump(mode="json")
     except ValidationError as error:
-        place, words = problem(error, SETTINGS[method].model_fields)
+        place, words = problem(error, METHODS[method].settings_class.model_fields)
         raise InputError(f"{method} around {network.name}: {place}{': ' * bool(place)}{words}") from None
     channels = network.preprocessing.channels
     with opening(f"{network.name}, given pictures of {channels}x{image_size[0]}x{image_size[1]} values,"):

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from certipatch.defenses import PatchCleanser
+from certipatch.defenses.patchcleanser import PatchCleanser
 from certipatch.errors import InputError
 from certipatch.training.augment import Changes
 from certipatch.views import MaskPairs, PixelSets

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from certipatch.defenses.registry import WHOLE_IMAGE_METHODS
+from certipatch.defenses.registry import METHODS, names_with
 from certipatch.defenses.settings import Side
 from certipatch.errors import InputError, problem
 from certipatch.models import BagNetSettings, FallbackEnsembleSettings
@@ -24,8 +24,6 @@ INTERVAL_DEFAULTS = {
     "warmup": 0.0,
     "halving": 0.1,
 }
-
-MASKED = ("patchcleanser", "patchcure", "minority-reports")  # defenses that lay masks over pictures
 
 
 class Objective(BaseModel):
@@ -247,8 +245,11 @@ class Recipe(DefenseSpec):
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
         asked = self.objective
-        if self.interval is not None and self.defense != "interval-bounds":
-            raise ValueError(f"training with interval bounds is for interval-bounds, not {self.defense}")
+        method = METHODS[self.defense]
+        if self.interval is not None and not method.trains_by_bounds:
+            raise ValueError(
+                f"training with interval bounds is for {names_with('trains_by_bounds')}, not {self.defense}"
+            )
         if self.epochs == 0 and self.start is None:
             raise ValueError("epochs: 0 trains nothing; give at least 1, or trained models as start")
         if isinstance(self.model, FallbackEnsembleSettings) and self.epochs:
@@ -261,15 +262,13 @@ class Recipe(DefenseSpec):
             raise ValueError("masking stands instead of objective and interval; leave them out")
         if self.masking is not None and self.masking.finer and not self.settings.get("subdivisions"):
             raise ValueError("masking.finer is for a defense with finer masks; use settings.subdivisions=2")
-        if self.masking is not None and self.defense not in MASKED:
-            raise ValueError(f"training under masks is for {', '.join(MASKED)}, not {self.defense}")
+        if self.masking is not None and not method.trains_under_masks:
+            raise ValueError(f"training under masks is for {names_with('trains_under_masks')}, not {self.defense}")
         if self.halving is not None and self.interval is None:
             raise ValueError("halving begins when intervals are whole; it needs interval")
         if self.model.local_logits and asked.views_per_step != "all":
             raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
-        if self.defense in WHOLE_IMAGE_METHODS and (
-            asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy
-        ):
+        if method.reads_whole_images and (asked.vote_margin or asked.mask_margin or asked.masked_cross_entropy):
             raise ValueError("a network without views has no margin to raise; use cross_entropy alone")
         if self.augment.crop is not None and (not isinstance(self.model, BagNetSettings) or self.model.resize):
             raise ValueError("augment.crop is for networks of any picture size: a bagnet without resize")

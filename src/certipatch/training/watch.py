@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from certipatch.defenses import METHODS
 from certipatch.models import receptive_fields
 from certipatch.plumbing.parsing import from_json
 from certipatch.saved import card as cards
@@ -27,8 +28,8 @@ def held_out(
         return {}
     network.eval()
     threat = PatchThreat(min(recipe.objective.patch, *card.image_size))
-    if card.defense == "randomized-ablation":  # enough to watch by; understates what more samples certify
-        card = card.model_copy(update={"settings": card.settings | {"samples": 50, "samples_to_pick": 10}})
+    watched = card.settings | METHODS[card.defense].watched_settings
+    card = card.model_copy(update={"settings": watched})
     defense = card.build(network, threat)
     views, size = card.created_views(), card.image_size
     if views is None and getattr(network, "encoding", None) == "all-views":
