@@ -25,6 +25,7 @@ from certipatch.rules import (
     Vote,
     Windows,
 )
+from certipatch.rules.soft import soft_votes
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.views import Blocks, Columns, Cross, Rows
 from certipatch.views.incidence import sees

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from certipatch.export.rules import graph
 
 import certipatch as cp
 from certipatch import data, defenses, models, rules
@@ -202,7 +201,7 @@ def test_further_defenses_as_files(name, tmp_path):
 def test_rules_as_graphs(rule):
     views = 10 + getattr(rule, "unmasked", False)
     evidence = torch.randn(200, views, 3, generator=torch.Generator().manual_seed(3))
-    (label,) = graph(rule, views, 3)(evidence, None)
+    (label,) = rule.graph(views, 3)(evidence, None)
     assert torch.equal(label, rule.predict(evidence))
 
 

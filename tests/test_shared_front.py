@@ -217,17 +217,17 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_attacks_go_through_double_masking_on_features(name):
     """The same leads and gradients as of masked pictures, one front per picture instead of one per mask."""
-    from certipatch.attacks import losses
+    from certipatch.defenses.soft_double_masking import sampled_pair_leads
 
     defense = PatchCURE(network(name), THREATS[0], masks=2)
     images = pictures(3, 7).requires_grad_()
     draw = lambda: torch.Generator().manual_seed(0)  # noqa: E731
     fronts = []
     hook = defense.front.register_forward_hook(lambda *_: fronts.append(1))
-    found = losses.leads(defense, images, draw())
+    found = defense.leads(images, draw())
     hook.remove()
     assert not fronts  # the front by itself, never the whole network
-    expected = losses.masked_leads(defense.front, defense.views_of(SIZE), images, draw())
+    expected = sampled_pair_leads(defense.front, defense.views_of(SIZE), images, draw())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     (gradient,) = torch.autograd.grad(found.square().sum(), images)
     (brute,) = torch.autograd.grad(expected.square().sum(), images)

@@ -11,12 +11,11 @@ from torch.nn import functional as F
 import certipatch as cp
 from certipatch import evidence as ev
 from certipatch import rules
-from certipatch.attacks import losses
-from certipatch.defenses.registry import SETTINGS
 from certipatch.defenses.settings import RENAMED
 from certipatch.errors import InputError
 from certipatch.models import CascadeSettings, ConvSettings, FallbackEnsemble, FallbackEnsembleSettings, NullToFill
 from certipatch.models.adapters.adapted import Adapted, Preprocessing
+from certipatch.rules.soft import lead_of
 from certipatch.saved import Card
 from certipatch.testing import check_defense
 from certipatch.training.recipe import Recipe
@@ -160,14 +159,14 @@ def test_attacks_go_through_the_whole_picture():
     x = pictures(4).requires_grad_()
     network = fallback_ensemble()
     defense = cp.PatchCleanser(network, THREAT, masks=3, fallback="unmasked")
-    leads = losses.leads(defense, x, torch.Generator().manual_seed(0))
+    leads = defense.leads(x, torch.Generator().manual_seed(0))
     assert leads.shape == (4, 3)
-    paper = losses.leads(cp.PatchCleanser(network, THREAT, masks=3), x, torch.Generator().manual_seed(0))
+    paper = cp.PatchCleanser(network, THREAT, masks=3).leads(x, torch.Generator().manual_seed(0))
     assert not torch.allclose(leads, paper)
-    plain = losses.bare_leads(defense, x, torch.Generator())
-    torch.testing.assert_close(plain, losses.lead_of(network.unmasked(x)))
+    plain = defense.network_leads(x)
+    torch.testing.assert_close(plain, lead_of(network.unmasked(x)))
     evidence = torch.tensor([[[0.9, 0.1]] * 3 + [[0.2, 0.8]], [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.2, 0.8]]])
-    found = losses.rule_leads(rules.DoubleMask(fallback="unmasked"), evidence)
+    found = rules.DoubleMask(fallback="unmasked").leads(evidence)
     assert torch.equal(found.argmax(1), rules.DoubleMask(fallback="unmasked").predict(evidence))
 
 

@@ -41,7 +41,7 @@ class Method(ABC):
     watched_settings: ClassVar[dict[str, Any]] = {}
     """Settings that are enough to watch a training by, where its own take too long."""
 
-    @classmethod
+    @classmethod  # noqa: B027
     def check_network(cls, network: NetworkSettings) -> None:
         """ValueError if the defense cannot go around such a network."""
 
