@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import certipatch as cp
 from certipatch import evidence as ev
 from certipatch import rules
+from certipatch.defenses import METHODS
 from certipatch.defenses.settings import RENAMED
 from certipatch.errors import InputError
 from certipatch.models import CascadeSettings, ConvSettings, FallbackEnsemble, FallbackEnsembleSettings, NullToFill
@@ -227,4 +228,4 @@ def test_refusals_and_settings():
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
 def test_an_earlier_name_of_a_setting_is_refused_with_its_new_one(defense, old, new):
     with pytest.raises(ValueError, match=f"{old} has a new name: use {re.escape(new)}"):
-        SETTINGS[defense].model_validate({old: 0.5})
+        METHODS[defense].settings_class.model_validate({old: 0.5})

@@ -5,8 +5,11 @@ from math import inf
 
 from torch import nn
 
-from certipatch.defenses import ClippedBagNet, Defense, PatchGuard, Undefended
+from certipatch.defenses import Defense
 from certipatch.defenses.base import ViewDefense
+from certipatch.defenses.clipped_bagnet import ClippedBagNet
+from certipatch.defenses.patchguard import PatchGuard
+from certipatch.defenses.undefended import Undefended
 from certipatch.reproduce.attacked import Target
 from certipatch.reproduce.local_logits import Aggregation, network_of
 from certipatch.rules import ClippedSum, Median, TrimmedMean

@@ -17,8 +17,10 @@ from torch import Tensor
 from certipatch import evidence as ev
 from certipatch.data import Pictures, load
 from certipatch.data.loading import DATA_VARIABLE
-from certipatch.defenses import Defense, Evidence, IntervalBounds, RandomizedAblation
+from certipatch.defenses import Defense, Evidence
 from certipatch.defenses.base import ViewDefense
+from certipatch.defenses.interval_bounds import IntervalBounds
+from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.errors import InputError
 from certipatch.plumbing import devices, resources
 from certipatch.reproduce.schema import ModelSlot

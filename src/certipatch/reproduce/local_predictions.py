@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from certipatch.defenses import Undefended
+from certipatch.defenses.undefended import Undefended
 from certipatch.models import receptive_fields
 from certipatch.reproduce.aggregation import undefended
 from certipatch.reproduce.attacked import attacked, target

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from certipatch import evidence as ev
-from certipatch.defenses import Defense, IntervalBounds, RandomizedAblation
+from certipatch.defenses import Defense
 from certipatch.defenses.base import ViewDefense
+from certipatch.defenses.interval_bounds import IntervalBounds
+from certipatch.defenses.randomized_ablation import RandomizedAblation
 from certipatch.errors import InputError
 from certipatch.models import receptive_fields
 from certipatch.reproduce import interval_models, masking
