@@ -33,6 +33,7 @@ from certipatch.report.words import attack, margin, percent, rows
 from certipatch.runs.certify import certify_files
 from certipatch.runs.evaluate import evaluate_into
 from certipatch.runs.experiment import DataRef
+from certipatch.runs.records import read_records
 from certipatch.saved import DefenseRef
 from certipatch.threats import PatchThreat, SparseThreat
 from certipatch.training import read, train
@@ -591,10 +592,13 @@ def test_numbers_come_from_the_records_not_from_the_summary(finished):
     assert rebuild(finished).read_text() == before
 
 
-def test_moved_data_and_model(home, finished, tmp_path):
-    config = yaml.safe_load((finished / "config.yaml").read_text())
-    gone = config | {"source": str(tmp_path / "gone"), "model": str(tmp_path / "gone")}
-    (finished / "config.yaml").write_text(yaml.safe_dump(gone))
+def test_moved_data_and_model(home, tmp_path):
+    for name in ("stripes", "model"):
+        shutil.copytree(home / name, tmp_path / "old" / name)
+    data = DataRef(str(tmp_path / "old" / "stripes"), "test")
+    finished = tmp_path / "run"
+    evaluate_into(finished, DefenseRef(str(tmp_path / "old" / "model")), data, PatchThreat(2), quiet)
+    (tmp_path / "old").rename(tmp_path / "new")
     with pytest.raises(InputError, match=r"the model of .* cannot be opened.*--model"):
         rebuild(finished)
     with pytest.raises(InputError, match=r"the pictures of .* cannot be opened.*--data"):
@@ -685,6 +689,8 @@ def test_records_that_unfold_to_too_much_are_not_read(finished):
     pq.write_table(table.set_column(table.schema.get_field_index("sha256"), "sha256", large), path)
     assert path.stat().st_size < 2**16
     with pytest.raises(InputError, match="far too much"):
+        read_records(finished)
+    with pytest.raises(InputError, match="were changed after they were written"):
         rebuild(finished)
 
 

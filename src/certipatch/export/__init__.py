@@ -50,7 +50,7 @@ class AsGraph(nn.Module):
         self.defense_name = defense.name
         network = defense.exported_network(image_size)
         if network is None:
-            reason = "its answers rest on random draws" if defense.confidence < 1 else "its answers have no graph"
+            reason = "its answers rest on random draws" if defense.takes_random_views else "its answers have no graph"
             raise InputError(f"{defense.name} cannot be exported: {reason}")
         self.model = network
         if not isinstance(defense, ViewDefense):

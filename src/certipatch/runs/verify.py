@@ -27,8 +27,8 @@ def check_digests(out: Path, config: dict[str, Any]) -> None:
     changed = [first for first in parts(config) if read_part(out, config, first) is None]
     if changed:
         raise InputError(
-            f"{out}: records or evidence of {len(changed)} parts, the first from picture {changed[0]} on, were changed "
-            f"after they were written; {AGAIN}"
+            f"{out}: records, evidence or config.yaml were changed after they were written, in {len(changed)} parts, the "
+            f"first from picture {changed[0]} on; {AGAIN}"
         )
 
 
