@@ -61,6 +61,7 @@ class Method(ABC):
                 the settings say ``fixed``. For a sparse threat too, which is then never certified more.
             views: the views of a network that does not read whole images, or None for its receptive fields.
         """
+        construct: Any = cls  # every constructor takes the network, then settings by name
         values: dict[str, Any] = settings.model_dump(mode="json")
         if cls.built_for_patch():
             patch = values.pop("patch")
@@ -68,7 +69,7 @@ class Method(ABC):
             values["threat"] = threat if given else PatchThreat(patch)
         if not cls.reads_whole_images:
             values["views"] = views
-        return cls(network, **values)
+        return construct(network, **values)
 
     def settings(self) -> dict[str, Any]:
         """The defense's own settings, as plain JSON values, with the threat that it is built for."""

@@ -66,8 +66,9 @@ class AsGraph(nn.Module):
         probe = torch.zeros(1, channels, *image_size)
         defense.check(probe)
         tolerance = defense.tolerance(probe)
-        decides = isinstance(defense, PatchCleanser) and defense.fallback == "unmasked"
-        self.unmasked = defense.unmasked if decides else None
+        self.unmasked = None
+        if isinstance(defense, PatchCleanser) and defense.fallback == "unmasked":
+            self.unmasked = defense.unmasked
         if any(isinstance(module, SharedViT | Cascade) for module in self.modules()):
             self.model, self.unmasked = copy.deepcopy((self.model, self.unmasked))
             for module in self.modules():
