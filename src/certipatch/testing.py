@@ -182,24 +182,30 @@ def check_rule(
         unsure = torch.rand(values.shape[:2], generator=generator) < 0.2 * (trial % 2)
         verdict = _verdict(rule, values, relation, unsure if trial % 2 else None, slack)
         pictures += len(values)
-        for b, location in torch.cartesian_prod(torch.arange(len(values)), torch.arange(len(relation))).tolist():
-            owned = relation[location] | unsure[b]
-            attacked = attacks(generator, values[b].clone(), owned)
-            if not torch.equal(attacked[:, ~owned], values[b, ~owned].expand(len(attacked), -1, -1)):
-                raise ValueError("the attacks changed a view that the attacker does not own")
-            answers, margin = rule.predict(attacked), verdict.margin[b, location].item()
-            changed = (answers != verdict.label[b]).nonzero().flatten().tolist()
-            locations, certified, tried = locations + 1, certified + (margin > 0), tried + (margin > 0) * len(attacked)
-            elsewhere, broken = elsewhere + (not margin > 0) * len(attacked), broken + len(changed)
-            case = f"label {verdict.label[b]}, margin {margin:g}, views {owned.nonzero().flatten().tolist()} attacked"
-            if margin > 0 and changed:
-                other = f"label {int(answers[changed[0]])}\nattacked = {attacked[changed[0]].tolist()}"
-                raise AssertionError(f"{rule}: {case}: {other}\nevidence = {values[b].tolist()}")
-            if exact and not margin > 0 and not changed:
-                raise AssertionError(f"{rule} is not exact: {case} in vain\nevidence = {values[b].tolist()}")
+        for b in range(len(values)):
+            owned = relation | unsure[b]
+            attacked = [_attacked(attacks, generator, values[b], row) for row in owned]
+            answers = rule.predict(torch.cat(attacked)).split([len(tries) for tries in attacked])
+            for row, tries, labels, margin in zip(owned, attacked, answers, verdict.margin[b].tolist(), strict=True):
+                changed = (labels != verdict.label[b]).nonzero().flatten().tolist()
+                locations, certified, tried = locations + 1, certified + (margin > 0), tried + (margin > 0) * len(tries)
+                elsewhere, broken = elsewhere + (not margin > 0) * len(tries), broken + len(changed)
+                case = f"label {verdict.label[b]}, margin {margin:g}, views {row.nonzero().flatten().tolist()} attacked"
+                if margin > 0 and changed:
+                    other = f"label {int(labels[changed[0]])}\nattacked = {tries[changed[0]].tolist()}"
+                    raise AssertionError(f"{rule}: {case}: {other}\nevidence = {values[b].tolist()}")
+                if exact and not margin > 0 and not changed:
+                    raise AssertionError(f"{rule} is not exact: {case} in vain\nevidence = {values[b].tolist()}")
     _require(certified > 0, f"nothing was tried: none of {locations} locations was certified; give clearer evidence")
     _require(not exact or certified < locations, f"exactness was not tried: all {locations} locations were certified")
     return Report(pictures, locations, certified, certified, tried, elsewhere, broken)
+
+
+def _attacked(attacks: Attacks, generator: Generator, evidence: Tensor, owned: Tensor) -> Tensor:
+    attacked = attacks(generator, evidence.clone(), owned)
+    if not torch.equal(attacked[:, ~owned], evidence[~owned].expand(len(attacked), -1, -1)):
+        raise ValueError("the attacks changed a view that the attacker does not own")
+    return attacked
 
 
 def _verdict(rule: Rule, values: Tensor, relation: Tensor, unsure: Tensor | None, slack: float) -> Verdict:
