@@ -382,8 +382,8 @@ def test_sample():
 def test_unknown_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.bin").write_text("x")
-    fails("did you mean mnist", load, "mnsit")
-    fails("did you mean cifar10", load, "CIFAR-10")
+    fails("did you mean 'mnist'", load, "mnsit")
+    fails("did you mean 'cifar10'", load, "CIFAR-10")
     fails("one of fashion-sample, mnist", load, "zzz")
     fails("no dataset or folder ''", load, "")
     fails("no folder './x'", load, "./x")

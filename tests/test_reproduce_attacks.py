@@ -11,6 +11,7 @@ import yaml
 from support import write_parquet, write_recipe
 from typer.testing import CliRunner
 
+from certipatch import inference
 from certipatch import reproduce as tables
 from certipatch.cli import app
 from certipatch.errors import InputError
@@ -234,7 +235,7 @@ def test_a_run_that_stopped_goes_on(world, tmp_path, monkeypatch):
     models = {"plain": str(world.folder / "plain")}
     context = ReproductionContext(tmp_path, str(world.data), limit=12, models=models, starts=2, steps=2)
     plain, strength = ModelSlot(role="plain", name="plain"), attacked.Strength()
-    monkeypatch.setattr(attacked, "PIXELS", 20 * 12 * 12)  # parts of 5 pictures
+    monkeypatch.setattr(inference, "PIXELS", 20 * 12 * 12)  # parts of 5 pictures
     whole = attacked.outcome(context, plain, PatchThreat(2), strength)
     assert isinstance(whole, attacked.Attacked)
     parts = sorted((whole.folder / "records").glob("part-*.parquet"))

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from certipatch.errors import InputError
-from certipatch.inference import canonical_logits
+from certipatch.inference import batch_size_for, canonical_logits
 from certipatch.views import Views
-from certipatch.views.render import render, render_each
-
-PIXELS = 2**20  # of one forward pass of an attack, unless a batch size is given
+from certipatch.views.render import image_size, render, render_each
 
 
 @final
@@ -60,7 +58,7 @@ def logits(
     A model whose ``encoding`` is ``all-views`` maps pictures to (B, V, K) itself; any other gets rendered views. The default
     encoding is ``null``. ``batch_size`` is that of ``inference.canonical_logits``.
     """
-    number = views.number((images.shape[2], images.shape[3]))
+    number = views.number(image_size(images))
     if getattr(model, "encoding", "null") == "all-views":
         # a copy of the pictures: the network may write into it
         every = canonical_logits(model, len(images), lambda rows: images[rows.to(images.device)], batch_size)
@@ -100,14 +98,14 @@ def differentiable_logits(
 ) -> Float[Tensor, "N v K"]:
     """The network's logits for views of every picture, as ``logits``, with gradients: for attacks, never for answers.
 
-    Views beyond one forward pass of ``PIXELS`` pixels are computed again on the way back, to save memory.
+    Views beyond one forward pass of ``inference.PIXELS`` pixels are computed again on the way back, to save memory.
     """
     encoding = getattr(model, "encoding", "null")
     if encoding == "all-views":
         every = model(images).to(images.dtype)
         return every if index is None else every[:, index]
-    index = torch.arange(views.number((images.shape[2], images.shape[3]))) if index is None else index
-    step = max(1, PIXELS // images[:, 0].numel())
+    index = torch.arange(views.number(image_size(images))) if index is None else index
+    step = batch_size_for(images[:, 0].numel())
 
     def answers(pictures: Tensor, chosen: Tensor) -> Tensor:
         shown = render(encoding, pictures, views, chosen, getattr(model, "fill", 0.5))

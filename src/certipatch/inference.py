@@ -22,6 +22,7 @@ from certipatch.plumbing.devices import no_tf32
 # Pixels of one pass. On the CPU 8 rows of 32x32, which a core computes almost as fast as 32 (7.4 and 7.6 ms a row), and one
 # of 224x224, faster than 8 (28 and 55 ms); on an accelerator 1024 of 32x32.
 CPU_PIXELS, ACCELERATOR_PIXELS = 2**13, 2**20
+PIXELS = 2**20  # of a batch, unless a batch size is given
 MOST_ROWS = 32  # of a pass on the CPU
 ROWS_FOR_ALL_VIEWS = 4  # a row of a network that answers for all views itself is as much work as several others
 Inputs = Callable[[Int64[Tensor, " n"]], Tensor]
@@ -44,6 +45,11 @@ def call_network(network: nn.Module, inputs: Float[Tensor, "N ..."]) -> Tensor:
     if not isinstance(answer, Tensor):
         raise InputError(f"the model answers with a {type(answer).__name__}; let it give the logits alone, one tensor")
     return answer
+
+
+def batch_size_for(pixels: int, given: int | None = None) -> int:
+    """The number of rows in a batch: ``given``, or as many rows of ``pixels`` pixels as ``PIXELS`` allows, at least 1."""
+    return given or max(1, PIXELS // pixels)
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from certipatch.evidence import Tolerance, logits, precision_of
 from certipatch.inference import call_network, rows_per_pass
 from certipatch.models.ensemble import Ensemble
 from certipatch.views import Views
-from certipatch.views.render import render_each
+from certipatch.views.render import image_size, render_each
 
 # By parameter type: the largest change of a logit, relative to 1 + the largest, that counts as rounding; the least
 # tolerance of a score.
@@ -157,7 +157,7 @@ class _Check:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.size = self.images.shape[2], self.images.shape[3]
+        self.size = image_size(self.images)
         self.encoding, self.fill = getattr(self.network, "encoding", "null"), getattr(self.network, "fill", 0.5)
         self.all_views = self.encoding == "all-views"
         self.number = self.views.number(self.size)

@@ -17,6 +17,7 @@ from certipatch.certificate import Certificate
 from certipatch.defenses.base import Defense
 from certipatch.rules.base import Rule, Verdict
 from certipatch.threats import PatchThreat, SparseThreat, Threat
+from certipatch.views.render import image_size
 
 MakeEvidence = Callable[[Generator, Tensor, int], Tensor]  # generator, sees (L, V), K → evidence (B, V, K)
 Attacks = Callable[[Generator, Tensor, Tensor], Tensor]  # generator, evidence (V, K), owned (V,) → attacked (N, V, K)
@@ -261,7 +262,7 @@ def check_defense(
     Errors: AssertionError with the counterexample, or if none was attacked. Confidence 1 − α may fail with chance α.
     """
     generator = torch.Generator().manual_seed(seed)
-    before, size = images.clone(), (images.shape[2], images.shape[3])
+    before, size = images.clone(), image_size(images)
     cert = defense.certify(images, threat)
     _check_shapes(defense.name, cert, len(images), None)
     predicted = defense.predict(images)

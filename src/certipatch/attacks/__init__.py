@@ -1,7 +1,5 @@
 """Attacks that paint patches, adaptive to each defense; every one is decided by the defense's own answer."""
 
-import difflib
-
 from certipatch.attacks.base import Answer, Attack, Outcome, Task, Victim, certifies
 from certipatch.attacks.lavan import LaVAN
 from certipatch.attacks.linf import LInf
@@ -10,7 +8,7 @@ from certipatch.attacks.places import Places
 from certipatch.attacks.sparse import Sparse
 from certipatch.attacks.square import Square
 from certipatch.attacks.universal import Universal
-from certipatch.errors import InputError
+from certipatch.errors import unknown
 
 __all__ = [
     "ATTACKS",
@@ -39,6 +37,4 @@ def find(name: str) -> Attack:
     """An attack by name. InputError with the nearest name."""
     if name in ATTACKS:
         return ATTACKS[name]
-    near = difflib.get_close_matches(name, ATTACKS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(ATTACKS)}"
-    raise InputError(f"unknown attack {name!r}; {hint}")
+    raise unknown("attack", name, ATTACKS)

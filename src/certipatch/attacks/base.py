@@ -15,6 +15,7 @@ from certipatch.attacks.places import Places
 from certipatch.defenses.base import Defense, ViewDefense
 from certipatch.errors import InputError
 from certipatch.threats import PatchThreat, SparseThreat, Threat
+from certipatch.views.render import image_size
 
 Notify = Callable[[int], None]
 """Told the number of pictures that are done with."""
@@ -129,7 +130,7 @@ class Task:
         """The places of the threat's patches. InputError without a patch threat."""
         if not isinstance(self.threat, PatchThreat):
             raise InputError(f"there are no places of {self.threat}; give --patch")
-        return Places(self.threat, (self.images.shape[2], self.images.shape[3]))
+        return Places(self.threat, image_size(self.images))
 
 
 @final

@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from certipatch import evidence as ev
 from certipatch.attacks.base import Task, Victim
 from certipatch.defenses.base import ViewDefense
+from certipatch.inference import batch_size_for
 from certipatch.views import Views
-from certipatch.views.render import render_each
+from certipatch.views.render import image_size, render_each
 
 SMALL = 0.5  # views that show more of a picture than this are all computed
 
@@ -36,7 +37,7 @@ class CleanViews:
     @classmethod
     def of(cls, victim: Victim, task: Task) -> "CleanViews | None":
         """None where the victim's leads do not come from the logits of small views, each of which is a pass."""
-        defense, size = victim.defense, (task.images.shape[2], task.images.shape[3])
+        defense, size = victim.defense, image_size(task.images)
         if not victim.adaptive or not isinstance(defense, ViewDefense):
             return None
         own = type(defense).leads is ViewDefense.leads
@@ -51,7 +52,7 @@ class CleanViews:
     ) -> Float[Tensor, "R K"]:
         """Leads of pictures that differ from clean ``picture`` under ``mask`` alone; differentiable."""
         touched = (mask.flatten(1).to(self._shown) @ self._shown.T > 0).nonzero()
-        step = max(1, ev.PIXELS // max(1, int(self._shown.sum(1).max())))
+        step = batch_size_for(max(1, int(self._shown.sum(1).max())))
         parts = touched.split(step)
         with self._victim.passes(images):
             if len(parts) == 1 or not images.requires_grad:

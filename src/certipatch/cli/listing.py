@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from certipatch.errors import InputError
+from certipatch.errors import InputError, unknown
 
 KINDS = ("defenses", "models", "attacks", "datasets", "recipes")
 
@@ -24,7 +24,6 @@ def list_(
 
       certipatch list defenses patchcleanser
     """
-    import difflib
     import json
 
     from rich.console import Console
@@ -36,8 +35,7 @@ def list_(
     found = {kind: _rows(kind) for kind in ([what] if what else KINDS)}
     if what is not None and name is not None:
         if name not in found[what]:
-            near = ", ".join(difflib.get_close_matches(name, found[what])) or ", ".join(found[what])
-            raise InputError(f"there is none of the name {name!r} among the {what}; there are {near}")
+            raise unknown(what.removesuffix("s"), name, found[what])
         text, settings = _in_full(what, name, found[what][name])
         print(json.dumps({"name": name, "text": text, "settings": settings}, ensure_ascii=False) if as_json else text)
         for key, value in {} if as_json else settings.items():

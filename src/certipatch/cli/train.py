@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from certipatch.cli.options import OutOption
-from certipatch.errors import InputError
+from certipatch.errors import InputError, suggestion
 from certipatch.plumbing import distributed
 
 
@@ -66,10 +66,7 @@ def _typed(threat) -> str:
 
 
 def _unknown(recipe: str) -> str:
-    import difflib
-
     from certipatch.plumbing import resources
 
     known = [name.removesuffix(".yaml") for name in resources.resource_names("recipes", "*.yaml")]
-    near = difflib.get_close_matches(recipe, known, n=1)
-    return f"no recipe {recipe!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
+    return f"no recipe {recipe!r}; {suggestion(recipe, known)}"

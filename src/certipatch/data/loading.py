@@ -1,6 +1,5 @@
 """From what a user calls a dataset to its pictures."""
 
-import difflib
 import os
 import re
 import sys
@@ -8,7 +7,7 @@ import sys
 from certipatch.data.decoding import check_size
 from certipatch.data.known import KNOWN, SAMPLE, canonical, known_classes, names
 from certipatch.data.pictures import Found, Pictures
-from certipatch.errors import InputError
+from certipatch.errors import InputError, suggestion
 
 DATA_VARIABLE = "CERTIPATCH_DATA"
 """The environment variable that names a folder of known datasets, one folder each."""
@@ -124,7 +123,5 @@ def _note(found: Found, name: str) -> str | None:
 def _unknown(data: str) -> str:
     if "/" in data or os.sep in data:
         return f"there is no folder {data!r}; check the path, or give a dataset name such as {SAMPLE}"
-    near = difflib.get_close_matches(data.lower(), names(), n=1, cutoff=0.5)
-    if near:
-        return f"there is no dataset or folder {data!r}; did you mean {near[0]}?"
-    return f"there is no dataset or folder {data!r}; give a folder, a Hub id owner/name, or one of {', '.join(names())}"
+    hint = suggestion(data.lower(), names(), cutoff=0.5)
+    return f"there is no dataset, folder or Hub id owner/name {data!r}; {hint}"

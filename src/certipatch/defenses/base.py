@@ -20,6 +20,7 @@ from certipatch.rules.soft import lead_of, soft_votes
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views import Views
 from certipatch.views.incidence import Incidence, sees
+from certipatch.views.render import image_size
 
 EXACT = ev.Tolerance(0.0, 0.0)
 
@@ -145,7 +146,7 @@ class ViewDefense(Defense):
         return values if values.is_floating_point() else soft_votes(logits, None)
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"] | None:
-        size = (images.shape[2], images.shape[3])
+        size = image_size(images)
         return self.leads_of_logits(ev.differentiable_logits(self.model, self.views_of(size), images), size)
 
     def leads_of_logits(self, logits: Float[Tensor, "N V K"], image_size: tuple[int, int]) -> Float[Tensor, "N K"]:
@@ -154,7 +155,7 @@ class ViewDefense(Defense):
 
     def network_leads(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         """Leads of the mean over the views' logits."""
-        views = self.views_of((images.shape[2], images.shape[3]))
+        views = self.views_of(image_size(images))
         return lead_of(ev.differentiable_logits(self.model, views, images).mean(1))
 
     def exported_network(self, image_size: tuple[int, int]) -> nn.Module | None:
@@ -188,12 +189,12 @@ class ViewDefense(Defense):
 
     def checked(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
         """Run the model check on pictures of this size."""
-        views = self.views_of((images.shape[2], images.shape[3]))
+        views = self.views_of(image_size(images))
         return check_model(self.model, views, images, self.batch_size, raw=self.raw)
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
         ev.check_images(images)
-        tolerance, size = self.tolerance(images), (images.shape[2], images.shape[3])
+        tolerance, size = self.tolerance(images), image_size(images)
         logits = ev.logits(self.model, self.views_of(size), images, batch_size=self.batch_size)
         if not bool(torch.isfinite(logits).all()):
             raise InputError("the model's answers are not finite; a certificate needs finite logits")

@@ -15,6 +15,7 @@ from certipatch.rules import DoubleMask
 from certipatch.rules.double_mask import mean_gap, predictions, top2_gap
 from certipatch.views import MaskPairs
 from certipatch.views.masks import pair_table
+from certipatch.views.render import image_size
 
 
 class PredictionTable:
@@ -42,7 +43,7 @@ class PredictionTable:
     ):
         self.rule, self.views, self.network, self.images = rule, views, network, images
         self.error, self.batch_size = error, batch_size
-        self.size, device = (images.shape[2], images.shape[3]), images.device
+        self.size, device = image_size(images), images.device
         self.pairs = pair_table(len(views.masks)).to(device)
         self.known = torch.zeros((len(images), views.number(self.size)), dtype=torch.bool, device=device)
         self.unstable = torch.zeros_like(self.known)

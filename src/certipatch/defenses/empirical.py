@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from certipatch import evidence as ev
 from certipatch.defenses.method import Method
 from certipatch.errors import InputError
+from certipatch.inference import batch_size_for
 from certipatch.rules.soft import lead_of
 
 
@@ -41,7 +42,7 @@ class EmpiricalDefense(Method):
     def predict(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, " B"]:
         """The label of every picture. InputError on pictures that are not floats in [0, 1]."""
         ev.check_images(images)
-        batch = self.batch_size or max(1, ev.PIXELS // (images.shape[2] * images.shape[3]))
+        batch = batch_size_for(images[0, 0].numel(), self.batch_size)
         logits = [ev.image_logits(self.model, self.cleaned(part), self.batch_size) for part in images.split(batch)]
         return torch.cat(logits).argmax(1)
 

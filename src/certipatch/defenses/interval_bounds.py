@@ -12,10 +12,11 @@ from certipatch.bounds.patch import MEMORY, Regions
 from certipatch.certificate import Certificate
 from certipatch.defenses.base import Defense, Evidence
 from certipatch.errors import InputError
-from certipatch.inference import call_network
+from certipatch.inference import batch_size_for, call_network
 from certipatch.model_check import FLOORS, LIMITS
 from certipatch.plumbing.devices import no_tf32
 from certipatch.threats import PatchThreat, SparseThreat, Threat
+from certipatch.views.render import image_size
 
 
 @final
@@ -79,7 +80,7 @@ class IntervalBounds(Defense):
         off = (served.double() - exact).abs().amax(1)
         self._check_distance(off.max().item(), served, ev.precision_of(self.model, images))
         error = (4 * off / (1 + size)).clamp(min=tolerance)
-        return Evidence(served[:, None], None, (images.shape[2], images.shape[3]), error, images)
+        return Evidence(served[:, None], None, image_size(images), error, images)
 
     def label(self, evidence: Evidence) -> Int64[Tensor, " B"]:
         return evidence.values[:, 0].argmax(1)
@@ -176,7 +177,7 @@ class IntervalBounds(Defense):
         """Logits in float64, by the layers that the bounds go through, and the size of their sums."""
         with torch.no_grad():
             passed = passage(self.model, (images.shape[1], images.shape[2], images.shape[3]), torch.float64)
-            step, logits, sizes = max(1, ev.PIXELS // (4 * images.shape[2] * images.shape[3])), [], []
+            step, logits, sizes = batch_size_for(4 * images[0, 0].numel()), [], []
             for part in images.split(step):
                 values = passed.values(Interval(part.double(), part.double()))
                 logits.append(values[-1].lower)

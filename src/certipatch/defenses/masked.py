@@ -18,7 +18,7 @@ from certipatch.rules.double_mask import FALLBACKS, Fallback
 from certipatch.threats import PatchThreat
 from certipatch.views import PixelSets, mask_set
 from certipatch.views.incidence import sees
-from certipatch.views.render import Fill, render
+from certipatch.views.render import Fill, image_size, render
 
 PerAxis = int | tuple[int, int] | None
 
@@ -118,7 +118,7 @@ class MaskDefense(ViewDefense):
             pictures: how many are to be looked at, for an estimate of the work.
             only: the way that is to be taken, by the name that this gave before.
         """
-        size = images.shape[2], images.shape[3]
+        size = image_size(images)
         shown = render(self.model.encoding, images[:1], self.views_of(size), torch.zeros(1, dtype=torch.int64))
         rows = shown.flatten(0, 1)
         rows = rows.expand(rows_per_pass(self.model, rows, self.batch_size), -1, -1, -1).contiguous()

@@ -31,7 +31,7 @@ from certipatch.rules.soft import lead_of
 from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs, PixelSets
 from certipatch.views.masks import enclosing_pairs, prime_divisions
-from certipatch.views.render import Fill
+from certipatch.views.render import Fill, image_size
 
 
 class PatchCleanserSettings(MaskSettings, DoubleMaskingSettings):
@@ -134,7 +134,7 @@ class PatchCleanser(MaskDefense):
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
         """Through double masking with the largest masks, and through the unmasked image if it is the fallback."""
-        pairs = self.sizes((images.shape[2], images.shape[3]))[0]
+        pairs = self.sizes(image_size(images))[0]
         unmasked = None
         if self.fallback == "unmasked":
             every = PixelSets(torch.ones_like(pairs.masks[:1]))
@@ -174,7 +174,7 @@ class PatchCleanser(MaskDefense):
 
     def checked(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
         """The network under masks, whose rounding counts; of one of whole pictures only that its answers are its own."""
-        pairs = self.sizes((images.shape[2], images.shape[3]))[-1]
+        pairs = self.sizes(image_size(images))[-1]
         if self.fallback == "unmasked":
             check_model(self.unmasked, PixelSets(torch.ones_like(pairs.masks[:1])), images, self.batch_size)
         return check_model(self.model, pairs, images, self.batch_size)
@@ -199,7 +199,7 @@ class PatchCleanser(MaskDefense):
     def _table(self, images: Float[Tensor, "B C H W"], certify: bool) -> PredictionTable:
         """The predictions that labels need, or certificates."""
         ev.check_images(images)
-        error, size = score_error(self.tolerance(images), images), (images.shape[2], images.shape[3])
+        error, size = score_error(self.tolerance(images), images), image_size(images)
         arguments = self.rule(size), self.views_of(size), self.model, images, error, self.batch_size
         table = MultiScaleTable(*arguments, self.larger(size)) if self.divisions else PredictionTable(*arguments)
         table.predict_unmasked(self.unmasked)

@@ -27,6 +27,7 @@ from certipatch.threats import PatchThreat
 from certipatch.views import MaskPairs, PixelSets, mask_set
 from certipatch.views.incidence import sees
 from certipatch.views.masks import pair_table
+from certipatch.views.render import image_size
 
 PerAxis = int | tuple[int, int] | None
 
@@ -108,7 +109,7 @@ class PatchCURE(ViewDefense):
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
         """Through double masking on features; the front is passed once, forth and back."""
-        back, pairs = self.behind_front((images.shape[2], images.shape[3]))
+        back, pairs = self.behind_front(image_size(images))
         return sampled_pair_leads(back, pairs, self.front.features(images), generator)
 
     def compute_all_margins(self) -> None:
@@ -148,7 +149,7 @@ class PatchCURE(ViewDefense):
         return ev.scores(logits), None, score_error(tolerance, logits)
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
-        size = images.shape[2], images.shape[3]
+        size = image_size(images)
         training = any(module.training for module in self.front.modules())
         autocast = torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, training, autocast)
@@ -187,7 +188,7 @@ class PatchCURE(ViewDefense):
 
     def _evidence(self, images: Float[Tensor, "B C H W"], certify: bool) -> Evidence:
         ev.check_images(images)
-        tolerance, size = self.tolerance(images), (images.shape[2], images.shape[3])
+        tolerance, size = self.tolerance(images), image_size(images)
         features = canonical_logits(self.front_end, len(images), lambda rows: images[rows.to(images.device)])
         error = score_error(tolerance, images)
         table = PredictionTable(self.rule(size), self._cells[size], self.back_end, features, error, self.batch_size)

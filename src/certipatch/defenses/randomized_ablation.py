@@ -13,6 +13,7 @@ from certipatch.certificate import Certificate
 from certipatch.defenses.base import Defense, Evidence
 from certipatch.defenses.settings import DefenseSettings
 from certipatch.errors import InputError
+from certipatch.inference import batch_size_for
 from certipatch.model_check import check_model
 from certipatch.models import receptive_fields
 from certipatch.rules import ClopperPearson
@@ -21,6 +22,7 @@ from certipatch.rules.soft import lead_of, soft_votes
 from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views import OneOf, PixelSets, RandomPixels, RandomViews, Views
 from certipatch.views.incidence import Incidence, sees
+from certipatch.views.render import image_size
 
 SAMPLED = 32  # random views behind one gradient
 
@@ -136,7 +138,7 @@ class RandomizedAblation(Defense):
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
         """Expectation over transformations: soft votes of some random views, others at each step."""
-        size = (images.shape[2], images.shape[3])
+        size = image_size(images)
         family = self.family(size)
         if isinstance(family, OneOf):
             index = None
@@ -166,7 +168,7 @@ class RandomizedAblation(Defense):
         key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
         state = ev.weights_digest(self.model)
         if self._tolerance.get(key, (None,))[0] != state:
-            size = (images.shape[2], images.shape[3])
+            size = image_size(images)
             family = self.family(size)
             if isinstance(family, OneOf):
                 views = family.views
@@ -180,7 +182,7 @@ class RandomizedAblation(Defense):
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
         """Votes (B, 2, K) for each class in the two samples; in the second without those that rounding could turn."""
         ev.check_images(images)
-        size, tolerance = (images.shape[2], images.shape[3]), self.tolerance(images)
+        size, tolerance = image_size(images), self.tolerance(images)
         family = self.family(size)
         if not isinstance(family, OneOf):
             counts = [self._sampled(family, image, tolerance) for image in images.split(1)]
@@ -259,8 +261,8 @@ class RandomizedAblation(Defense):
         self, family: RandomViews, image: Float[Tensor, "1 C H W"], tolerance: ev.Tolerance
     ) -> Int64[Tensor, "1 2 K"]:
         """Draw views for one picture, a fixed number at a time, and count."""
-        size = (image.shape[2], image.shape[3])
-        step = max(1, ev.PIXELS // (size[0] * size[1]))  # of the draws, so that the batch size changes none of them
+        size = image_size(image)
+        step = batch_size_for(size[0] * size[1])  # of the draws, so that the batch size changes none of them
         generator, counts = self._generator(image), []
         for sample, number in enumerate(self._sizes):
             parts = []
@@ -274,7 +276,7 @@ class RandomizedAblation(Defense):
         self, family: OneOf, images: Float[Tensor, "B C H W"], tolerance: ev.Tolerance
     ) -> Int64[Tensor, "B 2 K"]:
         """Compute each numbered view once (only the drawn ones, of one picture, where they are many); count draws."""
-        size = (images.shape[2], images.shape[3])
+        size = image_size(images)
         number = family.check(size)
         generators = [self._generator(image) for image in images.split(1)]
         drawn = [family.choose(size, n, generator) for generator in generators for n in self._sizes]

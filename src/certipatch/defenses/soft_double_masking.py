@@ -9,6 +9,7 @@ from certipatch.rules.double_mask import double_mask_leads, number_of_masks
 from certipatch.rules.soft import leads_of_each
 from certipatch.views import Views
 from certipatch.views.masks import pair_table
+from certipatch.views.render import image_size
 
 
 def sampled_pair_leads(
@@ -20,7 +21,7 @@ def sampled_pair_leads(
 ) -> Float[Tensor, "N K"]:
     """Leads under double masking of images, or of the maps that a network reads; ``unmasked`` are those in the
     unmasked image."""
-    number = number_of_masks(pairs.number((maps.shape[2], maps.shape[3])))
+    number = number_of_masks(pairs.number(image_size(maps)))
     table, every = pair_table(number), torch.arange(number)
     second = (every + torch.randint(1, max(2, number), (number,), generator=generator)) % number
     index = torch.cat([table[every, every], table[every, second]])

@@ -12,6 +12,7 @@ from certipatch.defenses.base import Defense, Evidence
 from certipatch.errors import InputError
 from certipatch.threats import PatchThreat, Threat
 from certipatch.views.incidence import sees
+from certipatch.views.render import image_size
 
 
 @final
@@ -36,7 +37,7 @@ class Undefended(Defense):
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
         ev.check_images(images)
         logits = ev.image_logits(self.model, images, self.batch_size)
-        return Evidence(logits[:, None], None, (images.shape[2], images.shape[3]))
+        return Evidence(logits[:, None], None, image_size(images))
 
     def label(self, evidence: Evidence) -> Int64[Tensor, " B"]:
         return evidence.values[:, 0].argmax(1)

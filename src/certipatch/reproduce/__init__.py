@@ -1,13 +1,12 @@
 """Tables and figures of the papers, ours beside theirs: one command each."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
 from certipatch.data import Pictures, load
 from certipatch.data.known import KNOWN, canonical, known_classes, names
-from certipatch.errors import InputError
+from certipatch.errors import InputError, unknown
 from certipatch.reproduce import interval_models, smoothing
 from certipatch.reproduce.context import ReproductionContext, is_local
 from certipatch.reproduce.field_figure import receptive_field_figure
@@ -75,10 +74,7 @@ def find(name: str) -> Reproduction:
     """A table by name. InputError with the nearest name."""
     if name in TABLES:
         return TABLES[name]
-    near = difflib.get_close_matches(name, TABLES, n=1)
-    raise InputError(
-        f"there is no table {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TABLES)}")
-    )
+    raise unknown("table", name, TABLES)
 
 
 def find_study(pictures: Pictures, studies: dict[str, Study]) -> str:

@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from certipatch import attacks
 from certipatch.data import Pictures, load
 from certipatch.defenses.undefended import Undefended
 from certipatch.errors import InputError
-from certipatch.evidence import PIXELS
+from certipatch.inference import batch_size_for
 from certipatch.models.adapters import is_adapter, open_model
 from certipatch.plumbing import devices, resources
 from certipatch.reproduce.context import ReproductionContext, missing
@@ -135,7 +136,7 @@ def attacked(context: ReproductionContext, victim: Target, threat: Threat | None
     """
     strength, attack = strength.limited_to(context.starts, context.steps), attacks.find(strength.attack)
     device, pictures = devices.default(), pictures_of(context, victim)
-    rows = max(1, min(256, PIXELS // (victim.card.image_size[0] * victim.card.image_size[1])))
+    rows = min(256, batch_size_for(math.prod(victim.card.image_size)))
     job = AttackJob(
         defense=victim.defense.to(device),
         defense_name=victim.name,

@@ -29,6 +29,7 @@ from certipatch.saved import Card, locate, open_defense, read_card
 from certipatch.saved.open import ClassifierInfo
 from certipatch.saved.weights import write_tensors
 from certipatch.threats import PatchThreat, Threat
+from certipatch.views.render import image_size
 
 PART = 250
 Progress = Callable[[int, int, str], None]
@@ -304,7 +305,7 @@ def evidence_of(defense: ViewDefense, logits: Tensor, probe: Float[Tensor, "1 C 
     """The evidence of a defense from logits of all views; its rounding is measured on ``probe``."""
     device = next(defense.model.parameters()).device
     values, unsure, error = defense.values(logits, defense.tolerance(probe.to(device)))
-    return Evidence(values, unsure, (probe.shape[2], probe.shape[3]), error)
+    return Evidence(values, unsure, image_size(probe), error)
 
 
 def read_tensors(path: Path, *names: str) -> list[Tensor] | None:

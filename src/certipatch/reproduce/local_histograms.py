@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from certipatch import attacks
 from certipatch.attacks import Task, Victim
 from certipatch.defenses.undefended import Undefended
-from certipatch.evidence import PIXELS
+from certipatch.inference import batch_size_for
 from certipatch.plumbing import devices
 from certipatch.reproduce import local_logits, plots
 from certipatch.reproduce.attacked import Strength, Target, pictures_of, target
@@ -137,7 +137,7 @@ def _attacked(
         steps=steps,
         step=strength.step,
         search=strength.search,
-        batch=max(1, min(256, PIXELS // images[0, 0].numel())),
+        batch=min(256, batch_size_for(images[0, 0].numel())),
     )
     attacked = attacks.find(strength.attack).run(Victim(Patient(whole)), task).attacked
     results = {}

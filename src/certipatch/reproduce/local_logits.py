@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from certipatch import evidence as ev
 from certipatch.defenses.base import ViewDefense
 from certipatch.errors import InputError
+from certipatch.inference import batch_size_for
 from certipatch.models import ConvNet
 from certipatch.rules import Rule
 from certipatch.views import Views
@@ -118,6 +119,6 @@ def map_of(defense: Any, name: str) -> nn.Module:
 
 def answers(network: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B ..."]:
     """What a network says of pictures, in full batches."""
-    batch = max(1, ev.PIXELS // images[0, 0].numel())
+    batch = batch_size_for(images[0, 0].numel())
     with torch.inference_mode():
         return torch.cat([network(part) for part in images.split(batch)])

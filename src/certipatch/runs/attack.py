@@ -7,6 +7,7 @@ clean ≥ attacked because only pictures with the right answer are counted; atta
 a proof: certified pictures are attacked like all others, and nothing is clamped.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from certipatch.attacks.locate import check_search
 from certipatch.attacks.losses import has_soft_version
 from certipatch.data import Pictures
 from certipatch.errors import InputError
-from certipatch.evidence import PIXELS
+from certipatch.inference import batch_size_for
 from certipatch.plumbing.distributed import Workers
 from certipatch.runs.attack_records import attack_rows, save_break
 from certipatch.runs.experiment import DataRef, open_experiment
@@ -134,7 +135,7 @@ def attack_into(
 
 def default_batch(image_size: tuple[int, int]) -> int:
     """Attacked pictures that one gradient takes by default."""
-    return max(1, min(256, PIXELS // (image_size[0] * image_size[1])))
+    return min(256, batch_size_for(math.prod(image_size)))
 
 
 def attack(

@@ -33,6 +33,7 @@ from certipatch.runs.folder import own_folder
 from certipatch.saved import Card, DefenseRef, zoo
 from certipatch.saved.open import open_named
 from certipatch.threats import PatchThreat, SparseThreat, Threat
+from certipatch.views.render import image_size
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
 SMALL, LARGE = 2, 16  # pictures of a round: of the first one, and of slow defenses; of others
@@ -209,7 +210,7 @@ def attack_round(
         search="auto" if units >= SEARCH else "random",
         margins=margins,
         seed=seed + number,
-        batch=default_batch((images.shape[2], images.shape[3])),
+        batch=default_batch(image_size(images)),
     )
     tasks = [base]
     single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -17,7 +17,7 @@ from certipatch import views as view_sets
 from certipatch.defenses.base import Defense
 from certipatch.defenses.registry import METHODS, names_with
 from certipatch.defenses.settings import Side, ViewSettings
-from certipatch.errors import InputError, problem
+from certipatch.errors import InputError, validated
 from certipatch.models import ModelSettings
 from certipatch.saved.weights import SCALE, restored, sha256
 from certipatch.threats import Threat
@@ -120,12 +120,10 @@ def read(folder: Path) -> Card:
     try:
         if path.stat().st_size > 16 * 2**20:
             raise InputError(f"{path} is larger than 16 MiB; that is no card")
-        return Card.model_validate_json(path.read_bytes())
+        with validated(str(path), whole="the file"):
+            return Card.model_validate_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{folder} is no trained defense: {error.strerror or error}: card.json") from None
-    except ValidationError as error:
-        place, words = problem(error)
-        raise InputError(f"{path}: {place or 'the file'}: {words}") from None
 
 
 def load_defense(
@@ -143,14 +141,9 @@ def load_defense(
     card = read(folder)
     if changes or (method is not None and method != card.defense):
         kept = card.settings if method in (None, card.defense) else {}
-        try:
-            card = Card.model_validate(
-                card.model_dump() | {"defense": method or card.defense, "settings": kept | (changes or {})}
-            )
-        except ValidationError as error:
-            place, words = problem(error, METHODS[method or card.defense].settings_class.model_fields)
-            place += ": " * bool(place)
-            raise InputError(f"{method or card.defense} around {folder.name}: {place}{words}") from None
+        name = method or card.defense
+        with validated(f"{name} around {folder.name}", METHODS[name].settings_class.model_fields):
+            card = Card.model_validate(card.model_dump() | {"defense": name, "settings": kept | (changes or {})})
     weights = read_weights(folder, card)
     network = card.network()
     network.load_state_dict(weights)

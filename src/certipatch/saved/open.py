@@ -1,16 +1,13 @@
 """Opens a defense by name: from the zoo, from a folder that ``train`` wrote, or around somebody else's classifier."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from pydantic import ValidationError
-
 from certipatch.defenses import Defense
 from certipatch.defenses.registry import METHODS, names_with
-from certipatch.errors import InputError, problem
+from certipatch.errors import InputError, suggestion, validated
 from certipatch.models.adapters import FORMS, Adapted, is_adapter, open_model
 from certipatch.models.adapters.sources import opening
 from certipatch.plumbing import resources
@@ -77,11 +74,7 @@ def locate(name: str) -> Path:
     if "/" in name:
         raise InputError(f"there is no folder {name}; give a zoo model (certipatch list models) or what train wrote")
     known = resources.resource_names("zoo", "*/card.json")
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = (
-        f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known) or 'none'}, or the folder of a training"
-    )
-    raise InputError(f"unknown defense {name!r}; {hint}")
+    raise InputError(f"unknown defense {name!r}, and no folder of a training; {suggestion(name, known)}")
 
 
 def locate_model(name: str) -> Path:
@@ -121,9 +114,7 @@ def check_method(name: str, model: str | None) -> None:
     if model is None and name in METHODS:
         raise InputError(f"--defense {name} is a method; name the network it goes around with --model, as a zoo name")
     if model is not None and name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"methods are {', '.join(METHODS)}"
-        raise InputError(f"--defense {name!r} is no method to put around --model; {hint}")
+        raise InputError(f"--defense {name!r} is no method to put around --model; {suggestion(name, METHODS)}")
 
 
 def open_named(
@@ -207,11 +198,9 @@ def wrap_classifier(
     if not METHODS[method].reads_whole_images:
         known = names_with("reads_whole_images")
         raise InputError(f"{method} needs a network of views or local evidence; around {network.name} use {known}")
-    try:
-        settings = METHODS[method].settings_class.model_validate(changes or {}).model_dump(mode="json")
-    except ValidationError as error:
-        place, words = problem(error, METHODS[method].settings_class.model_fields)
-        raise InputError(f"{method} around {network.name}: {place}{': ' * bool(place)}{words}") from None
+    settings_class = METHODS[method].settings_class
+    with validated(f"{method} around {network.name}", settings_class.model_fields):
+        settings = settings_class.model_validate(changes or {}).model_dump(mode="json")
     channels = network.preprocessing.channels
     with opening(f"{network.name}, given pictures of {channels}x{image_size[0]}x{image_size[1]} values,"):
         names = network.class_names(channels, image_size)

@@ -30,6 +30,7 @@ from certipatch.training.recipe import IntervalTraining, Recipe
 from certipatch.training.view_loss import view_loss
 from certipatch.training.watch import bounded_held_out, cut_log, held_out, log, masked_held_out, words
 from certipatch.views import mask_set
+from certipatch.views.render import image_size
 
 CHECKPOINT_SECONDS = 60.0
 ON_THE_DEVICE = 4 * 2**30  # bytes of pictures that lie on the accelerator as a whole
@@ -61,7 +62,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         raise InputError(f"holdout {recipe.holdout} leaves none of {len(pictures)} pictures; use --set holdout=…")
     every = pictures.decode_all()
     targets = torch.from_numpy(pictures.labels)
-    size = (every.shape[2], every.shape[3])
+    size = image_size(every)
     if (recipe.augment.crop or 0) > min(size):
         raise InputError(f"augment.crop: {recipe.augment.crop} pixels do not fit pictures of {size[0]}x{size[1]}")
     blank = cards.Card(

@@ -18,6 +18,11 @@ Fill = float | tuple[float, ...]
 """What hidden pixels are painted with: one value, or one per channel."""
 
 
+def image_size(images: Tensor) -> tuple[int, int]:
+    """(H, W) of images (B, C, H, W)."""
+    return images.shape[2], images.shape[3]
+
+
 def null(images: Float[Tensor, "B C H W"], visible: Bool[Tensor, "v H W"]) -> Float[Tensor, "B v C2 H W"]:
     """Visible pixels as ``[x, 1 − x]``, hidden ones as zeros in all 2C channels, a value that no pixel has.
 
@@ -68,7 +73,7 @@ def _crops(
     """Rows of each block, or None; columns (of a row band: rows) of each block or band; their positions in [0, 1)."""
     if views.count != 1:
         raise InputError(f"a crop shows one band or block, not {views.count}; use the null encoding")
-    size, device = (images.shape[2], images.shape[3]), images.device
+    size, device = image_size(images), images.device
     reach = torch.arange(views.width, device=device)
     index = index.to(device)
     if isinstance(views, Bands):
@@ -86,7 +91,7 @@ def crop_each(
 ) -> Float[Tensor, "n C1 h w"]:
     """View ``index[i]`` of picture i, as ``crop`` gives it."""
     if isinstance(views, Cross):
-        first = views.parts[0].number((images.shape[2], images.shape[3]))
+        first = views.parts[0].number(image_size(images))
         turned = (index >= first).to(images.device)
         shape = (len(images), images.shape[1] + 2, images.shape[2], views.width)
         cropped = torch.empty(shape, dtype=images.dtype, device=images.device)
@@ -134,7 +139,7 @@ def render(
         return crop(images, views, index)
     if encoding not in ("null", "fill"):
         raise InputError(f"unknown encoding {encoding!r}; use null, fill or crop")
-    visible = views.visible((images.shape[2], images.shape[3]), index).to(images.device)
+    visible = views.visible(image_size(images), index).to(images.device)
     return null(images, visible) if encoding == "null" else fill(images, visible, value)
 
 
@@ -148,7 +153,7 @@ def render_each(
         return crop_each(images, views, index)
     if encoding not in ("null", "fill"):
         raise InputError(f"unknown encoding {encoding!r}; use null, fill or crop")
-    visible = views.visible((images.shape[2], images.shape[3]), index).to(images.device)[:, None]
+    visible = views.visible(image_size(images), index).to(images.device)[:, None]
     if encoding == "null":  # hidden pixels are selected away: a product would keep the sign of −0.0
         return torch.where(visible, torch.cat([images, 1 - images], dim=1), images.new_zeros(()))
     return torch.where(visible, images, constant(images, value))

@@ -7,10 +7,9 @@ from typing import Any, final
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from certipatch.errors import InputError, problem
+from certipatch.errors import InputError, validated
 from certipatch.models.adapters.adapted import Adapted, Preprocessing
 from certipatch.models.adapters.onnx_files import outside
 from certipatch.models.adapters.sources import needed, opening
@@ -103,15 +102,14 @@ def _digests(names: list[str], folder: Path, what: str) -> list[bytes]:
 
 
 def _preprocessing(path: Path, described: dict[str, Any]) -> Preprocessing:
+    context = str(path) if path.exists() else "the ONNX file"
     try:
-        if not path.exists():
-            return Preprocessing.model_validate(described)
-        if path.stat().st_size > 16 * 2**20:
-            raise InputError(f"{path} is larger than 16 MiB; that is no preprocessing")
-        given = Preprocessing.model_validate_json(path.read_bytes()).model_dump(exclude_unset=True)
-        return Preprocessing.model_validate(described | given)
+        with validated(context, Preprocessing.model_fields, "the file"):
+            if not path.exists():
+                return Preprocessing.model_validate(described)
+            if path.stat().st_size > 16 * 2**20:
+                raise InputError(f"{path} is larger than 16 MiB; that is no preprocessing")
+            given = Preprocessing.model_validate_json(path.read_bytes()).model_dump(exclude_unset=True)
+            return Preprocessing.model_validate(described | given)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValidationError as error:
-        place, words = problem(error, Preprocessing.model_fields)
-        raise InputError(f"{path if path.exists() else 'the ONNX file'}: {place or 'the file'}: {words}") from None
