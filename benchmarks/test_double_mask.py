@@ -25,7 +25,7 @@ def ready(batch_size: int | None, quick: bool = False) -> cp.PatchCleanser:
     model = ConvNet(None, 3, 10, (32, 32), widths=(8, 16, 32)).eval()
     defense = cp.PatchCleanser(model, THREAT, masks=5, batch_size=batch_size)
     if quick:
-        defense.quicken(IMAGES[:1], 10**6)
+        defense.select_backend(IMAGES[:1], 10**6)
     defense.certify(IMAGES, THREAT)
     return defense
 

@@ -127,7 +127,7 @@ def test_a_faster_way_is_checked_with_its_members():
     cascade = Cascade([Sure(), Sure()]).eval()
     defense = cp.PatchCleanser(cascade, cp.PatchThreat(1), masks=2)
     assert len(networks_of(defense.model)) == 3
-    defense.model.quick_of = ev.weights_digest(cascade)
+    defense.model.fast_forward_fingerprint = ev.weights_digest(cascade)
     defense.model.serve("another", cascade.with_parts([Sure(), Coupled().eval()]))
     with pytest.raises(InputError, match=r"model refused: .*other pictures"):
         defense.check(torch.zeros(1, 1, 4, 4))
@@ -315,7 +315,7 @@ def test_a_faster_way_with_old_weights_is_not_asked(change):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()
     x = pictures(1)
     defense = cp.PatchCleanser(model, cp.PatchThreat(1), masks=2)
-    assert defense.quicken(x, 10, only="onnxruntime") == "onnxruntime"
+    assert defense.select_backend(x, 10, only="onnxruntime") == "onnxruntime"
     before, state = defense.predict(x), ev.weights_digest(model)
     change(model)
     assert ev.weights_digest(model) != state

@@ -13,7 +13,7 @@ from certipatch.errors import InputError
 from certipatch.model_check import check_model
 from certipatch.models import Cascade, CascadeSettings, EnsembleSettings, NullToFill
 from certipatch.models.cascade import BLEND_WIDTH
-from certipatch.models.quickest import quickest
+from certipatch.models.quickest import fastest_backend
 from certipatch.testing import check_defense
 from certipatch.training.mask_search import apply_masks
 from certipatch.views import Columns, MaskPairs, mask_set
@@ -150,14 +150,14 @@ def test_certificates_hold_and_faster_ways_answer_alike(members):
     tried = check_defense(defense, images, THREAT, slack=1e-3, trials=4)
     assert tried.certified > 20
     for way in ("channels last", "onnxruntime"):
-        name, run = quickest(network, shown[:2], 1000, way)
+        name, run = fastest_backend(network, shown[:2], 1000, way)
         if name == way:
             assert run is not None
             torch.testing.assert_close(run(shown), network(shown), atol=1e-3, rtol=1e-3)
         else:
             pytest.importorskip("onnxruntime")
             raise AssertionError(name)
-    assert quickest(network, shown[:2], 1, None) == ("torch", None)
+    assert fastest_backend(network, shown[:2], 1, None) == ("torch", None)
 
 
 def test_what_it_refuses():

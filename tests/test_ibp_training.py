@@ -67,7 +67,7 @@ def test_the_worst_places_are_those_of_certification_and_their_gradient_that_of_
     found = layout(network, picture)
     for threat, strength in zip(THREATS, (1.0, 0.3, 1.0, 0.6), strict=True):
         where = places(threat, picture[1:])
-        every = patch_margins(network, images, label, where.found, strength=strength)
+        every = patch_margins(network, images, label, where.regions, strength=strength)
         low, at = worst(found.passage(), images, label, where, strength)
         torch.testing.assert_close(low, every.amin(1))
         torch.testing.assert_close(every.gather(1, at[:, None])[:, 0], low)
@@ -82,7 +82,7 @@ def test_some_places_only():
     network, picture, images, label = setting("one hidden layer")
     where, index = places(THREATS[0], picture[1:]), torch.tensor([5, 40, 7])
     low, at = worst(layout(network, picture).passage(), images, label, where, 1.0, index)
-    every = patch_margins(network, images, label, where.found, index=[5, 40, 7])
+    every = patch_margins(network, images, label, where.regions, index=[5, 40, 7])
     torch.testing.assert_close(low, every.amin(1))
     assert set(at.flatten().tolist()) <= {5, 40, 7}
 
@@ -94,8 +94,8 @@ def test_some_places_only():
 def test_pooled_bounds_hold_those_of_every_place(name, sides):
     network, picture, images, label = setting(name)
     where, passed = places(PatchThreat(3), picture[1:], sides), layout(network, picture).passage()
-    assert where.blocks.unique().tolist() == list(range(len(where.found)))
-    every = patch_margins(network, images, label, where.found)
+    assert where.blocks.unique().tolist() == list(range(len(where.regions)))
+    every = patch_margins(network, images, label, where.regions)
     low, at = worst(passed, images, label, where)
     classes = every.shape[2]
     picked = torch.arange(6).repeat_interleave(len(where)), torch.arange(len(where)).repeat(6)

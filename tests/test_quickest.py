@@ -27,7 +27,7 @@ def later_is_faster(monkeypatch):
     """Every way that is tried seems faster than those before it."""
     falling = itertools.count(100.0, -1.0)
     monkeypatch.setattr(quickest, "_seconds", lambda run, pictures: 2.0 ** next(falling))
-    monkeypatch.setattr(quickest, "WORTH", 0.0)
+    monkeypatch.setattr(quickest, "MIN_WORKLOAD_SECONDS", 0.0)
 
 
 @pytest.mark.slow
@@ -35,9 +35,9 @@ def later_is_faster(monkeypatch):
 def test_a_quick_defense_answers_as_before(kind, later_is_faster):
     pytest.importorskip("onnxruntime")
     slow, quick = defense(kind), defense(kind)
-    quick.quicken(IMAGES[:1], 6)
-    assert quick.model.quick is not None
-    assert "OnnxNetwork" in str(quick.model.quick)
+    quick.select_backend(IMAGES[:1], 6)
+    assert quick.model.fast_forward is not None
+    assert "OnnxNetwork" in str(quick.model.fast_forward)
     assert len(list(quick.model.parameters())) == len(list(slow.model.parameters()))
     one, other = slow.certify(IMAGES, THREAT), quick.certify(IMAGES, THREAT)
     assert torch.equal(one.label, other.label)
@@ -49,17 +49,17 @@ def test_a_quick_defense_answers_as_before(kind, later_is_faster):
     assert picture.grad.abs().sum() > 0
     counts = []
     for one in (slow, quick):
-        with FlopCounterMode(display=False) as counter, one.as_given():
+        with FlopCounterMode(display=False) as counter, one.reference_backend():
             one.evidence(IMAGES[:1])
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
-    assert quick.model.quick is not None
+    assert quick.model.fast_forward is not None
 
 
 @pytest.mark.slow
 def test_what_is_quick_is_forgotten_with_its_weights(later_is_faster):
     quick, other = defense(), defense()
-    quick.quicken(IMAGES[:1], 6)
+    quick.select_backend(IMAGES[:1], 6)
     for weight in other.model.parameters():
         weight.data.add_(torch.randn_like(weight))
     quick.model.model.load_state_dict(other.model.model.state_dict())
@@ -71,9 +71,9 @@ def test_what_is_quick_is_forgotten_with_its_weights(later_is_faster):
 def test_without_onnx_channels_last_is_taken_where_it_is_faster(later_is_faster, monkeypatch):
     monkeypatch.setattr(quickest, "find_spec", lambda name: None)
     quick = defense()
-    quick.quicken(IMAGES[:1], 6)
-    assert torch.allclose(quick.model.quick(IMAGES), quick.model.model(IMAGES), atol=1e-4)
-    assert "ConvNet" in str(quick.model.quick)
+    quick.select_backend(IMAGES[:1], 6)
+    assert torch.allclose(quick.model.fast_forward(IMAGES), quick.model.model(IMAGES), atol=1e-4)
+    assert "ConvNet" in str(quick.model.fast_forward)
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_what_onnx_cannot_hold_or_is_another_network_is_not_taken(later_is_faste
             return self.net(x.flatten(1)) if x.mean() > 0.2 else self.net(x.flatten(1)).relu()
 
     monkeypatch.setattr(quickest, "_channels_last", lambda network, pictures: lambda x: network(x) + 1)
-    assert quickest.quickest(Odd().eval(), IMAGES, 10**6) == ("torch", None)
+    assert quickest.fastest_backend(Odd().eval(), IMAGES, 10**6) == ("torch", None)
 
 
 @pytest.mark.slow
@@ -99,11 +99,11 @@ def test_the_way_that_is_named_is_taken(monkeypatch):
     monkeypatch.setattr(quickest, "_seconds", lambda run, pictures: next(falling))
     quick = defense()
     for name in ("onnxruntime", "channels last", "torch"):
-        assert quick.quicken(IMAGES[:1], 6, name) == name
-        assert (quick.model.quick is None) == (name == "torch")
+        assert quick.select_backend(IMAGES[:1], 6, name) == name
+        assert (quick.model.fast_forward is None) == (name == "torch")
     monkeypatch.setattr(quickest, "find_spec", lambda name: None)
-    assert quick.quicken(IMAGES[:1], 6, "onnxruntime") == "torch"
-    assert cp.IntervalBounds(quick.model.model).quicken(IMAGES[:1], 6) is None
+    assert quick.select_backend(IMAGES[:1], 6, "onnxruntime") == "torch"
+    assert cp.IntervalBounds(quick.model.model).select_backend(IMAGES[:1], 6) is None
 
 
 class Listed(list):
@@ -117,8 +117,10 @@ def test_a_run_keeps_to_the_way_that_it_began_with(tmp_path, monkeypatch):
     """A resumed run, and one that several processes share, have one kind of rounding."""
     pytest.importorskip("onnxruntime")
     found, asked = defense(), []
-    true = type(found).quicken
-    monkeypatch.setattr(type(found), "quicken", lambda self, *given: asked.append(given[2]) or true(self, *given))
+    true = type(found).select_backend
+    monkeypatch.setattr(
+        type(found), "select_backend", lambda self, *given: asked.append(given[2]) or true(self, *given)
+    )
     crew = Workers()
     assert choose_engine(found, Listed(IMAGES), tmp_path, torch.device("cpu"), crew) == "torch"
     (tmp_path / "config.yaml").write_text("engine: channels last\ncommand: evaluate\n")
@@ -131,8 +133,8 @@ def test_a_run_keeps_to_the_way_that_it_began_with(tmp_path, monkeypatch):
 
 def test_little_work_is_not_worth_it():
     quick = defense()
-    assert quick.quicken(IMAGES[:1], 1) == "torch"
-    assert quick.model.quick is None
+    assert quick.select_backend(IMAGES[:1], 1) == "torch"
+    assert quick.model.fast_forward is None
 
 
 @pytest.mark.slow

@@ -8,16 +8,16 @@ import pytest
 import torch
 import z3
 
-from certipatch.rules import ClippedSum, JointWindows, MaskedDetection, RobustMask, Vote, Windows
+from certipatch.rules import ClippedSum, MaskedDetection, ProductWindows, RobustMask, Vote, Windows
 from certipatch.testing import anything, check_rule, extremes, random_relation, random_scores
 
 WINDOWS = {
     "flat": Windows.runs(6, 2),
     "circular": Windows.runs(6, 3, circular=True),
     "boxes": Windows.boxes((2, 3), (2, 2)),
-    "two families": JointWindows(Windows.runs(4, 2), Windows.runs(2, 1)),
+    "two families": ProductWindows(Windows.runs(4, 2), Windows.runs(2, 1)),
     "larger than the map": Windows.runs(6, 9),
-    "listed": Windows.any_of(torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < 0.5),
+    "listed": Windows.from_masks(torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) < 0.5),
 }
 FITTING = {name: windows for name, windows in WINDOWS.items() if not windows.members.all()}
 THRESHOLDS = (0, 0.2, 0.5, 0.9, 1)
@@ -217,7 +217,7 @@ def test_huge_evidence_of_an_attacker_never_swallows_the_others():
 def test_sums_of_tenths_at_threshold_one():
     """(0.1 + 0.2) + 0.3 > 0.1 + (0.2 + 0.3): a comparison at T = 1 would mask what holds everything."""
     e = torch.tensor([[[0.1, 0.0], [0.2, 0.3], [0.3, 0.0]]]).double()
-    for windows in (Windows.runs(3, 3), Windows.any_of(torch.ones(1, 3).bool())):
+    for windows in (Windows.runs(3, 3), Windows.from_masks(torch.ones(1, 3).bool())):
         assert RobustMask(windows, 1.0).predict(e).tolist() == [0]
         verdict = RobustMask(windows, 1.0, 0.5).certify(e, torch.zeros(1, 3).bool())
         assert verdict.margin[0, 0] == pytest.approx(0.3)
@@ -246,12 +246,12 @@ def test_structured_and_listed_windows_agree(clip):
 @pytest.mark.parametrize("clip", [math.inf, 1.0])
 def test_windows_over_two_families_agree_with_a_list(threshold, clip):
     generator = torch.Generator().manual_seed(6)
-    joint = JointWindows(Windows.runs(5, 2, circular=True), Windows.runs(4, 2))
-    listed = Windows.any_of(joint.members)
+    joint = ProductWindows(Windows.runs(5, 2, circular=True), Windows.runs(4, 2))
+    listed = Windows.from_masks(joint.members)
     assert len(joint) == len(joint.members) == 15
     scores = torch.rand(30, 9, 4, generator=generator, dtype=torch.float64) ** 3
     scores[torch.arange(30), :, torch.randint(4, (30,), generator=generator)] += 0.3
-    relations = [joint.members, Windows.any_of(torch.rand(3, 9, generator=generator) < 0.4).members]
+    relations = [joint.members, Windows.from_masks(torch.rand(3, 9, generator=generator) < 0.4).members]
     relations.append(torch.eye(9, dtype=torch.bool))
     torch.testing.assert_close(joint.outside(scores), listed.outside(scores))
     for sees in relations:

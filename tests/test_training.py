@@ -161,7 +161,7 @@ def test_the_mask_margin_is_what_the_rule_certifies_and_splits_over_columns_and_
     scores = torch.rand(20, 20, 4, generator=generator, dtype=torch.float64)
     relation = sees(views, threat, size)
     rows = relation.rows[relation.undominated]
-    verdict = RobustMask(Windows.any_of(rows)).certify(scores, rows)
+    verdict = RobustMask(Windows.from_masks(rows)).certify(scores, rows)
     margin = objectives.worst_mask_margin(scores, verdict.label, rows, rows).amin((1, 2))
     torch.testing.assert_close(20 * margin, verdict.margin.amin(1))
     families = []

@@ -27,7 +27,7 @@ class Certificate:
     threat: Threat
     theorem: str
     sees: Incidence | None = None
-    """Where the L locations lie; None where the threat has no places (sparse) or the network itself is bounded."""
+    """Coordinates of the L locations; None if the threat has no locations (sparse) or the network itself is bounded."""
     notion: Notion = "recovery"
     """``recovery``: the label stays; ``detection``: it stays or an alarm is raised."""
     alarm: Bool[Tensor, " B"] | None = None

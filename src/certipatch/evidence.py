@@ -41,8 +41,8 @@ def weights_digest(model: nn.Module) -> bytes:
 def precision_of(model: nn.Module, images: Tensor) -> torch.dtype:
     """The coarsest of the types in which a network computes: of its weights, of a black box that says so, of the pictures."""
     own = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    said = [getattr(module, "dtype", None) for module in model.modules()]
-    boxes = [dtype for dtype in said if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
+    declared = [getattr(module, "dtype", None) for module in model.modules()]
+    boxes = [dtype for dtype in declared if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
     return max([*own, *boxes, images.dtype], key=lambda dtype: torch.finfo(dtype).eps)
 
 

@@ -111,7 +111,7 @@ def rows_per_pass(network: nn.Module, row: Float[Tensor, "1 ..."], batch_size: i
 
 @torch.inference_mode()
 def is_position_free(network: nn.Module, row: Float[Tensor, "1 ..."], rows: int) -> bool:
-    """Whether answers to random rows keep their bits in another order, and beside black and white rows."""
+    """Test if answers to random rows keep their bits in another order, and beside black and white rows."""
     generator = torch.Generator().manual_seed(0)
     random = torch.rand((rows, *row.shape[1:]), generator=generator).to(row)
     beside = torch.cat([torch.zeros_like(random[: rows // 2]), torch.ones_like(random[rows // 2 :])])
@@ -126,7 +126,7 @@ def is_position_free(network: nn.Module, row: Float[Tensor, "1 ..."], rows: int)
 
 
 def is_stateless(network: nn.Module) -> bool:
-    """Whether passes of a network may run side by side: it is made of torch's and our own layers, without hooks."""
+    """Test if passes of a network may run side by side: torch's and our own layers alone, without hooks."""
     return all(
         type(module).__module__.startswith(("torch.nn.", "certipatch."))
         and not (module._forward_hooks or module._forward_pre_hooks)

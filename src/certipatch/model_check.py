@@ -198,7 +198,7 @@ class _Check:
         return torch.rand(pictures.shape, generator=self.generator).to(pictures)
 
     def render(self, pictures: Float[Tensor, "n C H W"], index: Tensor) -> Float[Tensor, "N ..."]:
-        """What the network reads: the pictures, or these views of each, as serving renders them."""
+        """Give the network's inputs: the images, or these views of each image, as serving renders them."""
         if self.all_views:
             return pictures
         picture, view = torch.arange(len(pictures)).repeat_interleave(len(index)), index.repeat(len(pictures))
@@ -258,5 +258,5 @@ class _Check:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal, and the signs of their zeros too."""
+    """Test if two tensors are equal, including the signs of their zeros."""
     return torch.equal(one, other) and torch.equal(torch.signbit(one), torch.signbit(other))

@@ -26,9 +26,9 @@ Attacks = Callable[[Generator, Tensor, Tensor], Tensor]  # generator, evidence (
 @final
 @dataclass(frozen=True)
 class Report:
-    """What was tried: ``certified`` of all ``locations``, ``attacked`` of those, with so many attacks.
+    """Numbers of a check: ``certified`` of all ``locations``, and ``attacked`` certified ones, with so many attacks.
 
-    ``changed`` of the attacks at locations without a certificate changed the label: the attacks have teeth.
+    ``changed`` of the attacks at locations without a certificate changed the label: the attacks can succeed.
     """
 
     pictures: int
@@ -302,9 +302,9 @@ def _check_sizes(defense: Defense, images: Tensor, size: tuple[int, int], slack:
     """``largest_patch`` is what ``certify`` says at every size up to 8 and around itself; margins fall with the size."""
     evidence = defense.evidence(images)
     largest = defense.largest_patch(evidence)
-    found = [] if largest is None else [*largest.tolist(), *(largest + 1).tolist()]
+    around_largest = [] if largest is None else [*largest.tolist(), *(largest + 1).tolist()]
     previous = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
-    for side in sorted({side for side in (*range(1, 9), *found) if 1 <= side <= min(size)}):
+    for side in sorted({side for side in (*range(1, 9), *around_largest) if 1 <= side <= min(size)}):
         cert = defense.certificate(evidence, PatchThreat(side))
         smallest = cert.margin.amin(1)
         _require(

@@ -1,4 +1,4 @@
-"""What an attack is: a victim, a task of pictures and places, and an outcome that the victim's own answers decide."""
+"""The contract of an attack: a victim, a task of images and locations, and an outcome by the victim's own answers."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -45,7 +45,7 @@ class Victim:
         self.defense, self.adaptive, self.bf16 = defense, adaptive, bf16
 
     def answer(self, images: Float[Tensor, "N C H W"]) -> Answer:
-        """What the defense itself says."""
+        """Answer as the defense itself does."""
         with torch.no_grad():
             if getattr(self.defense, "notion", "recovery") != "detection":
                 label = self.defense.predict(images)
@@ -60,7 +60,7 @@ class Victim:
             return Answer(label, alarm)
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
-        """How far each class is from being the answer; differentiable."""
+        """Compute a lead of each class over the answer; differentiable."""
         with self.passes(images):
             if self.adaptive:
                 return losses.leads(self.defense, images, generator)
@@ -75,8 +75,8 @@ class Victim:
         probe = images[:1].detach().clone().requires_grad_()
         try:
             with torch.enable_grad():
-                found = self.leads(probe, torch.Generator().manual_seed(0))
-                grad = torch.autograd.grad(found.sum(), probe, allow_unused=True)[0] if found.requires_grad else None
+                leads = self.leads(probe, torch.Generator().manual_seed(0))
+                grad = torch.autograd.grad(leads.sum(), probe, allow_unused=True)[0] if leads.requires_grad else None
         except (RuntimeError, NotImplementedError):
             grad = None
         if grad is None or not bool(torch.isfinite(grad).all()):
@@ -90,7 +90,7 @@ class Victim:
 @final
 @dataclass(frozen=True)
 class Task:
-    """What to attack, and how hard.
+    """The images, the threat and the effort of an attack.
 
     images: (B, C, H, W). label: the answers to change. threat: None for the L∞ attack. numbers: what the pictures are
     called, so that the random numbers of a start do not depend on the batch it comes in. starts, steps, step: restarts,
@@ -136,7 +136,7 @@ class Task:
 @final
 @dataclass(eq=False)
 class Outcome:
-    """What an attack found on B pictures.
+    """The result of an attack on B images.
 
     broken: the answer is another one (of a detector: and there is no alarm), or with a target that one; decided by the
     victim. attacked: the picture that did it, or of unbroken ones the one of largest loss. label, alarm: the answer to
@@ -161,7 +161,7 @@ class Attack(ABC):
 
     name: ClassVar[str]
     gradients: ClassVar[bool] = True
-    """Whether it needs gradients of the victim."""
+    """True if the attack needs gradients of the victim."""
     starts: ClassVar[int]
     """Default number of restarts."""
     steps: ClassVar[int]
@@ -174,7 +174,7 @@ class Attack(ABC):
             raise InputError(f"{self.name} paints a patch: give --patch, or use --attack {hint}")
 
     def prepare(self, victim: Victim, task: Task) -> Tensor | None:
-        """What is learned once from some of the pictures, for all of them; None where there is nothing."""
+        """Learn once from some of the images, for all of them; None if the attack learns nothing."""
         return None
 
     @abstractmethod
@@ -183,5 +183,5 @@ class Attack(ABC):
 
 
 def certifies(defense: object) -> bool:
-    """Whether a defense gives certificates at all; empirical ones do not."""
+    """Test if a defense gives certificates at all; empirical ones do not."""
     return isinstance(defense, Defense)

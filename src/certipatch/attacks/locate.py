@@ -1,4 +1,4 @@
-"""Which places a patch attack tries, in which order: random, all, from coarse to fine by gradients, by the certificate."""
+"""Order of the locations that a patch attack tries: random, all, coarse to fine by gradients, or by the certificate."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ FINE = 2  # of these, whose neighbours are looked at too
 
 
 def gains(victim: Victim, task: Task, places: Places) -> Float[Tensor, "B L"]:
-    """How much a patch at each place raises the loss, to first order: exact for a linear loss.
+    """Estimate the rise of the loss by a patch at each location, to first order: exact for a linear loss.
 
     A pixel x with gradient g gains most at 1 where g > 0, at 0 elsewhere: max(g·(1 − x), −g·x).
     """
@@ -83,7 +83,7 @@ def plan(victim: Victim, task: Task, places: Places) -> list[Int64[Tensor, "star
 
 
 def noisy_starts(victim: Victim, task: Task) -> tuple[Begin, int, list[int]]:
-    """How a ``Pool`` of gradient steps on patches begins: random paint at planned places; patches, starts of each picture.
+    """Plan a ``Pool`` of gradient steps on patches: its begin (random paint at planned locations); patches, starts of each image.
 
     Errors: InputError where the victim gives no gradient, and as ``plan``.
     """
@@ -110,11 +110,11 @@ def _exhaustive(task: Task, places: Places) -> list[Tensor]:
 
 
 def _guided(victim: Victim, task: Task, places: Places) -> list[Tensor]:
-    found = []
+    planned = []
     step = max(1, task.batch // 8)
     for first in range(0, len(task.images), step):
-        found += coarse_to_fine(victim, _part(task, first, step), places, task.starts).unbind()
-    return found
+        planned += coarse_to_fine(victim, _part(task, first, step), places, task.starts).unbind()
+    return planned
 
 
 def _weakest(task: Task, places: Places) -> list[Tensor]:
@@ -125,13 +125,13 @@ def _weakest(task: Task, places: Places) -> list[Tensor]:
 
 
 def _certified(task: Task, places: Places) -> list[Tensor]:
-    found = []
+    planned = []
     for b, weakest in enumerate(_weakest(task, places)):
         assert task.margins is not None
         covered = weakest[task.margins[b, weakest] > 0]
         mixed = covered[torch.randperm(len(covered), generator=task.generator(b, -1))]
-        found.append(_in_turn([covered, mixed], task.starts)[:, None])
-    return found
+        planned.append(_in_turn([covered, mixed], task.starts)[:, None])
+    return planned
 
 
 def _auto(victim: Victim, task: Task, places: Places) -> list[Tensor]:
@@ -151,12 +151,12 @@ def _ranked(task: Task, places: Places, order: list[Tensor]) -> list[Tensor]:
             _in_turn([torch.cat([row[: task.starts], draw[:, 0]])], task.starts)[:, None]
             for row, draw in zip(order, _random(task, places), strict=True)
         ]
-    found = []
+    planned = []
     for b, row in enumerate(order):
         top = row[: max(places.count, COARSE)]
         pick = torch.randint(len(top), (task.starts, places.count), generator=task.generator(b, -1))
-        found.append(top[pick])
-    return found
+        planned.append(top[pick])
+    return planned
 
 
 def _in_turn(sources: list[Tensor], number: int) -> Int64[Tensor, " n"]:
@@ -186,7 +186,7 @@ def _painted(victim: Victim, task: Task, places: Places, choice: Int64[Tensor, "
             return task.loss(victim.leads(images, task.generator(0, -2)), rows)
         return task.loss(clean.leads(images, rows, mask), rows)
 
-    found = []
+    losses = []
     for part in torch.arange(len(picture)).split(task.batch):
         rows, mask = picture[part], places.masks(choice.flatten()[part][:, None]).to(task.images.device)
         images = task.images[rows]
@@ -195,8 +195,8 @@ def _painted(victim: Victim, task: Task, places: Places, choice: Int64[Tensor, "
             (gradient,) = torch.autograd.grad(losses_of(grey, rows, mask).sum(), grey)
         painted = torch.where(mask, (gradient > 0).to(images), images)
         with torch.no_grad():
-            found.append(losses_of(painted, rows, mask).cpu())
-    return torch.cat(found).float().view(-1, number)
+            losses.append(losses_of(painted, rows, mask).cpu())
+    return torch.cat(losses).float().view(-1, number)
 
 
 def _part(task: Task, first: int, step: int) -> Task:

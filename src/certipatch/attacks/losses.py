@@ -1,4 +1,4 @@
-"""What an attack raises: for every defense a differentiable *lead* of each class.
+"""The objective of an attack: for every defense a differentiable *lead* of each class.
 
 ``leads(defense, images)`` is (N, K): how far class k is from being the answer (of a detector: the answer without an
 alarm); above 0 where it is, as far as the soft version of the defense knows. The soft version is the defense's own

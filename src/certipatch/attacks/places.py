@@ -1,4 +1,4 @@
-"""Where a patch threat lets the attacker paint: numbered places of one patch, and the pixels of any choice of them."""
+"""The locations that a patch threat allows: numbered, for one patch, and the pixels of any choice of them."""
 
 from typing import final
 
@@ -58,12 +58,12 @@ class Places:
 
     def sums(self, maps: Float[Tensor, "N H W"]) -> Float[Tensor, "N L"]:
         """The sum of a map over the pixels of every place."""
-        found = torch.empty((len(maps), len(self)), dtype=maps.dtype, device=maps.device)
+        window_sums = torch.empty((len(maps), len(self)), dtype=maps.dtype, device=maps.device)
         for number, mask in enumerate(self._shapes):
             members = (self.locations.shape == number).nonzero().flatten()
             whole = F.conv2d(maps[:, None], mask.to(maps)[None, None])[:, 0]
-            found[:, members] = whole[:, self.locations.top[members], self.locations.left[members]]
-        return found
+            window_sums[:, members] = whole[:, self.locations.top[members], self.locations.left[members]]
+        return window_sums
 
     def near(self, place: int, distance: int) -> Int64[Tensor, " n"]:
         """Places of the same shape whose corner lies within ``distance`` pixels, down and across; itself among them."""

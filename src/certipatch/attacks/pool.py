@@ -102,7 +102,7 @@ class Pool:
         return self._clean.leads(images, self.picture, self.mask)
 
     def loss(self, leads: Float[Tensor, "R K"]) -> Float[Tensor, " R"]:
-        """What the attack raises, for each row."""
+        """Compute the objective of the attack, for each row."""
         return self.task.loss(leads, self.picture)
 
     def settle(self, images: Float[Tensor, "R C H W"], loss: Float[Tensor, " R"]) -> Bool[Tensor, " R"]:
@@ -131,29 +131,33 @@ class Pool:
         return stay
 
     def _keep_best(self, images: Float[Tensor, "R C H W"], loss: Float[Tensor, " R"]) -> None:
-        found = self.outcome
-        for row in (loss > found.loss[self.picture]).nonzero().flatten().tolist():
+        outcome = self.outcome
+        for row in (loss > outcome.loss[self.picture]).nonzero().flatten().tolist():
             b = int(self.picture[row])
-            if loss[row] > found.loss[b] and not found.broken[b]:
-                found.loss[b], found.attacked[b], found.choice[b] = loss[row], images[row].detach(), self.choice[row]
+            if loss[row] > outcome.loss[b] and not outcome.broken[b]:
+                outcome.loss[b], outcome.attacked[b], outcome.choice[b] = (
+                    loss[row],
+                    images[row].detach(),
+                    self.choice[row],
+                )
 
     def _ask(
         self, images: Float[Tensor, "r C H W"], pictures: Int64[Tensor, " r"], choices: Int64[Tensor, "r n"]
     ) -> Answer:
         """Record what the victim answers to attacked pictures."""
         answer = self.victim.answer(images.detach())
-        task, found = self.task, self.outcome
+        task, outcome = self.task, self.outcome
         label, alarm = answer.label.cpu(), answer.alarm.cpu()
         changed = (label != task.label.cpu()[pictures]) & ~alarm
         success = changed if task.target is None else (label == task.target) & ~alarm
         for i in changed.nonzero().flatten().tolist():
             b = int(pictures[i])
             if task.margins is not None and self._guarded(b, choices[i]):
-                found.violated[b].add(int(choices[i, 0]))
-            elif not success[i] or found.broken[b]:
+                outcome.violated[b].add(int(choices[i, 0]))
+            elif not success[i] or outcome.broken[b]:
                 continue
-            found.broken[b], found.attacked[b], found.choice[b] = True, images[i].detach(), choices[i]
-            found.label[b], found.alarm[b] = label[i], alarm[i]
+            outcome.broken[b], outcome.attacked[b], outcome.choice[b] = True, images[i].detach(), choices[i]
+            outcome.label[b], outcome.alarm[b] = label[i], alarm[i]
         return Answer(label, alarm)
 
     def finish(self) -> Outcome:
@@ -161,18 +165,18 @@ class Pool:
 
         A plain attack never asked it before: there all pictures are decided here.
         """
-        found = self.outcome
+        outcome = self.outcome
         if not self.victim.adaptive:
-            found.broken.zero_()
-        standing = (~found.broken).nonzero().flatten()
+            outcome.broken.zero_()
+        standing = (~outcome.broken).nonzero().flatten()
         for part in standing.split(max(1, self.task.batch)):
             if len(part):
-                answer = self._ask(found.attacked[part], part, found.choice[part])
-                found.label[part], found.alarm[part] = answer.label, answer.alarm
-        return found
+                answer = self._ask(outcome.attacked[part], part, outcome.choice[part])
+                outcome.label[part], outcome.alarm[part] = answer.label, answer.alarm
+        return outcome
 
     def _guarded(self, b: int, choice: Tensor) -> bool:
-        """Whether a theorem says that nothing painted there can change the answer."""
+        """Test if a theorem says that nothing painted there can change the answer."""
         margins = self.task.margins
         assert margins is not None
         if margins.shape[1] == 1 or len(choice) > 1:

@@ -55,8 +55,8 @@ class Square(Attack):
                 loss = pool.loss(pool.leads(images)).float()
             better = torch.tensor([kept.get(row, -math.inf) for row in rows]) < loss.cpu()
             stay = pool.settle(images, loss)
-            found = zip(rows, better.tolist(), loss.tolist(), strict=True)
-            kept |= {row: value for row, raised, value in found if raised}
+            accepted = zip(rows, better.tolist(), loss.tolist(), strict=True)
+            kept |= {row: value for row, raised, value in accepted if raised}
             back = ~better[stay]
             wide = back.view(-1, 1, 1, 1).to(pool.paint.device)
             pool.paint = torch.where(wide, before[0][stay], pool.paint)

@@ -20,20 +20,21 @@ def steps_of(model: nn.Module, picture: tuple[int, int, int]) -> tuple[Step, ...
     """
     if not isinstance(model, Adapted):
         return trace(model)
-    asked, name = model.preprocessing, f"interval bounds: {model.name}"
-    if picture[0] != asked.channels:
-        raise InputError(f"{name} reads {asked.channels} channels; the pictures have {picture[0]}")
-    if asked.size is not None and asked.size != picture[1:]:
-        have, want = ("x".join(map(str, size)) for size in (picture[1:], asked.size))
+    preprocessing, name = model.preprocessing, f"interval bounds: {model.name}"
+    if picture[0] != preprocessing.channels:
+        raise InputError(f"{name} reads {preprocessing.channels} channels; the pictures have {picture[0]}")
+    if preprocessing.size is not None and preprocessing.size != picture[1:]:
+        have, want = ("x".join(map(str, size)) for size in (picture[1:], preprocessing.size))
         raise InputError(
             f"{name} resizes pictures of {have} to {want}, which has no bounds: give it pictures of {want}"
         )
     check_calls(model)
     device = next((p.device for p in model.parameters()), None)
     scale, shift = (
-        torch.tensor(x, dtype=torch.float64, device=device).expand(asked.channels) for x in (asked.std, asked.mean)
+        torch.tensor(x, dtype=torch.float64, device=device).expand(preprocessing.channels)
+        for x in (preprocessing.std, preprocessing.mean)
     )
-    make = _preprocessed(asked.scale / scale, -shift / scale, asked.order == "BGR")
+    make = _preprocessed(preprocessing.scale / scale, -shift / scale, preprocessing.order == "BGR")
     first = [Step("preprocessing", (i,), each) for i, each in enumerate(make)]
     moved = [replace(step, inputs=tuple(i + len(first) for i in step.inputs)) for step in trace(model.network)]
     if model.kept is not None:

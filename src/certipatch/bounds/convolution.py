@@ -132,13 +132,13 @@ class Conv(Op):
         """The convolution at stride 1 of x that is 0 outside, from what each cell adds to the outputs that read it."""
         (outputs, _, tall, wide), (height, width), (down, across) = self.weight.shape, x.shape[2:], self.reach
         parts = (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) @ taps).view(len(x), height, width, tall, wide, outputs)
-        found = x.new_zeros(len(x), height + down, width + across, outputs)
+        summed = x.new_zeros(len(x), height + down, width + across, outputs)
         for i in range(tall):
             for j in range(wide):
                 top, left = down - i * self.dilation[0], across - j * self.dilation[1]
-                found[:, top : top + height, left : left + width] += parts[:, :, :, i, j]
+                summed[:, top : top + height, left : left + width] += parts[:, :, :, i, j]
         top, left, rows, columns = cut
-        return found[:, top : top + rows, left : left + columns].permute(0, 3, 1, 2).contiguous()
+        return summed[:, top : top + rows, left : left + columns].permute(0, 3, 1, 2).contiguous()
 
 
 def _around(first: int, size: int, stride: int, padding: int, reach: int, outputs: range) -> Pair:

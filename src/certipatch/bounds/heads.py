@@ -45,11 +45,11 @@ def joined_heads(
 
 def _pixelwise(ops: Sequence[Op], inputs: Inputs) -> set[int]:
     """Values of which each number depends on one pixel."""
-    found = {0}
+    pixelwise = {0}
     for value, (op, read) in enumerate(zip(ops, inputs, strict=True), 1):
-        if isinstance(op, Pointwise | Same | Flatten) and read[0] in found:
-            found.add(value)
-    return found
+        if isinstance(op, Pointwise | Same | Flatten) and read[0] in pixelwise:
+            pixelwise.add(value)
+    return pixelwise
 
 
 def _parts(ops: Sequence[Op], inputs: Inputs, value: int) -> list[tuple[Linear, int]] | None:
@@ -61,15 +61,17 @@ def _parts(ops: Sequence[Op], inputs: Inputs, value: int) -> list[tuple[Linear, 
         return [(op, read[0])]
     if not isinstance(op, Same | Add | Scale) or (isinstance(op, Scale) and op.scale.numel() + op.shift.numel() > 2):
         return None
-    found: list[tuple[Linear, int]] = []
+    linear_parts: list[tuple[Linear, int]] = []
     for one in read:
         parts = _parts(ops, inputs, one)
-        if parts is None or len(found) + len(parts) > MOST:
+        if parts is None or len(linear_parts) + len(parts) > MOST:
             return None
-        found += parts
+        linear_parts += parts
     if isinstance(op, Scale):
-        found = [(_scaled(layer, op, first=number == 0), one) for number, (layer, one) in enumerate(found)]
-    return found
+        linear_parts = [
+            (_scaled(layer, op, first=number == 0), one) for number, (layer, one) in enumerate(linear_parts)
+        ]
+    return linear_parts
 
 
 def _scaled(layer: Linear, by: Scale, first: bool) -> Linear:

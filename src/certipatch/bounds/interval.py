@@ -32,7 +32,7 @@ class Interval:
 
     @property
     def is_point(self) -> bool:
-        """Whether lower and upper are one tensor."""
+        """True if lower and upper are one tensor."""
         return self.lower is self.upper
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Interval":
@@ -87,13 +87,13 @@ def _pasted(window: Window, clean: Interval, rows: range, columns: range, fill: 
     first, second = window.top - top, window.left - left
 
     def paste(whole: Tensor, part: Tensor) -> Tensor:
-        found = whole[:, :, top:bottom, left:right].clone()
+        pasted = whole[:, :, top:bottom, left:right].clone()
         # A pooling whose stride exceeds its kernel leaves rows of the window unread.
         inner = part[:, :, max(-first, 0) : bottom - window.top, max(-second, 0) : right - window.left]
-        found[
+        pasted[
             :, :, max(first, 0) : max(first, 0) + inner.shape[2], max(second, 0) : max(second, 0) + inner.shape[3]
         ] = inner
-        return F.pad(found, around, value=fill) if any(around) else found
+        return F.pad(pasted, around, value=fill) if any(around) else pasted
 
     return Interval(paste(clean.lower, window.inside.lower), paste(clean.upper, window.inside.upper))
 

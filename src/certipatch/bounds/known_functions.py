@@ -20,7 +20,7 @@ class Reader(Protocol):
     values: dict[fx.Node, int]
     """Numbers of what depends on the picture."""
     sizes: set[fx.Node]
-    """What only asks for shapes, or is a constant."""
+    """Nodes that only read shapes, or are constants."""
 
     def constant(self, value: Any, name: str) -> Callable[[], Tensor]:
         """A number, or a tensor that the network holds."""

@@ -18,7 +18,7 @@ from certipatch.errors import InputError
 @final
 @dataclass(frozen=True, eq=False)
 class Precision:
-    """How bounds are computed: in ``dtype``; ``eps`` > 0 rounds them outward."""
+    """Precision of bounds: computed in ``dtype``; ``eps`` > 0 rounds them outward."""
 
     dtype: torch.dtype
     eps: float

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from certipatch.bounds.interval import Interval, Window, widened
 
 State = Window | Interval | None
-"""What a patch does to a map: a window of it, all of it, or nothing."""
+"""The effect of a patch on a map: a window of it, all of it, or nothing."""
 Pair = tuple[int, int]
 
 
@@ -71,11 +71,11 @@ class Monotone(Pointwise):
     floor: float = 0.0
 
     def whole(self, *inputs: Interval) -> Interval:
-        found = inputs[0].map(self.function)
+        bounds = inputs[0].map(self.function)
         if self.eps == 0:
-            return found
-        below, above = (self.eps * (1 + end.abs()) + self.floor for end in (found.lower, found.upper))
-        return Interval(found.lower - below, found.upper + above)
+            return bounds
+        below, above = (self.eps * (1 + end.abs()) + self.floor for end in (bounds.lower, bounds.upper))
+        return Interval(bounds.lower - below, bounds.upper + above)
 
 
 @final
@@ -129,7 +129,7 @@ class Linear(Op):
         return (self.weight.shape[1] + 8) * self.eps
 
     def reads_all(self, x: Interval) -> bool:
-        """Whether every output depends on all of ``x``; else the layer is applied along the last axis of a map."""
+        """Test if every output depends on all of ``x``; else the layer is applied along the last axis of a map."""
         return self.shape_of_map is not None or len(x.shape) == 2
 
     def whole(self, *inputs: Interval) -> Interval:
@@ -163,13 +163,13 @@ def _rows(x: Tensor, weight: Float[Tensor, "H W C m"], window: Window) -> Float[
     weight = weight[window.top : window.top + height]
     if width == weight.shape[1]:
         return cells.flatten(1) @ weight.flatten(0, 2)
-    found = None
+    product = None
     for row, block in enumerate(weight):
         part = cells[:, row].flatten(1)
         columns = block[window.left : window.left + width].flatten(0, 1)
-        found = part @ columns if found is None else torch.addmm(found, part, columns)
-    assert found is not None
-    return found
+        product = part @ columns if product is None else torch.addmm(product, part, columns)
+    assert product is not None
+    return product
 
 
 def guarded(x: Interval, guard: float) -> Tensor:
@@ -207,10 +207,10 @@ class Flatten(Op):
     """C·H·W, where the network says it."""
 
     def whole(self, *inputs: Interval) -> Interval:
-        found = inputs[0].map(lambda x: x.flatten(1))
-        if self.length not in (None, found.shape[1]):
-            raise RuntimeError(f"{found.shape[1]} values of a picture are no row of {self.length}")
-        return found
+        bounds = inputs[0].map(lambda x: x.flatten(1))
+        if self.length not in (None, bounds.shape[1]):
+            raise RuntimeError(f"{bounds.shape[1]} values of a picture are no row of {self.length}")
+        return bounds
 
 
 @final

@@ -35,9 +35,9 @@ class Regions:
     boxes: list[tuple[int, int, int, int]]
     """(top, left, height, width) of the smallest box around each location."""
     shapes: list[Bool[Tensor, "h w"] | None]
-    """Which pixels of the box; None for all."""
+    """Pixels of the box that the patch covers; None for all."""
     sees: Incidence
-    """Where the locations lie, for ``Certificate``."""
+    """The positions of the locations, for ``Certificate``."""
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -45,10 +45,10 @@ class Regions:
     def pixels(self, location: int) -> Bool[Tensor, "H W"]:
         """The pixels of one location."""
         top, left, height, width = self.boxes[location]
-        found = torch.zeros(self.image_size, dtype=torch.bool)
+        painted = torch.zeros(self.image_size, dtype=torch.bool)
         shape = self.shapes[location]
-        found[top : top + height, left : left + width] = True if shape is None else shape
-        return found
+        painted[top : top + height, left : left + width] = True if shape is None else shape
+        return painted
 
 
 def regions(threat: PatchThreat, image_size: tuple[int, int]) -> Regions:
@@ -75,13 +75,15 @@ def regions(threat: PatchThreat, image_size: tuple[int, int]) -> Regions:
 
 
 def attacked(
-    images: Float[Tensor, "B C H W"], found: Regions, index: Int[Tensor, "B n"], strength: float = 1.0
+    images: Float[Tensor, "B C H W"], locations: Regions, index: Int[Tensor, "B n"], strength: float = 1.0
 ) -> Interval:
     """Boxes (B·n, C, H, W) of all pictures with a patch at locations ``index`` of each: for whole passes.
 
     ``strength`` t widens them from the clean picture (0) to [0, 1] (1): [(1 − t)x, (1 − t)x + t] under the patch.
     """
-    inside = torch.stack([torch.stack([found.pixels(int(place)) for place in row]) for row in index]).to(images.device)
+    inside = torch.stack([torch.stack([locations.pixels(int(place)) for place in row]) for row in index]).to(
+        images.device
+    )
     return box_of(images[:, None], inside[:, :, None], strength).map(lambda x: x.flatten(0, 1))
 
 
@@ -94,7 +96,7 @@ def patch_margins(
     model: nn.Module,
     images: Float[Tensor, "B C H W"],
     label: Int[Tensor, " B"],
-    found: Regions,
+    locations: Regions,
     *,
     dtype: torch.dtype | None = None,
     outward: bool = False,
@@ -109,7 +111,7 @@ def patch_margins(
         model: see ``propagate.passage``, as are ``dtype`` and ``outward``.
         images: in [0, 1].
         label: y of each picture.
-        found: the locations, from ``regions``.
+        locations: the locations, from ``regions``.
         strength: see ``attacked``.
         index: the locations that are wanted; None for all.
         slack: see ``Passage.margins``.
@@ -118,7 +120,7 @@ def patch_margins(
     Differentiable in the parameters and the pictures.
     """
     passed = passage(model, _picture(images), dtype, outward)
-    places = range(len(found)) if index is None else index
+    places = range(len(locations)) if index is None else index
     parts, first = [], 0
     for images_part, label_part in _parts(passed, images.to(passed.dtype), label, memory):
         own = None if slack is None else slack[first : first + len(images_part)]
@@ -128,7 +130,7 @@ def patch_margins(
         parts.append(
             torch.cat(
                 [
-                    passed.margins(stacked(passed, clean, found, some, strength), label_part, rivals, own)
+                    passed.margins(stacked(passed, clean, locations, some, strength), label_part, rivals, own)
                     for some in groups(places)
                 ],
                 1,
@@ -142,7 +144,7 @@ def patch_verdict(
     model: nn.Module,
     images: Float[Tensor, "B C H W"],
     label: Int[Tensor, " B"],
-    found: Regions,
+    locations: Regions,
     above: Float[Tensor, " B"],
     *,
     dtype: torch.dtype | None = None,
@@ -150,11 +152,13 @@ def patch_verdict(
     slack: Float[Tensor, " B"] | None = None,
     memory: int = MEMORY,
 ) -> Bool[Tensor, " B"]:
-    """Whether every margin of each picture exceeds ``above``. A picture is left at the first location where one does not;
-    places far apart are looked at first. Other arguments as in ``patch_margins``."""
+    """Test if every margin of each image exceeds ``above``; no location of an image is computed behind one that fails.
+
+    Locations far apart are computed first. The other arguments are those of ``patch_margins``.
+    """
     passed = passage(model, _picture(images), dtype, outward)
     result = torch.ones(len(images), dtype=torch.bool, device=images.device)
-    order, first = _scattered(found), 0
+    order, first = _scattered(locations), 0
     for images_part, _ in _parts(passed, images.to(passed.dtype), label, memory):
         left = torch.arange(first, first + len(images_part), device=images.device)
         first += len(images_part)
@@ -162,7 +166,7 @@ def patch_verdict(
         for some in groups(order):
             rivals = rivals_of(label[left], passed.classes)
             own = None if slack is None else slack[left]
-            margin = passed.margins(stacked(passed, clean, found, some, 1.0), label[left], rivals, own)
+            margin = passed.margins(stacked(passed, clean, locations, some, 1.0), label[left], rivals, own)
             stays = (margin > above[left, None, None]).flatten(1).all(1)
             if not bool(stays.all()):
                 result[left[~stays]] = False
@@ -198,16 +202,20 @@ def _selected(clean: list[Interval], stays: Tensor) -> list[Interval]:
     return [x.map(select) for x in clean]
 
 
-def _scattered(found: Regions) -> list[int]:
+def _scattered(locations: Regions) -> list[int]:
     """All locations, those on a coarse grid first."""
     steps = (8, 4, 2, 1)
-    rank = [next(i for i, step in enumerate(steps) if top % step == 0 == left % step) for top, left, *_ in found.boxes]
-    return sorted(range(len(found)), key=rank.__getitem__)
+    rank = [
+        next(i for i, step in enumerate(steps) if top % step == 0 == left % step) for top, left, *_ in locations.boxes
+    ]
+    return sorted(range(len(locations)), key=rank.__getitem__)
 
 
-def stacked(passed: Passage, clean: list[Interval], found: Regions, places: Sequence[int], strength: float) -> Interval:
+def stacked(
+    passed: Passage, clean: list[Interval], locations: Regions, places: Sequence[int], strength: float
+) -> Interval:
     """Value ``before_head`` (B, len(places), n)."""
-    parts = [_through(passed, clean, found.boxes[place], found.shapes[place], strength) for place in places]
+    parts = [_through(passed, clean, locations.boxes[place], locations.shapes[place], strength) for place in places]
     return Interval(torch.stack([x.lower for x in parts], 1), torch.stack([x.upper for x in parts], 1))
 
 

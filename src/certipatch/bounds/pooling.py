@@ -23,7 +23,7 @@ class Pool(Op):
     padding: Pair
     dilation: Pair
     fill: float
-    """What stands outside the map."""
+    """The value outside the map."""
 
     @abstractmethod
     def pool(self, x: Tensor, image: tuple[range, range], size: Pair) -> Tensor:
@@ -51,19 +51,19 @@ class Pool(Op):
 
     def cells(self, size: Pair) -> list[int]:
         """Rows and columns of the answer."""
-        found = []
+        counts = []
         for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True):
             span = n + 2 * p - d * (k - 1) - 1
             count = (-(-span // s) if self.ceil else span // s) + 1
             if self.ceil and (count - 1) * s >= n + p:
                 count -= 1  # torch lets no window start in the padding behind
-            found.append(count)
-        return found
+            counts.append(count)
+        return counts
 
     @property
     @abstractmethod
     def ceil(self) -> bool:
-        """Whether a last window may leave the padded map."""
+        """True if a last window may leave the padded map."""
 
     @property
     def reach(self) -> Pair:
@@ -72,7 +72,7 @@ class Pool(Op):
         return rows, columns
 
     def _read(self, cells: range, axis: int) -> range:
-        """What cells of the answer read, along one axis."""
+        """Compute the cells that output cells read, along one axis."""
         first, last = (cell * self.stride[axis] - self.padding[axis] for cell in (cells.start, cells.stop - 1))
         return range(first, last + self.reach[axis] + 1)
 
@@ -125,12 +125,12 @@ class AvgPool(Pool):
         return (last - (first if self.counts_padding else first.clamp(min=0))).to(like)
 
     def _pooled(self, read: Interval, image: tuple[range, range], size: Pair) -> Interval:
-        found = super()._pooled(read, image, size)
+        pooled = super()._pooled(read, image, size)
         if self.eps == 0:
-            return found
+            return pooled
         guard = (math.prod(self.kernel) + 8) * self.eps
         by = guard * self.pool(torch.maximum(read.lower.abs(), read.upper.abs()), image, size)
-        return widened(found.lower, found.upper, by)
+        return widened(pooled.lower, pooled.upper, by)
 
 
 @final
@@ -143,12 +143,12 @@ class Mean(Op):
 
     def whole(self, *inputs: Interval) -> Interval:
         (x,) = inputs
-        found = x.map(lambda x: x.mean((2, 3), keepdim=self.keepdim))
+        mean = x.map(lambda x: x.mean((2, 3), keepdim=self.keepdim))
         if self.eps == 0:
-            return found
+            return mean
         guard = (x.shape[2] * x.shape[3] + 8) * self.eps
         ends = torch.maximum(x.lower.abs(), x.upper.abs())
-        return widened(found.lower, found.upper, guard * ends.mean((2, 3), keepdim=self.keepdim))
+        return widened(mean.lower, mean.upper, guard * ends.mean((2, 3), keepdim=self.keepdim))
 
     def window(self, inputs: Sequence[State], clean: Sequence[Interval], image: Interval) -> State:
         (x,), (before,) = inputs, clean

@@ -32,10 +32,10 @@ class Passage:
 
     def values(self, pictures: Interval, until: int | None = None) -> list[Interval]:
         """The picture's interval and that of every layer's answer, up to the layer ``until``."""
-        found = [pictures]
+        intervals = [pictures]
         for op, inputs in list(zip(self.ops, self.inputs, strict=True))[:until]:
-            found.append(op.whole(*(found[i] for i in inputs)))
-        return found
+            intervals.append(op.whole(*(intervals[i] for i in inputs)))
+        return intervals
 
     @property
     def head(self) -> Linear | None:
@@ -96,9 +96,9 @@ class Layout:
 
     steps: tuple[Step, ...]
     shapes: tuple[torch.Size, ...]
-    """Of all values, for one picture."""
+    """Shapes of all values, for one image."""
     dtype: torch.dtype
-    """Of the parameters."""
+    """The type of the parameters."""
 
     def passage(self, dtype: torch.dtype | None = None, outward: bool = False) -> Passage:
         """See ``passage``."""
@@ -117,16 +117,16 @@ def layout(model: nn.Module, picture: tuple[int, int, int]) -> Layout:
     first = next(model.parameters(), torch.zeros(()))
     steps = steps_of(model, picture)
     zeros = torch.zeros(1, *picture, dtype=first.dtype, device=first.device)
-    shapes, found = [zeros.shape], [Interval(zeros, zeros)]
+    shapes, values = [zeros.shape], [Interval(zeros, zeros)]
     at = Precision(first.dtype, 0.0)
     for step in steps:
         try:
-            found.append(step.make(at).whole(*(found[i] for i in step.inputs)))
+            values.append(step.make(at).whole(*(values[i] for i in step.inputs)))
         except (RuntimeError, IndexError) as error:
             size = "x".join(map(str, picture))
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"interval bounds: {step.name} cannot read pictures of {size}: {reason}") from None
-        shapes.append(found[-1].shape)
+        shapes.append(values[-1].shape)
         if len({len(shapes[i]) for i in step.inputs}) > 1:
             raise InputError(f"interval bounds: {step.name} joins maps and vectors")
         if isinstance(step.make(at), Pointwise) and shapes[-1] != shapes[step.inputs[0]]:

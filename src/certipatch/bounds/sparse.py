@@ -70,41 +70,41 @@ def sparse_passed(
 def _margins(
     passed: Passage, images: Tensor, label: Tensor, pixels: int, strength: float, slack: Tensor | None
 ) -> Float[Tensor, "B R"]:
-    """``clean`` holds the values that are still pixel by pixel, beside ``found``, the box of all that each can be."""
+    """``clean`` holds the values that are still pixel by pixel, beside ``boxes``, the box of all that each can be."""
     shrunk = (1 - strength) * images
     clean: dict[int, Interval] = {0: Interval(images, images)}
-    found, rivals = [Interval(shrunk, shrunk + strength)], rivals_of(label, passed.classes)
+    boxes, rivals = [Interval(shrunk, shrunk + strength)], rivals_of(label, passed.classes)
     for number, (op, inputs) in enumerate(zip(passed.ops, passed.inputs, strict=True), 1):
         if len(inputs) == 1 and inputs[0] in clean:
-            before, box = clean[inputs[0]], found[inputs[0]]
+            before, box = clean[inputs[0]], boxes[inputs[0]]
             if isinstance(op, Pointwise | Same | Flatten):
                 clean[number] = op.whole(before)
             elif passed.head is not None and op is passed.head:
-                found = _of_linear_network(passed.head, before, box, images.shape[1], pixels, label, rivals)
+                margins = _of_linear_network(passed.head, before, box, images.shape[1], pixels, label, rivals)
                 if slack is None:
-                    return found
+                    return margins
                 whole = Interval(torch.minimum(before.lower, box.lower), torch.maximum(before.upper, box.upper))
-                return passed.less_rounding(found[:, None], whole.map(lambda x: x[:, None]), slack)[:, 0]
+                return passed.less_rounding(margins[:, None], whole.map(lambda x: x[:, None]), slack)[:, 0]
             elif isinstance(op, Conv) or (isinstance(op, Linear) and op.reads_all(before)):
-                found.append(first_layer(op, before, box, images.shape[1], pixels))
+                boxes.append(first_layer(op, before, box, images.shape[1], pixels))
                 continue
-        found.append(op.whole(*(found[i] for i in inputs)))  # of the box: weaker, and true for any layer
-    return passed.margins(found[passed.before_head].map(lambda x: x[:, None]), label, rivals, slack)[:, 0]
+        boxes.append(op.whole(*(boxes[i] for i in inputs)))  # of the box: weaker, and true for any layer
+    return passed.margins(boxes[passed.before_head].map(lambda x: x[:, None]), label, rivals, slack)[:, 0]
 
 
 def _of_linear_network(
     head: Linear, clean: Interval, box: Interval, channels: int, pixels: int, label: Tensor, rivals: Tensor
 ) -> Float[Tensor, "B R"]:
     """Margins of a network whose only layer is the head: those of (e_y − e_k)W, label by label."""
-    found = clean.lower.new_zeros(rivals.shape)
+    margins = clean.lower.new_zeros(rivals.shape)
     for y in label.unique():
         chosen = (label == y).nonzero().flatten()
         others = rivals[chosen[0]]
         bias = None if head.bias is None else head.bias[y] - head.bias[others]
         layer = Linear(head.weight[y] - head.weight[others], bias, head.eps)
         own, free = (x.map(lambda x: x[chosen]) for x in (clean, box))  # noqa: B023
-        found = found.index_put((chosen,), first_layer(layer, own, free, channels, pixels).lower)
-    return found
+        margins = margins.index_put((chosen,), first_layer(layer, own, free, channels, pixels).lower)
+    return margins
 
 
 def first_layer(op: Op, clean: Interval, box: Interval, channels: int, pixels: int) -> Interval:
@@ -131,7 +131,7 @@ def first_layer(op: Op, clean: Interval, box: Interval, channels: int, pixels: i
 def _most_of_linear(
     weight: Float[Tensor, "m C P"], plus: Float[Tensor, "B C P"], minus: Float[Tensor, "B C P"], pixels: int
 ) -> Float[Tensor, "B m"]:
-    """What each output gains at most by ``pixels`` pixels, which may rise by ``plus`` and fall by ``minus``.
+    """Bound the gain of each output by ``pixels`` pixels, which may rise by ``plus`` and fall by ``minus``.
 
     The best pixels are found without gradients; the sum over them has the gradient of the sum over all.
     """
@@ -159,9 +159,9 @@ def _best_pixels(weight: Tensor, plus: Tensor, minus: Tensor, pixels: int) -> In
     limit, some = limit[:, -1], some[:, :-1]
     part = weight.gather(2, some[:, None].expand(-1, weight.shape[1], -1))
     gains = _gains(part[None], *(x[:, :, some].transpose(1, 2) for x in (plus, minus)))
-    found, place = gains.topk(pixels, -1)
+    largest, place = gains.topk(pixels, -1)
     best = some.expand(len(plus), -1, -1).gather(2, place)
-    picture, output = (found[..., -1] < limit).nonzero().T
+    picture, output = (largest[..., -1] < limit).nonzero().T
     if len(picture):
         again = _gains(weight[output], plus[picture], minus[picture])
         best[picture, output] = again.topk(pixels, -1).indices
@@ -173,7 +173,7 @@ def _gains(weight: Float[Tensor, "*n C P"], plus: Float[Tensor, "*n C P"], minus
 
 
 def _taps(op: Conv, plus: Tensor, minus: Tensor) -> Float[Tensor, "B Oij hw"]:
-    """What each pixel under the kernel can add to each output of a convolution, (B, O·h·w, taps)."""
+    """Compute the gain of each output of a convolution by each pixel under the kernel, (B, O·h·w, taps)."""
 
     def columns(x: Tensor) -> Tensor:
         shown = F.unfold(F.pad(x, op.padding), op.weight.shape[2:], op.dilation, 0, op.stride)

@@ -64,15 +64,15 @@ def check_calls(model: nn.Module) -> None:
 @contextmanager
 def _without_new_constants(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Takes from the network the tensors that tracing puts there, and gives them by name."""
-    before, found = set(vars(model)), dict[str, Tensor]()
-    yield found
+    before, constants = set(vars(model)), dict[str, Tensor]()
+    yield constants
     for name in set(vars(model)) - before:
         if name.startswith("_tensor_constant"):
-            found[name] = vars(model).pop(name)
+            constants[name] = vars(model).pop(name)
 
 
 class _Proxy(fx.Proxy):
-    """What passes a network that is traced. torch.fx takes ``x += y`` for ``x + y``, which overwrites nothing."""
+    """The stand-in for a value in a traced network. torch.fx takes ``x += y`` for ``x + y``, which overwrites nothing."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
@@ -100,7 +100,7 @@ class _Reader:
         self.constants = constants
         self.values: dict[fx.Node, int] = {}
         self.sizes: set[fx.Node] = set()
-        self.found: list[Step] = []
+        self.layers: list[Step] = []
 
     def steps(self) -> tuple[Step, ...]:
         for node in self.graph.nodes:
@@ -109,18 +109,18 @@ class _Reader:
                     raise InputError("interval bounds: the network reads more than pictures")
                 self.values[node] = 0
             elif node.op == "output":
-                if not isinstance(node.args[0], fx.Node) or self.values.get(node.args[0]) != len(self.found):
+                if not isinstance(node.args[0], fx.Node) or self.values.get(node.args[0]) != len(self.layers):
                     raise InputError("interval bounds: the network's answer is not that of its last layer")
             elif node.op == "get_attr" or self._is_size(node):
                 self.sizes.add(node)
             else:
                 self._add(node)
-        if not self.found:
+        if not self.layers:
             raise InputError("interval bounds: the network has no layers")
-        return tuple(self.found)
+        return tuple(self.layers)
 
     def _is_size(self, node: fx.Node) -> bool:
-        """Whether a node only asks for shapes."""
+        """Test if a node only reads shapes."""
         asks = (node.op == "call_method" and node.target in ("size", "dim")) or (
             node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
         )
@@ -145,11 +145,11 @@ class _Reader:
             in_place = _name(node.target).endswith("_") or node.target in IN_PLACE or node.kwargs.get("inplace") is True
         if in_place:
             self._check_alone(node, name)
-        self.found.append(Step(name, tuple(self.values[n] for n in inputs), make_now))
-        self.values[node] = len(self.found)
+        self.layers.append(Step(name, tuple(self.values[n] for n in inputs), make_now))
+        self.values[node] = len(self.layers)
 
     def _check_alone(self, node: fx.Node, name: str) -> None:
-        """What a layer overwrites, no other may read, under whatever name."""
+        """Refuse a layer that overwrites a value which another layer reads, under any name."""
         while node.op != "placeholder":
             source = node.args[0] if node.args else node.kwargs.get("input")
             if not isinstance(source, fx.Node) or source not in self.values:
@@ -179,10 +179,10 @@ class _Reader:
 
 
 def _attribute(model: nn.Module, parts: Sequence[str]) -> Tensor:
-    found: Any = model
+    value: Any = model
     for part in parts:
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 RECOMPUTING = (BasePruningMethod, WeightNorm, SpectralNorm)

@@ -1,4 +1,4 @@
-"""Which places of a patch are the worst, found without gradients; and margins at chosen places, with them.
+"""The worst locations of a patch, searched without gradients; and margins at chosen locations, with gradients.
 
 A picture's loss is a minimum over places for each rival, so its gradient goes through at most K − 1 places. All
 places are bounded without autograd, which costs one pass and no memory; then the worst ones are bounded again with it.
@@ -42,12 +42,12 @@ PAIRED = 16  # classes up to which all pairs of them are looked at together
 class Places:
     """The locations of a threat in N blocks of m."""
 
-    found: Regions
+    regions: Regions
     masks: Bool[Tensor, "L H W"]
     blocks: Int[Tensor, "N m"]
     """Locations of each block; at the border some stand there twice."""
     pools: tuple[int, ...]
-    """How many bounds become one behind the first, second … linear layer or convolution; their product is m."""
+    """Numbers of bounds merged into one behind the first, second … linear layer or convolution; their product is m."""
     corners: Int[Tensor, "N 2"]
     """Top left pixel of each block's first location."""
 
@@ -58,8 +58,8 @@ class Places:
     def listed(self) -> Int[Tensor, "L P"]:
         """The pixels of each location among H·W; H·W where it has fewer than others."""
         flat = self.masks.flatten(1)
-        found = flat.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : int(flat.sum(1).max())]
-        return torch.where(flat.gather(1, found), found, flat.shape[1])
+        order = flat.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : int(flat.sum(1).max())]
+        return torch.where(flat.gather(1, order), order, flat.shape[1])
 
     def to(self, device: torch.device) -> "Places":
         """The same elsewhere."""
@@ -73,19 +73,19 @@ def places(threat: PatchThreat, image_size: tuple[int, int], sides: Sequence[int
 
     Errors: InputError where the threat does not fit, has too many locations, or where what is pooled is no grid.
     """
-    found = regions(threat, image_size)
-    if len(found) * math.prod(image_size) > MAX_BYTES:
+    locations = regions(threat, image_size)
+    if len(locations) * math.prod(image_size) > MAX_BYTES:
         raise InputError(f"{threat} on {image_size[0]}x{image_size[1]} pixels has too many locations to train with")
-    masks = torch.stack([found.pixels(place) for place in range(len(found))])
-    tops, lefts = (torch.tensor([box[axis] for box in found.boxes]) for axis in (0, 1))
-    blocks = torch.arange(len(found))[:, None]
+    masks = torch.stack([locations.pixels(place) for place in range(len(locations))])
+    tops, lefts = (torch.tensor([box[axis] for box in locations.boxes]) for axis in (0, 1))
+    blocks = torch.arange(len(locations))[:, None]
     if sides:
         height, width = int(tops.max()) + 1, int(lefts.max()) + 1
         if not torch.equal(tops * width + lefts, torch.arange(height * width)):
             raise InputError(f"the places of {threat} are no grid, and cannot be pooled")
         blocks = _squares(height, width, sides)
     corners = torch.stack([tops, lefts], 1)[blocks[:, 0]]
-    return Places(found, masks, blocks, tuple(side * side for side in sides), corners)
+    return Places(locations, masks, blocks, tuple(side * side for side in sides), corners)
 
 
 def _squares(height: int, width: int, sides: Sequence[int]) -> Int[Tensor, "N m"]:
@@ -203,7 +203,7 @@ def worst(
             pairs = picture, some.repeat(len(images))
             margins = block_margins(passed, images, label, where, *pairs, strength).unflatten(0, (-1, len(some)))
         else:
-            margins = passed.margins(stacked(passed, clean, where.found, some.tolist(), strength), label, rivals)
+            margins = passed.margins(stacked(passed, clean, where.regions, some.tolist(), strength), label, rivals)
         smallest, place = margins.min(1)
         low, at = torch.minimum(low, smallest), torch.where(smallest < low, some[place], at)
     return low, at
@@ -294,6 +294,6 @@ def _rest(ops: Sequence[Op], x: Interval, pools: Sequence[int]) -> Interval:
 
 def _rows(where: Places, channels: int) -> Int[Tensor, "L P"]:
     """Places of each location's pixels among C·H·W; C·H·W where it has fewer than others."""
-    cells, found = where.masks[0].numel(), where.listed
-    shifts = cells * torch.arange(channels, device=found.device)
-    return torch.where(found[:, None] < cells, found[:, None] + shifts[:, None], channels * cells).flatten(1)
+    cells, listed = where.masks[0].numel(), where.listed
+    shifts = cells * torch.arange(channels, device=listed.device)
+    return torch.where(listed[:, None] < cells, listed[:, None] + shifts[:, None], channels * cells).flatten(1)

@@ -1,4 +1,4 @@
-"""What a certified defense is, for every command: evidence once, then any certificate from it."""
+"""The contract of a certified defense, for every command: evidence once, then any certificate from it."""
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
@@ -28,14 +28,14 @@ EXACT = ev.Tolerance(0.0, 0.0)
 @final
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a rule needs to know of B pictures, computed once."""
+    """The evidence of B images that a rule needs, computed once."""
 
     values: Tensor
     """(B, V, K): votes, logits or confidences."""
     unsure: Bool[Tensor, "B V"] | None
     image_size: tuple[int, int]
     error: Float64[Tensor, " B"] | None = None
-    """How far a score of each picture may be off; None for votes, which have ``unsure`` for it."""
+    """Numerical error of a score of each image; None for votes, which have ``unsure`` instead."""
     images: Float[Tensor, "B C H W"] | None = None
     """The pictures, where a certificate needs the network again (interval bounds); such evidence is not stored."""
     passes: Int64[Tensor, " B"] | None = None
@@ -49,7 +49,7 @@ class Defense(Method):
 
     notion: ClassVar[Notion] = "recovery"
     confidence: float = 1.0
-    """Of its certificates: exactly 1, or 1 − α where they rest on samples."""
+    """Confidence of the certificates: exactly 1, or 1 − α if they rest on samples."""
 
     @abstractmethod
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
@@ -89,7 +89,7 @@ class Defense(Method):
             raise InputError(f"a threat is PatchThreat(…) or SparseThreat(…), not {threat!r}"[:160])
         return self.certificate(self.evidence(images), threat)
 
-    def quicken(self, images: Float[Tensor, "B C H W"], pictures: int, only: str | None = None) -> str | None:
+    def select_backend(self, images: Float[Tensor, "B C H W"], pictures: int, only: str | None = None) -> str | None:
         """Choose a faster way to run the network for so many pictures like ``images``, or take the one that is named.
 
         Gives its name; None for defenses that have no choice.
@@ -99,7 +99,7 @@ class Defense(Method):
     def compute_all_margins(self) -> None:
         """From now on give the margins of all locations, also those that the verdict does not need."""
 
-    def as_given(self) -> AbstractContextManager[None]:
+    def reference_backend(self) -> AbstractContextManager[None]:
         """Within it the network runs as it was given, without that way; what is counted of it is counted so."""
         return nullcontext()
 
@@ -120,7 +120,7 @@ class ViewDefense(Defense):
     """
 
     raw: ClassVar[bool] = False
-    """Whether logits themselves are evidence; their rounding is then measured without centring."""
+    """True if logits themselves are evidence; their rounding is then measured without centring."""
 
     def __init__(self, model: nn.Module, views: Views | None, batch_size: int | None = None):
         if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):

@@ -284,5 +284,5 @@ def merge_sizes(
 
 
 def score_error(tolerance: ev.Tolerance, images: Float[Tensor, "B ..."]) -> Float64[Tensor, " B"]:
-    """How far a score of each image may be off; scores are at most 1."""
+    """Bound the numerical error of a score of each image; scores are at most 1."""
     return tolerance.of(torch.ones(len(images), dtype=torch.float64, device=images.device))

@@ -91,14 +91,14 @@ class IntervalBounds(Defense):
             margin = self._sparse(images, label, threat, error)[:, None]
             relation = None
         else:
-            found = self.regions(threat, evidence.image_size)
-            relation = found.sees
+            locations = self.regions(threat, evidence.image_size)
+            relation = locations.sees
             with torch.no_grad():
                 margins = patch_margins(
                     self.model,
                     images,
                     label,
-                    found,
+                    locations,
                     dtype=torch.float64,
                     outward=True,
                     slack=error,
@@ -113,12 +113,12 @@ class IntervalBounds(Defense):
         label, images, error = self.label(evidence), *_complete(evidence)
         if isinstance(threat, SparseThreat):
             return self._sparse(images, label, threat, error) > 0
-        found = self.regions(threat, evidence.image_size)
+        locations = self.regions(threat, evidence.image_size)
         return patch_verdict(
             self.model,
             images,
             label,
-            found,
+            locations,
             torch.zeros_like(error),
             dtype=torch.float64,
             outward=True,
@@ -158,7 +158,7 @@ class IntervalBounds(Defense):
 
     def _sparse(self, images: Tensor, label: Tensor, threat: SparseThreat, error: Tensor) -> Float[Tensor, " B"]:
         with torch.no_grad():
-            found = sparse_margins(
+            margins = sparse_margins(
                 self.model,
                 images,
                 label,
@@ -168,7 +168,7 @@ class IntervalBounds(Defense):
                 slack=error,
                 memory=self.memory,
             )
-        return found.amin(1)
+        return margins.amin(1)
 
     def _served(self, images: Tensor) -> Float[Tensor, "B K"]:
         return ev.image_logits(self.model, images, self.batch_size).clone()

@@ -1,4 +1,4 @@
-"""What the defenses that lay masks over pictures share: the masks, and the classifier behind them."""
+"""Masks and the masked classifier, shared by the defenses that lay masks over images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from certipatch.defenses.base import ViewDefense
 from certipatch.defenses.method import leads_of_network
 from certipatch.errors import InputError
 from certipatch.inference import rows_per_pass
-from certipatch.models.quickest import quickest
+from certipatch.models.quickest import fastest_backend
 from certipatch.rules.double_mask import FALLBACKS, Fallback
 from certipatch.threats import PatchThreat
 from certipatch.views import PixelSets, mask_set
@@ -43,26 +43,26 @@ class MaskedClassifier(nn.Module):
         self.fill: Fill = checked_fill(getattr(model, "fill", 0.5) if fill is None else fill)
         self.lipschitz: float = getattr(model, "lipschitz", 1.0)
         self.training = False  # it is the model's own that matters
-        self._quick: tuple[nn.Module | None] = (
+        self._fast_forward: tuple[nn.Module | None] = (
             None,
         )  # in a tuple, so that its weights are not counted as this module's
         self.backend = "torch"
-        self.quick_of = b""
+        self.fast_forward_fingerprint = b""
         """Digest of the weights that the faster way has."""
 
     @property
-    def quick(self) -> nn.Module | None:
+    def fast_forward(self) -> nn.Module | None:
         """The same network by a faster way, where no gradients are asked for; None for as it was given."""
-        return self._quick[0]
+        return self._fast_forward[0]
 
     @property
     def served(self) -> nn.Module:
         """The network that answers where no gradients are asked for."""
-        return self.quick or self.model
+        return self.fast_forward or self.model
 
-    def serve(self, backend: str, quick: nn.Module | None) -> None:
-        """Let ``quick`` answer, or with None the network as it was given."""
-        self.backend, self._quick = backend, (quick,)
+    def serve(self, backend: str, fast_forward: nn.Module | None) -> None:
+        """Let ``fast_forward`` answer, or with None the network as it was given."""
+        self.backend, self._fast_forward = backend, (fast_forward,)
 
     def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
         return (self.model if torch.is_grad_enabled() else self.served)(pictures)
@@ -108,7 +108,7 @@ class MaskDefense(ViewDefense):
         """The masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats."""
         return covering_masks(self.threats, image_size, self.masks, self.stride)
 
-    def quicken(self, images: Float[Tensor, "B C H W"], pictures: int, only: str | None = None) -> str | None:
+    def select_backend(self, images: Float[Tensor, "B C H W"], pictures: int, only: str | None = None) -> str | None:
         """Run the network in the way that is fastest here, where that is worth the trouble of finding it.
 
         On the CPU, by measurement; the model is checked, and its rounding measured, as it is then served.
@@ -122,26 +122,29 @@ class MaskDefense(ViewDefense):
         shown = render(self.model.encoding, images[:1], self.views_of(size), torch.zeros(1, dtype=torch.int64))
         rows = shown.flatten(0, 1)
         rows = rows.expand(rows_per_pass(self.model, rows, self.batch_size), -1, -1, -1).contiguous()
-        self.model.quick_of = ev.weights_digest(self.model.model)
-        name, quick = quickest(self.model.model, rows, pictures * self.number_of_views(size), only)
-        self.model.serve(name, quick)
+        self.model.fast_forward_fingerprint = ev.weights_digest(self.model.model)
+        name, fast_forward = fastest_backend(self.model.model, rows, pictures * self.number_of_views(size), only)
+        self.model.serve(name, fast_forward)
         self._tolerance.clear()
         return name
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
-        if self.model.quick is not None and ev.weights_digest(self.model.model) != self.model.quick_of:
+        if (
+            self.model.fast_forward is not None
+            and ev.weights_digest(self.model.model) != self.model.fast_forward_fingerprint
+        ):
             self.model.serve("torch", None)  # the faster way has the weights of before
             self._tolerance.clear()
         return super().tolerance(images)
 
     @contextmanager
-    def as_given(self) -> Iterator[None]:
-        backend, quick = self.model.backend, self.model.quick
+    def reference_backend(self) -> Iterator[None]:
+        backend, fast_forward = self.model.backend, self.model.fast_forward
         self.model.serve("torch", None)
         try:
             yield
         finally:
-            self.model.serve(backend, quick)
+            self.model.serve(backend, fast_forward)
 
 
 def covering_masks(
@@ -160,14 +163,14 @@ def covering_masks(
     rows = []
     for threat in threats:
         relation = sees(PixelSets(~masks), threat, image_size)
-        found = relation.rows[relation.undominated]
-        if bool(found.all(1).any()):
+        rows_kept = relation.rows[relation.undominated]
+        if bool(rows_kept.all(1).any()):
             sides = " or ".join(f"{len(mask)}×{len(mask[0])}" for mask in threat.masks(image_size)[:3])
             raise InputError(
                 f"mask set does not cover {f'{threat.count} ' if threat.count > 1 else ''}{sides} patches everywhere in "
                 f"pictures of {image_size[0]}×{image_size[1]} pixels; larger masks would, or k ≥ 1 masks per axis"
             )
-        rows.append(~found)
+        rows.append(~rows_kept)
     return masks, torch.cat(rows).unique(dim=0)
 
 

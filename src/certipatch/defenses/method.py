@@ -16,7 +16,7 @@ from certipatch.views import RandomViews, Views
 
 
 class Method(ABC):
-    """What commands, cards, attacks, reports and exports ask of a defense. Only the name has no default.
+    """The contract of a defense for commands, cards, attacks, reports and exports. Only the name has no default.
 
     The constructor takes the network, then ``views`` (unless the defense reads whole images), ``threat`` (if its settings
     have a ``patch``), its settings by name, and ``batch_size``.
@@ -80,7 +80,7 @@ class Method(ABC):
         return values
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"] | None:
-        """How far each class is from being the answer (of a detector: the answer without an alarm), differentiable.
+        """Compute a differentiable lead of each class over the answer (of a detector: the answer without an alarm).
 
         Above 0 if the class is the answer, as far as a soft version of the defense knows. Steps are soft here (votes,
         masks, ranks) and flat parts keep a small slope (``rules.soft.LEAK``), so that no gradient vanishes. ``generator``

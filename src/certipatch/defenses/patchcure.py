@@ -136,9 +136,9 @@ class PatchCURE(ViewDefense):
             _, covers = covering_masks(self.threats, image_size, pixels, None)
             self._cells[image_size] = MaskPairs(cells)
             self._views[image_size], self._covers[image_size] = MaskPairs(pixels), covers
-        found = self._views[image_size]
-        assert isinstance(found, MaskPairs)
-        return found
+        pairs = self._views[image_size]
+        assert isinstance(pairs, MaskPairs)
+        return pairs
 
     def rule(self, image_size: tuple[int, int]) -> DoubleMask:
         return DoubleMask(self.min_mean_gap)
@@ -271,8 +271,8 @@ def cell_masks(
     boxes = []
     for threat in threats:
         for mask in threat.masks(image_size):
-            found = sees(model.fields, PatchThreat((len(mask), len(mask[0]))), image_size)
-            touched = found.rows.unflatten(1, model.fields.grid)
+            relation = sees(model.fields, PatchThreat((len(mask), len(mask[0]))), image_size)
+            touched = relation.rows.unflatten(1, model.fields.grid)
             height, width = (int(_extent(touched.any(axis)).max()) for axis in (2, 1))
             boxes.append(PatchThreat((max(height, 1), max(width, 1)), count=threat.count))
     return mask_set(boxes, model.fields.grid, masks, stride)

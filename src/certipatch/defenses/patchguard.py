@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from certipatch import evidence as ev
 from certipatch.defenses.base import Evidence, ViewDefense
 from certipatch.defenses.settings import DefenseSettings, Side
-from certipatch.rules import JointWindows, RobustMask, Windows
+from certipatch.rules import ProductWindows, RobustMask, Windows
 from certipatch.threats import PatchThreat
 from certipatch.views import Bands, Blocks, Cross, ReceptiveFields, Views
 from certipatch.views.incidence import sees
@@ -31,7 +31,7 @@ class PatchGuardSettings(DefenseSettings):
 DEFAULT = PatchGuardSettings()
 
 
-def malicious_windows(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Windows | JointWindows:
+def malicious_windows(views: Views, threat: PatchThreat, image_size: tuple[int, int]) -> Windows | ProductWindows:
     """The windows that one patch can touch: the undominated rows of ``sees``, as boxes or runs where they are some.
 
     For receptive fields of r pixels at stride s these are the windows of ⌈(p + r − 1)/s⌉ cells of the paper's
@@ -42,15 +42,15 @@ def malicious_windows(views: Views, threat: PatchThreat, image_size: tuple[int, 
     if isinstance(views, Cross):
         first, second = (part.unique(dim=0) for part in rows.split([p.number(image_size) for p in views.parts], dim=1))
         if len(first) * len(second) == len(rows):  # any column with any row
-            return JointWindows(Windows.any_of(first), Windows.any_of(second))
+            return ProductWindows(Windows.from_masks(first), Windows.from_masks(second))
     grid = (1, rows.shape[1])
     if isinstance(views, ReceptiveFields):
         grid = views.grid
     elif isinstance(views, Blocks) and views.count == 1:
         tops, lefts = views.starts(image_size)
         grid = (len(tops), len(lefts))
-    found = Windows.boxes(grid, (1, 1)).factor(rows)
-    return Windows.any_of(rows) if found is None else found[0]
+    factors = Windows.boxes(grid, (1, 1)).factor(rows)
+    return Windows.from_masks(rows) if factors is None else factors[0]
 
 
 @final

@@ -73,9 +73,9 @@ def most_touched(views: RandomViews, pixels: int, image_size: tuple[int, int]) -
     reached = torch.zeros(number, dtype=torch.bool)
     for _ in range(min(pixels, number)):
         reached |= rows[int((rows & ~reached).sum(1).argmax())]
-    found = int(reached.sum())
-    if found == min(pixels * int(single.sizes.max()), int(rows.any(0).sum())):
-        return found
+    number_touched = int(reached.sum())
+    if number_touched == min(pixels * int(single.sizes.max()), int(rows.any(0).sum())):
+        return number_touched
     return int(sees(views.parts, SparseThreat(pixels), image_size).sizes.max())
 
 

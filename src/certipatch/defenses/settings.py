@@ -32,11 +32,11 @@ class ViewSettings(BaseModel):
     wrap: bool = True
     count: int = Field(default=1, ge=1, le=8)
     keep: int | None = Field(default=None, ge=1, le=4096**2)
-    """Of random views: how many pixels or columns are shown."""
+    """Number of visible pixels or columns in each random view."""
 
     @property
     def random(self) -> bool:
-        """Whether views are drawn, not numbered."""
+        """True if views are drawn, not numbered."""
         return self.name.startswith("random-")
 
     @model_validator(mode="after")

@@ -129,7 +129,7 @@ class ConvNet(nn.Module):
         return self.head(torch.amax(self.body(views), dim=(2, 3)))
 
     def mirrored(self, views: Float[Tensor, "N C1 h w"]) -> Float[Tensor, "N C1 h w"]:
-        """What is read of the mirror images, left to right, of the same pictures: the same pixels, where they are then."""
+        """Map rendered views to those of the mirror images, left to right: the same pixels, at their mirrored position."""
         if isinstance(self.views, Rows):  # a row's crop is turned, and stays where it is
             return views.flip(2)
         turned = views.flip(3)
@@ -154,12 +154,12 @@ class CrossConvNet(nn.Module):
 
     def forward(self, views: Float[Tensor, "N C2 h w"]) -> Float[Tensor, "N K"]:
         turned = views[:, -1, 0, 0] > 0.5
-        found = [
+        parts = [
             (chosen, part(views[chosen, :-1]))
             for part, chosen in zip(self.parts, (~turned, turned), strict=True)
             if bool(chosen.any())
         ]
-        answers = torch.empty((len(views), self.num_classes), dtype=found[0][1].dtype, device=views.device)
-        for chosen, answer in found:
+        answers = torch.empty((len(views), self.num_classes), dtype=parts[0][1].dtype, device=views.device)
+        for chosen, answer in parts:
             answers[chosen] = answer
         return answers

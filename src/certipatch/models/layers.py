@@ -47,7 +47,7 @@ class Position(nn.Module):
 
 
 class Shortcut(nn.Module):
-    """What comes in, and what ``body`` makes of it, added (He et al. 2016)."""
+    """The sum of an input and the output of ``body`` for it (He et al. 2016)."""
 
     def __init__(self, body: nn.Module):
         super().__init__()

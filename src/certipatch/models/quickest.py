@@ -23,13 +23,13 @@ from certipatch.models.adapters.onnx import OnnxNetwork
 from certipatch.models.cascade import Cascade
 from certipatch.models.fallback_ensemble import FallbackEnsemble
 
-WORTH = 30.0  # seconds of work that make an export, which takes 2 to 10, worth its time
-CLOSE = 1e-3  # largest change of a logit, relative to 1 + the largest, that counts as the same network
-AS_IT_IS = "torch"
+MIN_WORKLOAD_SECONDS = 30.0  # seconds of work that make an export, which takes 2 to 10, worth its time
+LOGIT_RTOL = 1e-3  # largest change of a logit, relative to 1 + the largest, that counts as the same network
+EAGER = "torch"
 Run = Callable[[Tensor], Tensor]
 
 
-def quickest(
+def fastest_backend(
     network: nn.Module, pictures: Float[Tensor, "N C H W"], number: int, only: str | None = None
 ) -> tuple[str, nn.Module | None]:
     """The fastest way to run ``network`` by measurement on ``pictures``: its name, and how, None for torch as it is.
@@ -39,37 +39,37 @@ def quickest(
     way, without measurement, or torch as it is where that cannot be had. The networks of a cascade run as is best for its first.
     """
     if isinstance(network, FallbackEnsemble):  # the first is asked almost always
-        return quickest(network.parts[0], pictures, number, only)
+        return fastest_backend(network.parts[0], pictures, number, only)
     if isinstance(network, Cascade):
         first, *others = network.parts
-        name, quick = quickest(first, pictures, number, only)
-        if quick is None:
+        name, fast_forward = fastest_backend(first, pictures, number, only)
+        if fast_forward is None:
             return name, None
         return name, network.with_parts(
-            [quick, *(quickest(part, pictures, number, name)[1] or part for part in others)]
+            [fast_forward, *(fastest_backend(part, pictures, number, name)[1] or part for part in others)]
         )
     no_choice = pictures.device.type != "cpu" or isinstance(network, OnnxNetwork)
-    if only == AS_IT_IS or no_choice or not any(True for _ in network.parameters()):
-        return AS_IT_IS, None
+    if only == EAGER or no_choice or not any(True for _ in network.parameters()):
+        return EAGER, None
     with torch.inference_mode():
         one = pictures[:1]
         random = torch.rand(one.shape, generator=torch.Generator().manual_seed(0)).to(one)
         probes = torch.cat([one, one.flip(3), random, torch.zeros_like(one), torch.ones_like(one)])
         expected, seconds = network(probes), _seconds(network, pictures)
-        if only is None and seconds / len(pictures) * number < WORTH:
-            return AS_IT_IS, None
-        name, found = AS_IT_IS, None
+        if only is None and seconds / len(pictures) * number < MIN_WORKLOAD_SECONDS:
+            return EAGER, None
+        name, network_run = EAGER, None
         for way, make in (("channels last", _channels_last), ("onnxruntime", _onnxruntime)):
             if only not in (None, way) or (run := make(network, pictures)) is None or not _same(run(probes), expected):
                 continue
             taken = _seconds(run, pictures)
             if only == way or taken < 0.95 * seconds:
-                name, found, seconds = way, run, taken
-    return name, found
+                name, network_run, seconds = way, run, taken
+    return name, network_run
 
 
 def _seconds(run: Run, pictures: Tensor) -> float:
-    """Of a pass as it is served: by one thread, while others compute other passes."""
+    """Measure the seconds of a pass as it is served: by one thread, while others compute other passes."""
     best = float("inf")
     with one_thread() as threads:
         for _ in range(2):
@@ -79,8 +79,8 @@ def _seconds(run: Run, pictures: Tensor) -> float:
     return best / threads
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= CLOSE * (1 + expected.abs().max()))
+def _same(computed: Tensor, expected: Tensor) -> bool:
+    return bool((computed - expected).abs().max() <= LOGIT_RTOL * (1 + expected.abs().max()))
 
 
 def _channels_last(network: nn.Module, pictures: Tensor) -> nn.Module:

@@ -38,7 +38,7 @@ SUMS = {operator.add, operator.iadd, torch.add}
 
 
 def receptive_fields(model: nn.Module, image_size: tuple[int, int]) -> ReceptiveFields:
-    """Which pixels every cell of the model's map of local logits can depend on, for pictures of (H, W) pixels.
+    """Compute the pixels on which each cell of the map of local logits depends, for images of (H, W) pixels.
 
     Args:
         model: maps pictures (B, C, H, W) to a map (B, K, h, w), or has such a part ``local``. In eval mode: a batch

@@ -30,7 +30,7 @@ class SharedBagNetSettings(NetworkSettings):
     receptive_field: Pixels = 6
     """Side in pixels of the front's: 6, 10, 9, 17 or 33."""
     widths: Widths | None = None
-    """Of the front, its features and the back end; those of the receptive field's layout if absent."""
+    """Channels of the front, its features and the back end; those of the receptive field's layout if absent."""
     depths: Depths = (3, 4, 6, 3)
     """Blocks of each stage of a BagNet."""
 
@@ -88,9 +88,9 @@ class SharedFront(nn.Module):
         """Logits of features, of which the last channel says 1 where a cell is shown, and all say 0 where it is hidden."""
 
     def features(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N D1 h w"]:
-        """What the back end reads of whole pictures or NULL-encoded views when no cell is hidden."""
-        found = self.front(null_encoded(images, self.in_channels, self.image_size))
-        return torch.cat([found, torch.ones_like(found[:, :1])], dim=1)
+        """Compute the input of the back end for whole images or NULL-encoded views when no cell is hidden."""
+        computed = self.front(null_encoded(images, self.in_channels, self.image_size))
+        return torch.cat([computed, torch.ones_like(computed[:, :1])], dim=1)
 
     def shown_cells(self, visible: Bool[Tensor, "N H W"]) -> Bool[Tensor, "N h w"]:
         """Cells that see no hidden pixel."""

@@ -169,13 +169,13 @@ def null_encoded(views: Float[Tensor, "N C H W"], channels: int, image_size: tup
 
 
 def visible_pixels(views: Float[Tensor, "N C2 H W"]) -> Bool[Tensor, "N H W"]:
-    """Which pixels NULL-encoded views show: the two halves of a channel add up to 1 there, and to 0 elsewhere."""
+    """Compute the visible pixels of NULL-encoded views: the halves of a channel add up to 1 there, and to 0 elsewhere."""
     one, other = views.chunk(2, dim=1)
     return (one + other)[:, 0] > 0.5
 
 
 def visible_tokens(views: Float[Tensor, "N C2 H W"], patch_size: int) -> Bool[Tensor, "N T"]:
-    """Which tokens of NULL-encoded views show a pixel, row by row."""
+    """Compute the tokens of NULL-encoded views that show a pixel, row by row."""
     shown = visible_pixels(views).unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))
     return shown.any(4).any(2).flatten(1)
 
@@ -189,11 +189,11 @@ def cut(views: Float[Tensor, "N C H W"], patch_size: int) -> Float[Tensor, "N T 
 def groups(shown: Bool[Tensor, "N T"]) -> list[tuple[Tensor, Tensor]]:
     """Views of equally many tokens: their numbers (n,), and which tokens each of them keeps (n, t)."""
     counts = shown.sum(1)
-    found = []
+    groups = []
     for count in counts.unique().tolist():
         chosen = (counts == count).nonzero()[:, 0]
-        found.append((chosen, shown[chosen].nonzero()[:, 1].view(len(chosen), count)))
-    return found
+        groups.append((chosen, shown[chosen].nonzero()[:, 1].view(len(chosen), count)))
+    return groups
 
 
 def from_timm(
@@ -221,7 +221,7 @@ def from_timm(
     if kernel.shape[1] != len(mean) or len(mean) != len(std):
         raise InputError(f"mean and std need a value for each of {kernel.shape[1]} channels")
     m, s = (kernel.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-    found: dict[str, Tensor] = {
+    tensors: dict[str, Tensor] = {
         "embed.weight": torch.cat([kernel * (1 - m) / s, -kernel * m / s], dim=1).flatten(1),
         "embed.bias": take("patch_embed.proj.bias"),
         "first": take("cls_token") + positions[0],
@@ -238,12 +238,12 @@ def from_timm(
     for number in range(len({name.split(".")[1] for name in left if name.startswith("blocks.")})):
         for theirs, ours in names.items():
             for kind in ("weight", "bias"):
-                found[f"blocks.{number}.{ours}.{kind}"] = take(f"blocks.{number}.{theirs}.{kind}")
+                tensors[f"blocks.{number}.{ours}.{kind}"] = take(f"blocks.{number}.{theirs}.{kind}")
     for name in ("norm.weight", "norm.bias", "head.weight", "head.bias"):
-        found[name] = take(name)
+        tensors[name] = take(name)
     if left:
         raise InputError(f"these are no weights of a plain timm ViT: {next(iter(left))} is unknown")
-    return found
+    return tensors
 
 
 def sizes_of(weights: Mapping[str, Tensor], channels: int = 3) -> dict[str, Any]:

@@ -8,16 +8,16 @@ from certipatch.rules.masked_detection import MaskedDetection, MinorityReports
 from certipatch.rules.order_statistics import Median, TrimmedMean
 from certipatch.rules.robust_mask import RobustMask
 from certipatch.rules.vote import Vote
-from certipatch.rules.windows import JointWindows, Windows
+from certipatch.rules.windows import ProductWindows, Windows
 
 __all__ = [
     "ClippedSum",
     "ClopperPearson",
     "DoubleMask",
-    "JointWindows",
     "MaskedDetection",
     "Median",
     "MinorityReports",
+    "ProductWindows",
     "RobustMask",
     "Rule",
     "TrimmedMean",

@@ -1,4 +1,4 @@
-"""What a rule is: evidence → label, and a theorem that bounds what an attacker can do to it."""
+"""The contract of a rule: evidence → label, and a theorem that bounds every attack on it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class Rule(ABC):
         """
 
     def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
-        """How far each class is from being the answer to soft evidence, differentiable: what an attack raises.
+        """Compute a differentiable lead of each class in soft evidence: the attack raises it.
 
         Without an own one: the lead of the mean over the views, which is the rule itself if the answer is the class of
         largest sum.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from certipatch.rules.base import Answers, Graph, Rule, Verdict, check_evidence, check_relation, clipped
 from certipatch.rules.soft import LEAK, lead_of, leads_of_each
-from certipatch.rules.windows import JointWindows, Windows
+from certipatch.rules.windows import ProductWindows, Windows
 
 EPSILON = torch.finfo(torch.float64).eps
 CHUNK_BYTES = 128 * 2**20  # working memory of one step
@@ -32,21 +32,21 @@ class MaskedDetection(Rule):
     The margin is the largest such score, less τ and rounding; −inf where the picture raises an alarm as it is.
 
     Args:
-        windows: bool (W, V), or ``Windows`` of boxes or runs, or ``JointWindows``.
+        windows: bool (W, V), or ``Windows`` of boxes or runs, or ``ProductWindows``.
         threshold: τ in [0, 1).
     """
 
-    windows: Windows | JointWindows | Bool[Tensor, "W V"]
+    windows: Windows | ProductWindows | Bool[Tensor, "W V"]
     threshold: float = 0.5
 
     def __post_init__(self):
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), not {self.threshold}")
         if isinstance(self.windows, Tensor):
-            object.__setattr__(self, "windows", Windows.any_of(self.windows))
+            object.__setattr__(self, "windows", Windows.from_masks(self.windows))
 
     @property
-    def _windows(self) -> Any:  # Windows or JointWindows, whose places are of their own kind
+    def _windows(self) -> Any:  # Windows or ProductWindows, whose places are of their own kind
         assert not isinstance(self.windows, Tensor)
         return self.windows
 
@@ -61,9 +61,9 @@ class MaskedDetection(Rule):
     def alarm(self, evidence: Shaped[Tensor, "B V K"]) -> Bool[Tensor, " B"]:
         """Pictures that raise an alarm."""
         everything = torch.zeros((1, evidence.shape[1]), dtype=torch.bool, device=evidence.device)
-        found = self.certify(evidence, everything).alarm
-        assert found is not None
-        return found
+        alarms = self.certify(evidence, everything).alarm
+        assert alarms is not None
+        return alarms
 
     def certify(
         self,
@@ -94,7 +94,7 @@ class MaskedDetection(Rule):
             )
             top = scores.sum(1).topk(2, 1).values  # an answer that rounding could turn is not certified
             sure = top[:, 0] - top[:, 1] > evidence.shape[1] * rounding
-            alarm, margin = dissent(confidence, label[here], covering, self.threshold, rounding, sure)
+            alarm, margin = detection_margins(confidence, label[here], covering, self.threshold, rounding, sure)
             alarms.append(alarm)
             margins.append(margin)
         return Verdict(label, torch.cat(margins), torch.cat(alarms))
@@ -162,9 +162,9 @@ class MinorityReports(Rule):
 
     def alarm(self, evidence: Shaped[Tensor, "B V K"]) -> Bool[Tensor, " B"]:
         """Pictures that raise an alarm."""
-        found = self.certify(evidence, torch.ones((1, evidence.shape[1]), dtype=torch.bool)).alarm
-        assert found is not None
-        return found
+        alarms = self.certify(evidence, torch.ones((1, evidence.shape[1]), dtype=torch.bool)).alarm
+        assert alarms is not None
+        return alarms
 
     def certify(
         self,
@@ -182,7 +182,7 @@ class MinorityReports(Rule):
         top = scores[:, 0].topk(2, 1).values
         sure = (top[:, 0] - top[:, 1] > rounding) | (error is None)  # nothing turns an exact answer, not even a tie
         covering = ~sees[:, 1:].to(scores.device)
-        alarm, margin = dissent(scores[:, 1:], label, covering, self.threshold, rounding, sure)
+        alarm, margin = detection_margins(scores[:, 1:], label, covering, self.threshold, rounding, sure)
         return Verdict(label, margin, alarm)
 
     def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
@@ -200,7 +200,7 @@ class MinorityReports(Rule):
         return answer
 
 
-def dissent(
+def detection_margins(
     scores: Float64[Tensor, "B W K"],
     label: Int64[Tensor, " B"],
     covering: Bool[Tensor, "L W"],
@@ -256,7 +256,7 @@ def unseen(whole: Float[Tensor, "N K"], masked: Float[Tensor, "N W K"], threshol
 def _alarm(
     scores: Float64[Tensor, "B W K"], label: Tensor, threshold: float, rounding: Float64[Tensor, " B"]
 ) -> Bool[Tensor, " B"]:
-    """``dissent``'s alarm as a graph."""
+    """``detection_margins``'s alarm as a graph."""
     chosen = label[:, None, None].expand(-1, scores.shape[1], 1)
     own, others = scores.gather(2, chosen)[..., 0], scores.scatter(2, chosen, -torch.inf).amax(2)
     off = rounding[:, None]

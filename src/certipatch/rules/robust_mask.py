@@ -11,7 +11,7 @@ from torch import Tensor
 
 from certipatch.rules.base import Answers, Graph, Rule, Verdict, check_numbers, check_relation, check_shape, clipped
 from certipatch.rules.soft import lead_of, leaky
-from certipatch.rules.windows import JointWindows, Windows
+from certipatch.rules.windows import ProductWindows, Windows
 
 EPSILON = torch.finfo(torch.float64).eps
 CHUNK_BYTES = 128 * 2**20  # working memory of one step
@@ -47,12 +47,12 @@ class RobustMask(Rule):
     on the predicted class; an attacker who leaves that class alone makes the defense throw away true evidence.
 
     Args:
-        windows: bool (W, V), or ``Windows`` of boxes or runs, or ``JointWindows``, which are much faster.
+        windows: bool (W, V), or ``Windows`` of boxes or runs, or ``ProductWindows``, which are much faster.
         threshold: T in [0, 1]; smaller masks more often.
         clip: c > 0, inf for none.
     """
 
-    windows: Windows | JointWindows | Bool[Tensor, "W V"]
+    windows: Windows | ProductWindows | Bool[Tensor, "W V"]
     threshold: float = 0.0
     clip: float = math.inf
 
@@ -62,14 +62,14 @@ class RobustMask(Rule):
         if not self.clip > 0:
             raise ValueError(f"clip must be positive, not {self.clip}")
         if isinstance(self.windows, Tensor):
-            object.__setattr__(self, "windows", Windows.any_of(self.windows))
+            object.__setattr__(self, "windows", Windows.from_masks(self.windows))
 
     @property
     def theorem(self) -> str:
         return f"L_y > U_k for every rival k and location (robust masking, T = {self.threshold:g}, clip {self.clip:g})"
 
     @property
-    def _windows(self) -> Any:  # Windows or JointWindows, whose places are of their own kind
+    def _windows(self) -> Any:  # Windows or ProductWindows, whose places are of their own kind
         assert not isinstance(self.windows, Tensor)
         return self.windows
 
@@ -133,10 +133,14 @@ class RobustMask(Rule):
 
     def _places(self, sees: Bool[Tensor, "L V"]) -> tuple[Any, Any, Int64[Tensor, " L"]]:
         """The windows, the attacker's places as windows of the same grid, and which of these each location is."""
-        found = self._windows.factor(sees)
-        if found is not None:
-            return self._windows, *found
-        return Windows.any_of(self._windows.members), Windows.any_of(sees), torch.arange(len(sees), device=sees.device)
+        factors = self._windows.factor(sees)
+        if factors is not None:
+            return self._windows, *factors
+        return (
+            Windows.from_masks(self._windows.members),
+            Windows.from_masks(sees),
+            torch.arange(len(sees), device=sees.device),
+        )
 
     def _check(self, evidence: Tensor) -> None:
         check_shape(evidence)
@@ -147,7 +151,7 @@ class RobustMask(Rule):
         """Evidence of as many pictures as fit the working memory."""
         _, views, classes = evidence.shape
         number = len(self._windows)
-        light = isinstance(self.windows, JointWindows) and self.threshold == 0
+        light = isinstance(self.windows, ProductWindows) and self.threshold == 0
         pairs = locations + number if light else locations * number
         each = 8 * (2 * classes * (views + number + locations) + 3 * pairs)
         return evidence.split(max(1, CHUNK_BYTES // each))
@@ -166,7 +170,7 @@ class RobustMask(Rule):
         slack, off = 4 * views * EPSILON, views * error[:, None]
         lower = places.outside(own[..., None])[..., 0]  # V, (b, places)
         if self.threshold == 0:  # any window may be masked
-            lower = lower - windows.heaviest_beside(places, own).clamp(min=0)
+            lower = lower - windows.max_sum_outside(places, own).clamp(min=0)
         elif self.threshold < 1:
             held = (own @ windows.members.to(own).T)[:, None] - windows.overlap_sums(places, own)  # v(w)
             doubt = slack * own.sum(1) + 2 * off[:, 0]
@@ -231,7 +235,7 @@ class RobustMask(Rule):
             chosen = order[left, step, None, None]
             limit = bound[left].gather(2, chosen.expand(-1, bound.shape[1], 1))[..., 0]
             rival = scores[left].gather(2, chosen.expand(-1, scores.shape[1], 1))[..., 0]
-            least = windows.least_left(places, rival, self.clip) / (1 - self.threshold)
+            least = windows.min_remaining_sum(places, rival, self.clip) / (1 - self.threshold)
             best[left] = torch.maximum(best[left], torch.minimum(limit, least))
         return best
 
@@ -244,7 +248,7 @@ class _Block:
     scores: Float64[Tensor, "b V k"]
     """Clipped evidence."""
     outside: Float64[Tensor, "b W k"] | None
-    """What every window leaves over; None where nothing is ever masked."""
+    """Scores that every window leaves over; None if nothing is ever masked."""
     rest: Float64[Tensor, " b"]
     """No class of a later block has more evidence in total; −inf after the last."""
 
@@ -262,11 +266,11 @@ class _Scored:
         self._known: list[_Block] = []
         score = torch.full_like(self.total, -torch.inf)
         for block in self.blocks():
-            found = block.scores.sum(1)
+            total = block.scores.sum(1)
             if block.outside is not None:
                 least = block.outside.amin(1)
-                found = torch.where(least < (1 - rule.threshold) * found, least, found)
-            score.scatter_(1, block.classes, found)
+                total = torch.where(least < (1 - rule.threshold) * total, least, total)
+            score.scatter_(1, block.classes, total)
             if bool((block.rest < score.amax(1)).all()):
                 break
         self.label = score.argmax(1)
@@ -298,8 +302,8 @@ def _totals(evidence: Shaped[Tensor, "b V K"], clip: float) -> Float64[Tensor, "
     wide = evidence.dtype == torch.float64 or not evidence.is_floating_point() or evidence.element_size() < 4
     if wide or evidence.shape[1] > 10_000:
         return clipped(evidence, 0.0, clip).sum(1)
-    found = evidence.clamp(0.0, min(clip, 1e30)).sum(1).double()
-    return found if found.numel() == 0 or found.amax() < 1e30 else clipped(evidence, 0.0, clip).sum(1)
+    totals = evidence.clamp(0.0, min(clip, 1e30)).sum(1).double()
+    return totals if totals.numel() == 0 or totals.amax() < 1e30 else clipped(evidence, 0.0, clip).sum(1)
 
 
 def _least(outside: Float64[Tensor, "b W K"], covering: Bool[Tensor, "P W"]) -> Float64[Tensor, "b P K"]:
@@ -319,9 +323,9 @@ def _least(outside: Float64[Tensor, "b W K"], covering: Bool[Tensor, "P W"]) -> 
     return result
 
 
-def _least_outside(windows: Windows | JointWindows) -> Callable[[Float64[Tensor, "B V K"]], Float64[Tensor, "B K"]]:
+def _least_outside(windows: Windows | ProductWindows) -> Callable[[Float64[Tensor, "B V K"]], Float64[Tensor, "B K"]]:
     """The least that a window leaves over, as one product. Of pairs it is the sum of each family's least."""
-    if isinstance(windows, JointWindows):
+    if isinstance(windows, ProductWindows):
         first, second = _least_outside(windows.first), _least_outside(windows.second)
         split = windows.first.number_of_views
         return lambda scores: first(scores[:, :split]) + second(scores[:, split:])

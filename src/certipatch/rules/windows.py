@@ -19,7 +19,7 @@ from torch import Tensor
 class Windows:
     """W = n·m windows: every row set with every column set of a grid of R x C views; view v is (v // C, v % C).
 
-    Make them with ``boxes``, ``runs`` or ``any_of``.
+    Make them with ``boxes``, ``runs`` or ``from_masks``.
     """
 
     rows: Bool[Tensor, "n R"]
@@ -36,7 +36,7 @@ class Windows:
         return Windows(torch.ones(1, 1, dtype=torch.bool), _runs(length, width, circular))
 
     @staticmethod
-    def any_of(members: Bool[Tensor, "W V"]) -> "Windows":
+    def from_masks(members: Bool[Tensor, "W V"]) -> "Windows":
         """Any windows. ValueError unless bool, at least one, over at least one view."""
         if members.dtype != torch.bool or members.ndim != 2 or 0 in members.shape:
             raise ValueError(f"windows are bool (W ≥ 1, V ≥ 1), not {members.dtype} {tuple(members.shape)}")
@@ -86,7 +86,7 @@ class Windows:
         sums = self._overlaps(other, scores).view(batch, len(self.rows), len(other.rows), len(self.columns), -1)
         return sums.permute(0, 2, 4, 1, 3).reshape(batch, len(other), len(self))
 
-    def heaviest_beside(self, other: "Windows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L"]:
+    def max_sum_outside(self, other: "Windows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L"]:
         """The largest sum of a window over its views outside of window l of ``other``."""
         batch, n, m = len(scores), len(self.rows), len(self.columns)
         sums = self._overlaps(other, scores).view(batch, n, len(other.rows), m, len(other.columns))
@@ -94,7 +94,9 @@ class Windows:
         beside = torch.sub(inside.view(batch, n, 1, m, 1), sums, out=sums)
         return beside.amax(3).amax(1).view(batch, len(other))
 
-    def least_left(self, other: "Windows", scores: Float64[Tensor, "B V"], clip: float) -> Float64[Tensor, "B L"]:
+    def min_remaining_sum(
+        self, other: "Windows", scores: Float64[Tensor, "B V"], clip: float
+    ) -> Float64[Tensor, "B L"]:
         """The least that a window leaves over, where every view of window l of ``other`` scores a finite ``clip``."""
         aside = other.outside(scores[..., None])
         beside = (scores @ self.members.to(scores).T)[:, None] - self.overlap_sums(other, scores)
@@ -113,7 +115,7 @@ class Windows:
 
 @final
 @dataclass(frozen=True, eq=False)
-class JointWindows:
+class ProductWindows:
     """W = n·m windows over two families of views that follow each other: every window of the one with every of the other.
 
     What a patch touches of columns and rows is of this kind. A sum is the sum of one from each family, and so is the
@@ -145,32 +147,34 @@ class JointWindows:
         one, other = self._split(scores, 1)
         return (self.first.outside(one)[:, :, None] + self.second.outside(other)[:, None]).flatten(1, 2)
 
-    def factor(self, sees: Bool[Tensor, "L V"]) -> "tuple[JointWindows, Int64[Tensor, 'L']] | None":
+    def factor(self, sees: Bool[Tensor, "L V"]) -> "tuple[ProductWindows, Int64[Tensor, 'L']] | None":
         """Rows of ``sees`` as pairs, and which pair each row is; None where there would be far more pairs than rows."""
         one, other = self._split(sees, 1)
         first, i = torch.unique(one, dim=0, return_inverse=True)
         second, j = torch.unique(other, dim=0, return_inverse=True)
         if len(first) * len(second) > 4 * len(sees) + 16:
             return None
-        return JointWindows(Windows.any_of(first), Windows.any_of(second)), i * len(second) + j
+        return ProductWindows(Windows.from_masks(first), Windows.from_masks(second)), i * len(second) + j
 
-    def overlap_sums(self, other: "JointWindows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L W"]:
+    def overlap_sums(self, other: "ProductWindows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L W"]:
         """Sums over the views that window w shares with window l of ``other``, for all pairs."""
         one, two = self._split(scores, 1)
         first, second = self.first.overlap_sums(other.first, one), self.second.overlap_sums(other.second, two)
         return (first[:, :, None, :, None] + second[:, None, :, None, :]).flatten(3).flatten(1, 2)
 
-    def heaviest_beside(self, other: "JointWindows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L"]:
+    def max_sum_outside(self, other: "ProductWindows", scores: Float64[Tensor, "B V"]) -> Float64[Tensor, "B L"]:
         """The largest sum of a window over its views outside of window l of ``other``."""
         one, two = self._split(scores, 1)
-        first = self.first.heaviest_beside(other.first, one)
-        return (first[:, :, None] + self.second.heaviest_beside(other.second, two)[:, None]).flatten(1)
+        first = self.first.max_sum_outside(other.first, one)
+        return (first[:, :, None] + self.second.max_sum_outside(other.second, two)[:, None]).flatten(1)
 
-    def least_left(self, other: "JointWindows", scores: Float64[Tensor, "B V"], clip: float) -> Float64[Tensor, "B L"]:
+    def min_remaining_sum(
+        self, other: "ProductWindows", scores: Float64[Tensor, "B V"], clip: float
+    ) -> Float64[Tensor, "B L"]:
         """The least that a window leaves over, where every view of window l of ``other`` scores a finite ``clip``."""
         one, two = self._split(scores, 1)
-        first = self.first.least_left(other.first, one, clip)
-        return (first[:, :, None] + self.second.least_left(other.second, two, clip)[:, None]).flatten(1)
+        first = self.first.min_remaining_sum(other.first, one, clip)
+        return (first[:, :, None] + self.second.min_remaining_sum(other.second, two, clip)[:, None]).flatten(1)
 
 
 def _runs(length: int, width: int, circular: bool) -> Bool[Tensor, "n length"]:

@@ -59,7 +59,7 @@ def certify_files(
     if out is not None and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} exists and is not empty; give a new --out")
     images = torch.stack(read_all_or_raise(paths, lambda path: read_image(path, card)))
-    defense.quicken(images[:1], len(images))
+    defense.select_backend(images[:1], len(images))
     results = certify_images(defense, card, images, paths, threat, report)
     sampled = {"confidence": defense.confidence} if defense.confidence < 1 else {}
     notion = {"notion": defense.notion} if defense.notion != "recovery" else {}

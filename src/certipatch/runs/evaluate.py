@@ -99,11 +99,11 @@ def choose_engine(
         begun = files.read_config(out).get("engine") if (out / "config.yaml").exists() else None
         if (out / "summary.json").exists():
             return begun
-        return defense.quicken(images, each, begun)
+        return defense.select_backend(images, each, begun)
 
     engine = workers.share(first)
     if not workers.first and engine is not None:
-        defense.quicken(images, each, engine)
+        defense.select_backend(images, each, engine)
     return engine
 
 
@@ -202,7 +202,7 @@ def _timing(job: Job, out: Path, images: int, seconds: float) -> dict[str, Any]:
     from torch.utils.flop_counter import FlopCounterMode
 
     probe = job.pictures.images(range(1)).to(job.device)
-    with FlopCounterMode(display=False) as counter, job.defense.as_given():
+    with FlopCounterMode(display=False) as counter, job.defense.reference_backend():
         evidence = job.defense.evidence(probe)
     passes = job.defense.forward_passes(job.image_size) if evidence.passes is None else int(evidence.passes.sum())
     timing = {

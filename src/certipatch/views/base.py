@@ -1,4 +1,4 @@
-"""What a set of views is: V sets of visible pixels, for any picture size."""
+"""The contract of a set of views: V sets of visible pixels, for any image size."""
 
 from abc import ABC, abstractmethod
 from itertools import combinations
@@ -27,7 +27,7 @@ class Views(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What ``views.create`` needs to build these views again: plain JSON values."""
+        """The settings from which ``views.create`` builds these views again: plain JSON values."""
 
 
 def start_positions(length: int, width: int, stride: int, wrap: bool) -> list[int]:

@@ -64,7 +64,7 @@ class Incidence:
 
 
 def sees(views: Views | Tensor, threat: Threat, image_size: tuple[int, int]) -> Incidence:
-    """Which view sees which location of ``threat`` in pictures of ``image_size`` (H, W) pixels.
+    """Compute which view sees which location of ``threat`` in images of ``image_size`` (H, W) pixels.
 
     Args:
         views: views, or their visible pixels as a bool tensor (V, H, W).
@@ -116,7 +116,7 @@ def _one_patch(views: Views, locations: Locations, number: int) -> np.ndarray:
 
 
 def _touched(shown: Int[Tensor, "v H1 W1"], mask: Mask) -> Bool[Tensor, "v h w"]:
-    """Whether the mask with its corner at (t, l) holds a visible pixel, from the integral image of visible pixels."""
+    """Test if the mask with its corner at (t, l) holds a visible pixel, from the integral image of visible pixels."""
     down, right = shown.shape[1] - len(mask), shown.shape[2] - len(mask[0])
     hit = torch.zeros(shown.shape[0], down, right, dtype=torch.bool)
     for top, bottom, left, stop in rectangles(mask):

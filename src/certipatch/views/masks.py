@@ -205,15 +205,15 @@ def mask_set(
 
     Errors: InputError where a threat does not fit the picture, or masks and stride do not cover.
     """
-    found = []
+    unions = []
     for count in sorted({threat.count for threat in threats}):
         every = {(len(m), len(m[0])) for t in threats if t.count == count for m in t.masks(image_size)}
         boxes = sorted(b for b in every if not any(o != b and o[0] >= b[0] and o[1] >= b[1] for o in every))
         windows = torch.cat([window_masks(image_size, box, masks, stride, parts) for box in boxes])
         _check_number(comb(len(windows), count))
         chosen = list(combinations(range(len(windows)), min(count, len(windows))))
-        found.append(torch.stack([windows[list(members)].any(0) for members in chosen]))
-    both = torch.cat(found).unique(dim=0)
+        unions.append(torch.stack([windows[list(members)].any(0) for members in chosen]))
+    both = torch.cat(unions).unique(dim=0)
     _check_number(len(both))
     first = both.flatten(1).int().argmax(1)  # top left corner first, so that masks are in reading order
     return both[first.argsort(stable=True)]

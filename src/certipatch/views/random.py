@@ -26,7 +26,7 @@ class RandomViews(ABC):
     @property
     @abstractmethod
     def parts(self) -> Views:
-        """What a view is made of: P views of one part each."""
+        """The views of one part each, P in all, from which a view is made."""
 
     @abstractmethod
     def draw(self, image_size: tuple[int, int], number: int, generator: torch.Generator) -> Bool[Tensor, "n H W"]:
@@ -34,7 +34,7 @@ class RandomViews(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What builds these views again: plain JSON values."""
+        """The settings that build these views again: plain JSON values."""
 
     def check(self, image_size: tuple[int, int]) -> int:
         """P for pictures of (H, W) pixels. InputError if fewer than ``keep``."""

@@ -1,4 +1,4 @@
-"""How a view is rendered for a network: pure functions from pictures to network inputs.
+"""Rendering of views for a network: pure functions from images to network inputs.
 
 Every one of them writes hidden pixels over with a constant, or never copies them: what a network gets depends on the
 visible pixels alone. The caller's pictures are never changed.
@@ -15,7 +15,7 @@ from certipatch.views.blocks import Blocks
 from certipatch.views.cross import Cross
 
 Fill = float | tuple[float, ...]
-"""What hidden pixels are painted with: one value, or one per channel."""
+"""The paint of hidden pixels: one value, or one per channel."""
 
 
 def image_size(images: Tensor) -> tuple[int, int]:

@@ -22,13 +22,13 @@ _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether ``--model NAME`` means somebody else's classifier: by its form, without opening it."""
+    """Test if ``--model NAME`` means somebody else's classifier: by the form of the name, without opening it."""
     kind, colon, rest = name.partition(":")
     return name in NAMES or (bool(colon) and bool(rest) and kind in KINDS) or runs_code(name)
 
 
 def runs_code(name: str) -> bool:
-    """Whether opening it imports a module of the user's: only what the user typed may do that."""
+    """Test if opening the model imports a module of the user's: only a name that the user typed may do that."""
     return _FUNCTION.fullmatch(name) is not None and name.partition(":")[0] not in KINDS
 
 

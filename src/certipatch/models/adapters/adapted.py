@@ -17,7 +17,7 @@ Numbers = Annotated[tuple[float, ...], Field(min_length=1, max_length=4)]
 
 @final
 class Preprocessing(BaseModel):
-    """What a classifier wants done to pictures in [0, 1]. All of it comes after the attacker, and after the masks."""
+    """The preprocessing of images in [0, 1] for a classifier. All of it comes after the attacker, and after the masks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,7 +62,7 @@ class Preprocessing(BaseModel):
 
     @property
     def fill(self) -> float:
-        """What masks are painted with: the grey that the network reads as nearly zero; 0.5 where it names no mean."""
+        """The paint of masks: the grey that the network reads as nearly zero; 0.5 if the network names no mean."""
         if "mean" not in self.model_fields_set:
             return 0.5
         return min(1.0, max(0.0, sum(self.mean) / len(self.mean) / self.scale))
@@ -102,9 +102,9 @@ class Adapted(nn.Module):
         network = getattr(self.network, "unmasked", None)
         if not isinstance(network, nn.Module):
             return None
-        found = Adapted(network, self.preprocessing, self.name, self.identity)
-        found.kept = self.kept
-        return found
+        adapted = Adapted(network, self.preprocessing, self.name, self.identity)
+        adapted.kept = self.kept
+        return adapted
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -130,8 +130,10 @@ class Adapted(nn.Module):
     @torch.inference_mode()
     def class_names(self, channels: int, image_size: tuple[int, int]) -> tuple[str, ...]:
         """The names of the classes; numbers where they are not known. InputError where names and answers differ."""
-        found = self(torch.full((1, channels, *image_size), 0.5, device=next(self.parameters(), torch.zeros(0)).device))
-        number = found.shape[1]
+        logits = self(
+            torch.full((1, channels, *image_size), 0.5, device=next(self.parameters(), torch.zeros(0)).device)
+        )
+        number = logits.shape[1]
         if self.classes is not None and len(self.classes) != number:
             raise InputError(f"{self.name} gives {number} classes, but names {len(self.classes)}")
         return self.classes or tuple(map(str, range(number)))

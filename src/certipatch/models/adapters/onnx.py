@@ -38,8 +38,8 @@ class OnnxNetwork(nn.Module):
         else:  # a file of fixed batch size: the last batch is filled up, and cut again
             padded = np.concatenate([array, np.repeat(array[-1:], -len(array) % self.batch, axis=0)])
             parts = [self._run(padded[i : i + self.batch]) for i in range(0, len(padded), self.batch)]
-        found = np.concatenate(parts)[: len(array)]
-        return torch.from_numpy(found).to(pictures.device, torch.promote_types(torch.float32, pictures.dtype))
+        outputs = np.concatenate(parts)[: len(array)]
+        return torch.from_numpy(outputs).to(pictures.device, torch.promote_types(torch.float32, pictures.dtype))
 
     def _run(self, array: np.ndarray) -> np.ndarray:
         with opening("the ONNX model's run"):
@@ -89,16 +89,16 @@ def _outside(content: bytes, what: str) -> list[str]:
 
 def _digests(names: list[str], folder: Path, what: str) -> list[bytes]:
     """SHA-256 of the files beside a model that hold weights of it. InputError where one lies elsewhere."""
-    found = []
+    digests = []
     for name in names:
         if Path(name).name != name or (folder / name).is_symlink():
             raise InputError(f"{what} has weights in {name!r}, which is no file beside it")
         try:
             with (folder / name).open("rb") as file:
-                found.append(hashlib.file_digest(file, "sha256").digest())
+                digests.append(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise InputError(f"{what} has weights in {name!r}, which cannot be read: {error.strerror}") from None
-    return found
+    return digests
 
 
 def _preprocessing(path: Path, described: dict[str, Any]) -> Preprocessing:

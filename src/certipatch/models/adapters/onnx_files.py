@@ -1,4 +1,4 @@
-"""Which files beside an ONNX model hold weights of it: read from the protobuf itself, whatever the order of its fields.
+"""Names of the weight files beside an ONNX model, read from the protobuf itself, in any order of its fields.
 
 Of each message only the fields that can lead to a tensor are followed; numbers are those of onnx.proto.
 """

@@ -1,4 +1,4 @@
-"""Where other people's classifiers come from. Optional packages are imported only when asked for."""
+"""Sources of other people's classifiers. Optional packages are imported only when they are needed."""
 
 import importlib
 import os
@@ -101,7 +101,7 @@ def from_hugging_face(name: str) -> Adapted:
 
 
 def hugging_face_preprocessing(config: dict[str, Any], classes: tuple[str, ...] | None) -> Preprocessing:
-    """What ``preprocessor_config.json`` says. InputError where it asks for something that is not known here."""
+    """Read ``preprocessor_config.json``. InputError if it needs an operation that is not known here."""
     size, crop = config.get("size") or {}, config.get("crop_size") or {}
     size, crop = (v if isinstance(v, dict) else {"height": v, "width": v} for v in (size, crop))
     square = (size["height"], size["width"]) if "height" in size else None
@@ -139,7 +139,7 @@ def from_function(name: str) -> Adapted:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        attribute_value = getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:
         raise InputError(
             f"--model {name}: there is no module {error.name}; run certipatch where it can be imported, and name a file "
@@ -152,7 +152,7 @@ def from_function(name: str) -> Adapted:
     except Exception as error:
         raise InputError(f"--model {name}: importing {module} failed: {_short(error)}") from None
     with opening(f"--model {name}"):
-        network = found if isinstance(found, nn.Module) else found()
+        network = attribute_value if isinstance(attribute_value, nn.Module) else attribute_value()
         if not isinstance(network, nn.Module):
             raise InputError(
                 f"--model {name} gives {type(network).__name__}; give a function that returns an nn.Module"
