@@ -384,7 +384,7 @@ def test_unknown_names(tmp_path, monkeypatch):
     (tmp_path / "file.bin").write_text("x")
     fails("did you mean 'mnist'", load, "mnsit")
     fails("did you mean 'cifar10'", load, "CIFAR-10")
-    fails("one of fashion-sample, mnist", load, "zzz")
+    fails("known are fashion-sample, mnist", load, "zzz")
     fails("no dataset or folder ''", load, "")
     fails("no folder './x'", load, "./x")
     fails("no folder '/a/b/c'", load, "/a/b/c")

@@ -16,9 +16,9 @@ Notion = Literal["recovery", "detection"]
 @final
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """Labels of B pictures, each with a margin for every location of the threat.
+    """Labels of B images, each with a margin for every location of the threat.
 
-    A picture is certified when every margin is > 0; tolerances are already subtracted. A location that cannot be
+    An image is certified when every margin is > 0; tolerances are already subtracted. A location that cannot be
     bounded has margin −inf.
     """
 
@@ -31,7 +31,7 @@ class Certificate:
     notion: Notion = "recovery"
     """``recovery``: the label stays; ``detection``: it stays or an alarm is raised."""
     alarm: Bool[Tensor, " B"] | None = None
-    """Clean pictures that raise an alarm (detection only)."""
+    """Clean images that raise an alarm (detection only)."""
     confidence: float = 1.0
     """Exactly 1, or 1 − α where the certificate rests on samples."""
 

@@ -39,7 +39,7 @@ def weights_digest(model: nn.Module) -> bytes:
 
 
 def precision_of(model: nn.Module, images: Tensor) -> torch.dtype:
-    """The coarsest of the types in which a network computes: of its weights, of a black box that says so, of the pictures."""
+    """The coarsest of the types in which a network computes: of its weights, of a black box that says so, of the images."""
     own = [p.dtype for p in model.parameters() if p.is_floating_point()]
     declared = [getattr(module, "dtype", None) for module in model.modules()]
     boxes = [dtype for dtype in declared if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
@@ -53,9 +53,9 @@ def logits(
     index: Tensor | None = None,
     batch_size: int | None = None,
 ) -> Float[Tensor, "B v K"]:
-    """The network's logits for views ``index`` (all V when None) of every picture, by canonical inference.
+    """The network's logits for views ``index`` (all V when None) of every image, by canonical inference.
 
-    A model whose ``encoding`` is ``all-views`` maps pictures to (B, V, K) itself; any other gets rendered views. The default
+    A model whose ``encoding`` is ``all-views`` maps images to (B, V, K) itself; any other gets rendered views. The default
     encoding is ``null``. ``batch_size`` is that of ``inference.canonical_logits``.
     """
     number = views.number(image_size(images))
@@ -80,7 +80,7 @@ def logits_of(
     index: Int64[Tensor, " n"],
     batch_size: int | None = None,
 ) -> Float[Tensor, "n K"]:
-    """The network's logits for view ``index[i]`` of picture ``picture[i]``, n ≥ 1, by canonical inference."""
+    """The network's logits for view ``index[i]`` of image ``picture[i]``, n ≥ 1, by canonical inference."""
     encoding, fill = getattr(model, "encoding", "null"), getattr(model, "fill", 0.5)
     picture, index = picture.to(images.device), index.cpu()
 
@@ -96,7 +96,7 @@ def logits_of(
 def differentiable_logits(
     model: nn.Module, views: Views, images: Float[Tensor, "N C H W"], index: Tensor | None = None
 ) -> Float[Tensor, "N v K"]:
-    """The network's logits for views of every picture, as ``logits``, with gradients: for attacks, never for answers.
+    """The network's logits for views of every image, as ``logits``, with gradients: for attacks, never for answers.
 
     Views beyond one forward pass of ``inference.PIXELS`` pixels are computed again on the way back, to save memory.
     """
@@ -120,7 +120,7 @@ def differentiable_logits(
 def image_logits(
     model: nn.Module, images: Float[Tensor, "B C H W"], batch_size: int | None = None
 ) -> Float[Tensor, "B K"]:
-    """A classifier's logits for whole pictures, by canonical inference. InputError unless finite and (B, K)."""
+    """A classifier's logits for whole images, by canonical inference. InputError unless finite and (B, K)."""
     answer = canonical_logits(model, len(images), lambda rows: images[rows.to(images.device)], batch_size)
     return check_logits(answer)
 

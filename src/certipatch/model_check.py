@@ -43,21 +43,21 @@ def check_model(
     ``images`` and a random picture:
 
     * the same view twice;
-    * up to eight views alone, among others, and beside black, white and random pictures, in passes of 1, 2, 5, 9 rows and
+    * up to eight views alone, among others, and beside black, white and random images, in passes of 1, 2, 5, 9 rows and
       of as many as serving takes;
     * hidden pixels set to 0, 1, −0.0 and random values. Rendered views must keep their bits. A network that answers for
-      all views itself gets pictures of which one tile is changed; the tiles cover the picture, and every view that does
+      all views itself gets images of which one tile is changed; the tiles cover the image, and every view that does
       not see the tile must answer as before.
 
     Twice the largest change of a logit bounds the change of a score: the tolerance, never less than a share of the largest
-    logit. (Logits, since a score that is saturated on the probes hides rounding that shows on other pictures.)
+    logit. (Logits, since a score that is saturated on the probes hides rounding that shows on other images.)
 
     Args:
         model: in eval mode, as it is served.
         views: its views.
-        images: pictures like those that will be served.
+        images: images like those that will be served.
         batch_size: as for ``evidence.logits``.
-        seed: of the random pictures.
+        seed: of the random images.
         raw: the logits themselves are the scores.
 
     Errors: InputError that says which network changed a logit by more than rounding can, and on what.

@@ -1,7 +1,7 @@
 """The soundness kit: tries to break a rule's theorem, or a defense's certificates. For your own, too; needs no pytest.
 
 ``check_rule`` plays a brute-force adversary against a rule on small random evidence; ``check_defense`` attacks real
-pictures at locations that a defense certified. Both raise AssertionError with the counterexample, or where nothing
+images at locations that a defense certified. Both raise AssertionError with the counterexample, or where nothing
 could be tried, and return what they did.
 """
 
@@ -158,7 +158,7 @@ def check_rule(
 ) -> Report:
     """Try to break a rule's theorem on small random evidence (B, V, K) and relations (L, V).
 
-    In every trial: the label of ``certify`` is that of ``predict``; a picture alone has the label and margins that it
+    In every trial: the label of ``certify`` is that of ``predict``; an image alone has the label and margins that it
     has in a batch; a location that sees more never has the larger margin; inputs are unchanged, shapes and dtypes
     right; and no attack on the views of a location of positive margin changes the label. Every second trial has unsure
     views, which belong to every attacker.
@@ -246,17 +246,17 @@ def check_defense(
     seed: int = 0,
     slack: float = 0.0,
 ) -> Report:
-    """Attack pictures at locations that a defense certified, and hold its answers against each other.
+    """Attack images at locations that a defense certified, and hold its answers against each other.
 
-    ``certify`` and ``predict`` give one label, also for other threats; a picture alone has the margins that it has in a
+    ``certify`` and ``predict`` give one label, also for other threats; an image alone has the margins that it has in a
     batch, and the label wherever a margin says that rounding cannot turn it; the caller's tensor is unchanged;
     certificates nest over patch sizes; ``largest_patch`` agrees with ``certify``. Then patches are pasted: at the
-    picture's corners, at the weakest certified locations, at random ones; black, white, random, copied from another
-    picture and, for at most six values, every black-and-white pattern.
+    image's corners, at the weakest certified locations, at random ones; black, white, random, copied from another
+    image and, for at most six values, every black-and-white pattern.
 
     Args:
-        images: pictures in [0, 1]. Take some that the defense certifies; two or more, to copy patches.
-        trials: locations attacked per picture; each with 8 to 72 patches.
+        images: images in [0, 1]. Take some that the defense certifies; two or more, to copy patches.
+        trials: locations attacked per image; each with 8 to 72 patches.
         slack: largest allowed rounding of a margin between batch sizes (1 per unsure view of a voting defense).
 
     Errors: AssertionError with the counterexample, or if none was attacked. Confidence 1 − α may fail with chance α.
@@ -316,7 +316,7 @@ def _check_sizes(defense: Defense, images: Tensor, size: tuple[int, int], slack:
 
 
 def _choose(cert: Certificate, picture: int, trials: int, generator: Generator) -> list[int]:
-    """First and last locations and the picture's corners, the weakest certified ones, and random ones."""
+    """First and last locations and the image's corners, the weakest certified ones, and random ones."""
     margin = cert.margin[picture].cpu()
     chosen = [0, len(margin) - 1]
     if cert.sees is not None and len(margin) == len(cert.sees.locations):
@@ -339,7 +339,7 @@ def _pixels(cert: Certificate, location: int, size: tuple[int, int], generator: 
 def paste(
     images: Float[Tensor, "B C H W"], picture: int, pixels: Bool[Tensor, "H W"], generator: Generator
 ) -> Float[Tensor, "N C H W"]:
-    """Copies of one picture with other values on ``pixels``: the patches that ``check_defense`` names."""
+    """Copies of one image with other values on ``pixels``: the patches that ``check_defense`` names."""
     number = int(pixels.sum()) * images.shape[1]
     noise = torch.rand(5, number, generator=generator)
     noise[2:] = noise[2:].round()

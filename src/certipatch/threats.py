@@ -1,6 +1,6 @@
 """Threats: what the attacker may do.
 
-A patch threat yields *locations*: for one picture size, every set of pixels that the attacker may repaint. A location
+A patch threat yields *locations*: for one image size, every set of pixels that the attacker may repaint. A location
 is a shape (a small boolean mask) at a top left corner; locations are numbered shape by shape, then row by row.
 """
 
@@ -26,7 +26,7 @@ Mask = tuple[tuple[bool, ...], ...]
 @final
 @dataclass(frozen=True)
 class Locations:
-    """All places of a patch in a picture of (H, W) pixels.
+    """All locations of a patch in an image of (H, W) pixels.
 
     ``masks[shape[l]]`` with its top left pixel at ``(top[l], left[l])`` is the set of pixels of location l.
     """
@@ -59,7 +59,7 @@ class PatchThreat:
 
     Args:
         size: ``5`` (a 5x5 square), ``(3, 8)`` (3 rows, 8 columns), ``"2%"`` (the smallest square of at least that share
-            of the picture's area), or a bool mask (h, w). With ``shape`` a number is the number of *pixels*, and a
+            of the image's area), or a bool mask (h, w). With ``shape`` a number is the number of *pixels*, and a
             percentage the least number of pixels of at least that share.
         shape: ``square``, ``rectangle`` (every rectangle of the least area ≥ that number, neither a square nor one
             pixel thin), ``line`` (across and down), ``diamond`` (the pixels nearest to one pixel in L1 distance),
@@ -67,7 +67,7 @@ class PatchThreat:
         count: patches, each anywhere; they may overlap.
         where: ``"anywhere"``, ``"corners"``, or a list of (top, left) pixels.
 
-    Sizes that make no sense raise InputError here; a threat that does not fit a picture raises it in ``locations``.
+    Sizes that make no sense raise InputError here; a threat that does not fit an image raises it in ``locations``.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class PatchThreat:
             raise InputError("where lists no place; give at least one (top, left) pixel")
 
     def masks(self, image_size: tuple[int, int]) -> tuple[Mask, ...]:
-        """The patch's shapes in a picture of (H, W) pixels. InputError if none fits."""
+        """The patch's shapes in an image of (H, W) pixels. InputError if none fits."""
         height, width = image_size
         if self._mask is not None:
             shapes = [self._mask]
@@ -137,7 +137,7 @@ class PatchThreat:
         return fitting
 
     def locations(self, image_size: tuple[int, int]) -> Locations:
-        """Every place of *one* patch in a picture of (H, W) pixels. InputError if it does not fit."""
+        """Every location of *one* patch in an image of (H, W) pixels. InputError if it does not fit."""
         height, width = image_size
         masks = self.masks(image_size)
         shape, top, left = [], [], []
@@ -248,7 +248,7 @@ def parse_patch(text: str) -> int | str | tuple[int, int]:
 
 
 def parse_where(text: str) -> str | list[tuple[int, int]]:
-    """The places that a user typed: ``anywhere``, ``corners`` or ``0,0;5,7``."""
+    """The locations that a user typed: ``anywhere``, ``corners`` or ``0,0;5,7``."""
     if text in ("anywhere", "corners"):
         return text
     if not re.fullmatch(r"\d{1,9},\d{1,9}(;\d{1,9},\d{1,9})*", text):

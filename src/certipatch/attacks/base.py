@@ -18,13 +18,13 @@ from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views.render import image_size
 
 Notify = Callable[[int], None]
-"""Told the number of pictures that are done with."""
+"""Told the number of images that are done with."""
 
 
 @final
 @dataclass(frozen=True)
 class Answer:
-    """Hard answers: labels, and which pictures raise an alarm (detection only)."""
+    """Hard answers: labels, and which images raise an alarm (detection only)."""
 
     label: Int64[Tensor, " N"]
     alarm: Bool[Tensor, " N"]
@@ -35,9 +35,9 @@ class Victim:
     """A defense under attack: its answers, and the leads that attacks raise.
 
     Args:
-        defense: anything with ``predict``; a detector says with ``alarm`` or its rule which pictures raise one.
+        defense: anything with ``predict``; a detector says with ``alarm`` or its rule which images raise one.
         adaptive: attack through the defense; False: its network alone, as an attacker who knows nothing of it would: the
-            defense is asked at the end, once per picture.
+            defense is asked at the end, once per image.
         bf16: networks are passed in bfloat16 for leads and their gradients, never for answers.
     """
 
@@ -67,11 +67,11 @@ class Victim:
             return losses.network_leads(self.defense, images)
 
     def passes(self, images: Tensor) -> torch.autocast:
-        """In which precision networks are passed for leads of such pictures."""
+        """In which precision networks are passed for leads of such images."""
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
 
     def check_gradients(self, images: Float[Tensor, "N C H W"]) -> None:
-        """InputError where the defense gives no gradient with respect to the picture."""
+        """InputError where the defense gives no gradient with respect to the image."""
         probe = images[:1].detach().clone().requires_grad_()
         try:
             with torch.enable_grad():
@@ -92,9 +92,9 @@ class Victim:
 class Task:
     """The images, the threat and the effort of an attack.
 
-    images: (B, C, H, W). label: the answers to change. threat: None for the L∞ attack. numbers: what the pictures are
+    images: (B, C, H, W). label: the answers to change. threat: None for the L∞ attack. numbers: what the images are
     called, so that the random numbers of a start do not depend on the batch it comes in. starts, steps, step: restarts,
-    iterations of each, size of a step. search: how places are chosen, see ``locate``. margins: of the places, (B, L), from
+    iterations of each, size of a step. search: how locations are chosen, see ``locate``. margins: of the locations, (B, L), from
     the certificate, or None. target: the class that shall be answered, or None for any other. epsilon: of L∞.
     batch: rows of one gradient. prepared: what ``Attack.prepare`` gave.
     """
@@ -115,19 +115,19 @@ class Task:
     prepared: Tensor | None = None
 
     def generator(self, picture: int, start: int) -> Generator:
-        """Random numbers of one start on one picture."""
+        """Random numbers of one start on one image."""
         text = f"{self.seed}/{self.numbers[picture]}/{start}".encode()
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))
 
     def loss(self, leads: Float[Tensor, "N K"], picture: Int64[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """The lead of the target, or of the foremost class that is not to be the answer, for rows of these pictures."""
+        """The lead of the target, or of the foremost class that is not to be the answer, for rows of these images."""
         if self.target is not None:
             return leads[:, self.target]
         own = self.label[picture].to(leads.device)
         return leads.scatter(1, own[:, None], -torch.inf).amax(1)
 
     def places(self) -> Places:
-        """The places of the threat's patches. InputError without a patch threat."""
+        """The locations of the threat's patches. InputError without a patch threat."""
         if not isinstance(self.threat, PatchThreat):
             raise InputError(f"there are no places of {self.threat}; give --patch")
         return Places(self.threat, image_size(self.images))
@@ -139,9 +139,9 @@ class Outcome:
     """The result of an attack on B images.
 
     broken: the answer is another one (of a detector: and there is no alarm), or with a target that one; decided by the
-    victim. attacked: the picture that did it, or of unbroken ones the one of largest loss. label, alarm: the answer to
-    ``attacked``. loss: largest lead of a wrong class. choice: the places painted (B, count), −1 where the attack has
-    none. tried: for every picture the numbers of the places tried. violated: places of positive margin at which an
+    victim. attacked: the image that did it, or of unbroken ones the one of largest loss. label, alarm: the answer to
+    ``attacked``. loss: largest lead of a wrong class. choice: the locations painted (B, count), −1 where the attack has
+    none. tried: for every image the numbers of the locations tried. violated: locations of positive margin at which an
     attack changed the answer, which no theorem allows.
     """
 
@@ -179,7 +179,7 @@ class Attack(ABC):
 
     @abstractmethod
     def run(self, victim: Victim, task: Task, notify: Notify = lambda done: None) -> Outcome:
-        """Attack every picture of a task."""
+        """Attack every image of a task."""
 
 
 def certifies(defense: object) -> bool:

@@ -1,4 +1,4 @@
-"""Views that a patch does not touch say what they said of the clean picture, and are computed once.
+"""Views that a patch does not touch say what they said of the clean image, and are computed once.
 
 A band of 4 columns of 32 sees a 5x5 patch in 8 of 32 places: a gradient through the other 24 would be zero.
 """
@@ -17,12 +17,12 @@ from certipatch.inference import batch_size_for
 from certipatch.views import Views
 from certipatch.views.render import image_size, render_each
 
-SMALL = 0.5  # views that show more of a picture than this are all computed
+SMALL = 0.5  # views that show more of an image than this are all computed
 
 
 @final
 class CleanViews:
-    """A defense's logits for the views of clean pictures, from which those of attacked ones differ where a mask is."""
+    """A defense's logits for the views of clean images, from which those of attacked ones differ where a mask is."""
 
     def __init__(self, victim: Victim, views: Views, shown: Bool[Tensor, "V H W"], task: Task):
         self._victim, self._defense = victim, victim.defense
@@ -50,7 +50,7 @@ class CleanViews:
     def leads(
         self, images: Float[Tensor, "R C H W"], picture: Int64[Tensor, " R"], mask: Bool[Tensor, "R 1 H W"]
     ) -> Float[Tensor, "R K"]:
-        """Leads of pictures that differ from clean ``picture`` under ``mask`` alone; differentiable."""
+        """Leads of images that differ from clean ``picture`` under ``mask`` alone; differentiable."""
         touched = (mask.flatten(1).to(self._shown) @ self._shown.T > 0).nonzero()
         step = batch_size_for(max(1, int(self._shown.sum(1).max())))
         parts = touched.split(step)

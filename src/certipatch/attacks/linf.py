@@ -1,7 +1,7 @@
 """Projected gradient descent within an L∞ ball (Madry et al. 2018, https://arxiv.org/abs/1706.06083), for the side question.
 
 No theorem here is about it: it shows what certificates against patches do not say. Differences to the original: the loss
-is that of the defense (``losses``), and a picture that fell takes no further restarts.
+is that of the defense (``losses``), and an image that fell takes no further restarts.
 """
 
 from typing import ClassVar, final
@@ -17,7 +17,7 @@ from certipatch.threats import Threat
 
 @final
 class LInf(Attack):
-    """Every value of the picture changed by up to --epsilon; nothing is certified against it."""
+    """Every value of the image changed by up to --epsilon; nothing is certified against it."""
 
     name: ClassVar[str] = "linf"
     starts: ClassVar[int] = 5

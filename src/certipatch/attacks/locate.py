@@ -13,7 +13,7 @@ from certipatch.attacks.places import Places
 from certipatch.attacks.pool import Begin
 from certipatch.errors import InputError
 
-COARSE = 12  # places of the coarse grid that are painted and looked at
+COARSE = 12  # locations of the coarse grid that are painted and looked at
 FINE = 2  # of these, whose neighbours are looked at too
 
 
@@ -32,7 +32,7 @@ def gains(victim: Victim, task: Task, places: Places) -> Float[Tensor, "B L"]:
 
 
 def coarse_to_fine(victim: Victim, task: Task, places: Places, number: int) -> Int64[Tensor, "B number"]:
-    """The most promising places of each picture, best first, by single steps of the attack itself.
+    """The most promising locations of each image, best first, by single steps of the attack itself.
 
     Places of largest gain, apart from each other by half a patch, are painted along the gradient and looked at; then
     the neighbours of the best ones. Behind all that were looked at come the others in the order of their gain.
@@ -62,10 +62,10 @@ def check_search(search: str) -> None:
 
 
 def plan(victim: Victim, task: Task, places: Places) -> list[Int64[Tensor, "starts count"]]:
-    """The choices of places of every start of every picture.
+    """The choices of locations of every start of every image.
 
-    ``search``: ``random``; ``exhaustive`` (every place once, whatever the number of starts); ``gradient``
-    (coarse to fine); ``margin`` (weakest places of the certificate first, then random ones); ``certified`` (only places
+    ``search``: ``random``; ``exhaustive`` (every location once, whatever the number of starts); ``gradient``
+    (coarse to fine); ``margin`` (weakest locations of the certificate first, then random ones); ``certified`` (only locations
     that a certificate covers, weakest first and random ones in turn); ``auto`` (gradient, margin and random in turn).
 
     Errors: InputError on another word, and where the search does not fit the threat or the defense.
@@ -145,7 +145,7 @@ def _auto(victim: Victim, task: Task, places: Places) -> list[Tensor]:
 
 
 def _ranked(task: Task, places: Places, order: list[Tensor]) -> list[Tensor]:
-    """The first places of an order, then random ones; for several patches random choices among the first."""
+    """The first locations of an order, then random ones; for several patches random choices among the first."""
     if places.count == 1:
         return [
             _in_turn([torch.cat([row[: task.starts], draw[:, 0]])], task.starts)[:, None]
@@ -177,7 +177,7 @@ def _spread(gain: Float[Tensor, " L"], places: Places, number: int, apart: int) 
 
 
 def _painted(victim: Victim, task: Task, places: Places, choice: Int64[Tensor, "B n"]) -> Float[Tensor, "B n"]:
-    """Losses with places painted black or white, pixel by pixel along the gradient at a grey patch."""
+    """Losses with locations painted black or white, pixel by pixel along the gradient at a grey patch."""
     number, picture = choice.shape[1], torch.arange(len(choice)).repeat_interleave(choice.shape[1])
     clean = CleanViews.of(victim, task)
 

@@ -1,8 +1,8 @@
 """Patch PGD: the iterative sign method on a patch, with random starts (Chiang et al. 2020, https://arxiv.org/abs/2003.06693).
 
-Differences to the original: places are searched too, not only drawn at random (``--search``); the loss is the lead of a
-wrong class under the defense itself (``losses``), not the network's cross-entropy; a picture that fell takes no further
-starts; rows of all pictures and starts share one batch.
+Differences to the original: locations are searched too, not only drawn at random (``--search``); the loss is the lead of a
+wrong class under the defense itself (``losses``), not the network's cross-entropy; an image that fell takes no further
+starts; rows of all images and starts share one batch.
 """
 
 from typing import ClassVar, final
@@ -16,7 +16,7 @@ from certipatch.attacks.pool import Pool, climb
 
 @final
 class PatchPGD(Attack):
-    """Gradient sign steps on the patch, random starts, places by search; the paper's 80 x 150 steps of 0.05."""
+    """Gradient sign steps on the patch, random starts, locations by search; the paper's 80 x 150 steps of 0.05."""
 
     name: ClassVar[str] = "patch-pgd"
     starts: ClassVar[int] = 80

@@ -12,11 +12,11 @@ from certipatch.threats import PatchThreat
 
 @final
 class Places:
-    """The L places of one patch of ``threat`` in pictures of (H, W) pixels, numbered as in ``threat.locations``.
+    """The L locations of one patch of ``threat`` in images of (H, W) pixels, numbered as in ``threat.locations``.
 
-    A *choice* is one place for each of the threat's ``count`` patches; they may overlap.
+    A *choice* is one location for each of the threat's ``count`` patches; they may overlap.
 
-    Errors: InputError where the patch does not fit the picture.
+    Errors: InputError where the patch does not fit the image.
     """
 
     def __init__(self, threat: PatchThreat, image_size: tuple[int, int]):
@@ -42,7 +42,7 @@ class Places:
         return min(min(mask.shape) for mask in self._shapes)
 
     def draw(self, number: int, generator: Generator) -> Int64[Tensor, "number count"]:
-        """Random choices; of single patches no place comes again before all others have come."""
+        """Random choices; of single patches no location comes again before all others have come."""
         if self.count > 1:
             return torch.randint(len(self), (number, self.count), generator=generator)
         rounds = -(-number // len(self))
@@ -57,7 +57,7 @@ class Places:
         return covered.scatter_(1, pixels.flatten(1), True).view(-1, 1, height, width)
 
     def sums(self, maps: Float[Tensor, "N H W"]) -> Float[Tensor, "N L"]:
-        """The sum of a map over the pixels of every place."""
+        """The sum of a map over the pixels of every location."""
         window_sums = torch.empty((len(maps), len(self)), dtype=maps.dtype, device=maps.device)
         for number, mask in enumerate(self._shapes):
             members = (self.locations.shape == number).nonzero().flatten()

@@ -1,7 +1,7 @@
 """The pool: pairs of picture and start, as many as one gradient takes, each replaced as soon as it is done with.
 
 A start is done after its last step; all starts of a picture are done as soon as one has broken it. So batches stay
-full while easy pictures fall early and hard ones take all their starts. A plain attack, whose victim is a network behind a
+full while easy images fall early and hard ones take all their starts. A plain attack, whose victim is a network behind a
 defense that it does not know of, takes whole starts until the network falls; then the defense answers to its best picture.
 """
 
@@ -18,7 +18,7 @@ from certipatch.attacks.clean_views import CleanViews
 EVERY = 10  # steps after which the victim is asked although the loss does not say that it fell
 Begin = Callable[
     [int, int], tuple[Tensor, Tensor, Tensor]
-]  # picture, start → paint (C H W), mask (1 H W), places (count,)
+]  # picture, start → paint (C H W), mask (1 H W), locations (count,)
 
 
 @final
@@ -29,10 +29,10 @@ class Pool:
     age: of each row. A row's picture is ``where(mask, paint, image)``: outside of the mask nothing can change.
 
     Args:
-        begin: the first paint, mask and places of a start.
+        begin: the first paint, mask and locations of a start.
         starts: number of starts of every picture.
-        count: places of one choice; 0 for attacks without.
-        skip: pictures that are left alone.
+        count: locations of one choice; 0 for attacks without.
+        skip: images that are left alone.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class Pool:
         return len(self.picture) > 0
 
     def images(self) -> Float[Tensor, "R C H W"]:
-        """The attacked pictures of all rows."""
+        """The attacked images of all rows."""
         return torch.where(self.mask, self.paint, self.task.images[self.picture])
 
     def leads(self, images: Float[Tensor, "R C H W"]) -> Float[Tensor, "R K"]:
-        """The victim's leads for the rows' pictures; views that no mask reaches are not computed again."""
+        """The victim's leads for the rows' images; views that no mask reaches are not computed again."""
         if self._clean is None:
             return self.victim.leads(images, self.generator)
         return self._clean.leads(images, self.picture, self.mask)
@@ -144,7 +144,7 @@ class Pool:
     def _ask(
         self, images: Float[Tensor, "r C H W"], pictures: Int64[Tensor, " r"], choices: Int64[Tensor, "r n"]
     ) -> Answer:
-        """Record what the victim answers to attacked pictures."""
+        """Record what the victim answers to attacked images."""
         answer = self.victim.answer(images.detach())
         task, outcome = self.task, self.outcome
         label, alarm = answer.label.cpu(), answer.alarm.cpu()
@@ -161,9 +161,9 @@ class Pool:
         return Answer(label, alarm)
 
     def finish(self) -> Outcome:
-        """The outcome, with the victim's answers to the best pictures of those that stand.
+        """The outcome, with the victim's answers to the best images of those that stand.
 
-        A plain attack never asked it before: there all pictures are decided here.
+        A plain attack never asked it before: there all images are decided here.
         """
         outcome = self.outcome
         if not self.victim.adaptive:

@@ -1,8 +1,8 @@
-"""The universal patch: one for all pictures, turned and scaled (Brown et al. 2017, https://arxiv.org/abs/1712.09665).
+"""The universal patch: one for all images, turned and scaled (Brown et al. 2017, https://arxiv.org/abs/1712.09665).
 
-It is learned once, from the first pictures of the run, over random places, rotations and scales; then it is put on every
-picture, at many places and in many poses. Differences to the original: untargeted unless there is a ``--target``; the
-patch fills the threat's own shape at each place, so that it never leaves the threat; through the defense.
+It is learned once, from the first images of the run, over random locations, rotations and scales; then it is put on every
+image, at many locations and in many poses. Differences to the original: untargeted unless there is a ``--target``; the
+patch fills the threat's own shape at each location, so that it never leaves the threat; through the defense.
 """
 
 import math
@@ -19,12 +19,12 @@ from certipatch.attacks.places import Places
 from certipatch.attacks.pool import Pool
 
 ANGLE, SCALE = math.pi / 4, (0.8, 1.25)
-LEARNING = 200  # pictures per gradient while it is learned
+LEARNING = 200  # images per gradient while it is learned
 
 
 @final
 class Universal(Attack):
-    """One patch for all pictures, learned on the first of them, over places, rotations and scales; steps of learning."""
+    """One patch for all images, learned on the first of them, over locations, rotations and scales; steps of learning."""
 
     name: ClassVar[str] = "universal"
     starts: ClassVar[int] = 20
@@ -86,7 +86,7 @@ def worn(
     pose: Float[Tensor, "N 2"],
     places: Places,
 ) -> Float[Tensor, "N C H W"]:
-    """Pictures with the patch, turned and scaled about the middle of each place; beyond its edge its border goes on."""
+    """Images with the patch, turned and scaled about the middle of each location; beyond its edge its border goes on."""
     height, width = images.shape[2:]
     result = images
     rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5

@@ -22,8 +22,8 @@ def joined_heads(
 
     Args:
         ops: its layers; the answer of the last are the logits.
-        inputs: which values each reads; 0 is the picture, and layer i gives value i + 1.
-        shapes: of all values, for one picture.
+        inputs: which values each reads; 0 is the image, and layer i gives value i + 1.
+        shapes: of all values, for one image.
 
     Layers that read the pixels themselves stay as they are: against sparse attackers each has its own bounds.
     """

@@ -18,7 +18,7 @@ class Reader(Protocol):
     """Goes through a traced network."""
 
     values: dict[fx.Node, int]
-    """Numbers of what depends on the picture."""
+    """Numbers of what depends on the image."""
     sizes: set[fx.Node]
     """Nodes that only read shapes, or are constants."""
 
@@ -72,7 +72,7 @@ def _flattened(reader: Reader, node: fx.Node, name: str) -> Make:
 
 
 def _viewed(reader: Reader, node: fx.Node, name: str) -> Make:
-    """``x.view(len(x), -1)``, however the length is asked for; -1 may stand in the other place, beside a number."""
+    """``x.view(len(x), -1)``, however the length is asked for; -1 may stand in the other location, beside a number."""
     shape = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
     first, last = shape if isinstance(shape, tuple | list) and len(shape) == 2 else (None, None)
     length = (isinstance(first, fx.Node) and first in reader.sizes) and (
@@ -158,7 +158,7 @@ def _number(value: float, at: Precision) -> Tensor:
 
 
 def _broad(value: Tensor, at: Precision, name: str) -> Tensor:
-    """A constant that is the same for all pictures and cells of a map: a number, or one for each channel."""
+    """A constant that is the same for all images and cells of a map: a number, or one for each channel."""
     if value.numel() == 1:
         return at.of(value).reshape(())
     if value.ndim not in (3, 4) or value.numel() != value.shape[-3]:

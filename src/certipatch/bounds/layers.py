@@ -281,8 +281,8 @@ def merged(layer: Linear, x: Interval, label: Int[Tensor, " B"], rivals: Int[Ten
     Args:
         layer: the network's last.
         x: (B, L, n).
-        label: y of each picture.
-        rivals: k's of each picture.
+        label: y of each image.
+        rivals: k's of each image.
     """
     weight = F.embedding(label, layer.weight)[:, None] - F.embedding(rivals, layer.weight)  # (B, R, n)
     margin = x.centre @ weight.mT - guarded(x, layer.guard) @ weight.abs().mT

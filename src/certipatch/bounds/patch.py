@@ -1,7 +1,7 @@
-"""Bounds for every place of a patch: inside it [0, 1], outside it the pixel itself (Chiang et al. 2020, section 4.2).
+"""Bounds for every location of a patch: inside it [0, 1], outside it the pixel itself (Chiang et al. 2020, section 4.2).
 
 A patch moves only a window of each map, the cone of what it can reach; outside it activations are clean. Those are
-computed once per picture. Then, place by place and for all pictures at once, only the window goes through the layers:
+computed once per image. Then, location by location and for all images at once, only the window goes through the layers:
 as a change of the clean map where a layer is linear, pasted into it where a layer is not. A linear layer behind a
 flattening reads the window alone. The result is that of the whole computation, but for rounding.
 """
@@ -23,7 +23,7 @@ from certipatch.views import PixelSets
 from certipatch.views.incidence import MAX_BYTES, Incidence, sees
 
 MEMORY = 2**29  # bytes of clean maps that are held at once
-TOGETHER = 16  # places whose margins are taken at once
+TOGETHER = 16  # locations whose margins are taken at once
 
 
 @final
@@ -77,9 +77,9 @@ def regions(threat: PatchThreat, image_size: tuple[int, int]) -> Regions:
 def attacked(
     images: Float[Tensor, "B C H W"], locations: Regions, index: Int[Tensor, "B n"], strength: float = 1.0
 ) -> Interval:
-    """Boxes (B·n, C, H, W) of all pictures with a patch at locations ``index`` of each: for whole passes.
+    """Boxes (B·n, C, H, W) of all images with a patch at locations ``index`` of each: for whole passes.
 
-    ``strength`` t widens them from the clean picture (0) to [0, 1] (1): [(1 − t)x, (1 − t)x + t] under the patch.
+    ``strength`` t widens them from the clean image (0) to [0, 1] (1): [(1 − t)x, (1 − t)x + t] under the patch.
     """
     inside = torch.stack([torch.stack([locations.pixels(int(place)) for place in row]) for row in index]).to(
         images.device
@@ -110,14 +110,14 @@ def patch_margins(
     Args:
         model: see ``propagate.passage``, as are ``dtype`` and ``outward``.
         images: in [0, 1].
-        label: y of each picture.
+        label: y of each image.
         locations: the locations, from ``regions``.
         strength: see ``attacked``.
         index: the locations that are wanted; None for all.
         slack: see ``Passage.margins``.
-        memory: bytes of clean maps held at once; it sets how many pictures go together.
+        memory: bytes of clean maps held at once; it sets how many images go together.
 
-    Differentiable in the parameters and the pictures.
+    Differentiable in the parameters and the images.
     """
     passed = passage(model, _picture(images), dtype, outward)
     places = range(len(locations)) if index is None else index
@@ -182,7 +182,7 @@ def _picture(images: Tensor) -> tuple[int, int, int]:
 
 
 def _parts(passed: Passage, images: Tensor, label: Tensor, memory: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures whose clean maps fit ``memory`` together."""
+    """Images whose clean maps fit ``memory`` together."""
     step = max(1, memory // (4 * passed.numbers * images.element_size()))
     return zip(images.split(step), label.split(step), strict=True)
 
@@ -226,7 +226,7 @@ def _through(
     shape: Bool[Tensor, "h w"] | None,
     strength: float,
 ) -> Interval:
-    """Bounds of value ``before_head`` for all pictures, with the patch at one place."""
+    """Bounds of value ``before_head`` for all images, with the patch at one location."""
     top, left, height, width = box
     pixels = clean[0].lower[:, :, top : top + height, left : left + width]
     inside = torch.ones(height, width, dtype=torch.bool) if shape is None else shape

@@ -1,4 +1,4 @@
-"""Bounds of a whole network: every picture of a box in, an interval for every logit out, or margins between them."""
+"""Bounds of a whole network: every image of a box in, an interval for every logit out, or margins between them."""
 
 import math
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from certipatch.errors import InputError
 @final
 @dataclass(frozen=True, eq=False)
 class Passage:
-    """The layers of a network with weights in one precision, ready to pass intervals. Value 0 is the picture."""
+    """The layers of a network with weights in one precision, ready to pass intervals. Value 0 is the image."""
 
     ops: tuple[Op, ...]
     inputs: tuple[tuple[int, ...], ...]
     classes: int
     dtype: torch.dtype
     numbers: int
-    """Activations of one picture, in all values together, and weights of its margins."""
+    """Activations of one image, in all values together, and weights of its margins."""
 
     def values(self, pictures: Interval, until: int | None = None) -> list[Interval]:
-        """The picture's interval and that of every layer's answer, up to the layer ``until``."""
+        """The image's interval and that of every layer's answer, up to the layer ``until``."""
         intervals = [pictures]
         for op, inputs in list(zip(self.ops, self.inputs, strict=True))[:until]:
             intervals.append(op.whole(*(intervals[i] for i in inputs)))
@@ -113,7 +113,7 @@ class Layout:
 
 @torch.no_grad()
 def layout(model: nn.Module, picture: tuple[int, int, int]) -> Layout:
-    """Read ``model``, for pictures of ``picture`` (C, H, W). Errors as those of ``passage``."""
+    """Read ``model``, for images of ``picture`` (C, H, W). Errors as those of ``passage``."""
     first = next(model.parameters(), torch.zeros(()))
     steps = steps_of(model, picture)
     zeros = torch.zeros(1, *picture, dtype=first.dtype, device=first.device)
@@ -140,10 +140,10 @@ def layout(model: nn.Module, picture: tuple[int, int, int]) -> Layout:
 def passage(
     model: nn.Module, picture: tuple[int, int, int], dtype: torch.dtype | None = None, outward: bool = False
 ) -> Passage:
-    """The layers of ``model``, for pictures of ``picture`` (C, H, W).
+    """The layers of ``model``, for images of ``picture`` (C, H, W).
 
     Args:
-        model: maps pictures (B, C, H, W) to logits (B, K) by layers of ``known_layers`` and ``known_functions``.
+        model: maps images (B, C, H, W) to logits (B, K) by layers of ``known_layers`` and ``known_functions``.
         dtype: of the bounds; float64 for certificates; None for that of the parameters. Gradients reach them.
         outward: round intervals outward, so that they hold for the real numbers that the weights denote.
 
@@ -160,7 +160,7 @@ def rivals_of(label: Int[Tensor, " B"], classes: int) -> Int[Tensor, "B R"]:
 
 
 def logit_bounds(model: nn.Module, pictures: Interval, outward: bool = False) -> Interval:
-    """Bounds (B, K) of the logits of every picture of a box (B, C, H, W), in the precision of the box."""
+    """Bounds (B, K) of the logits of every image of a box (B, C, H, W), in the precision of the box."""
     _, channels, height, width = pictures.shape
     return passage(model, (channels, height, width), pictures.lower.dtype, outward).values(pictures)[-1]
 
@@ -168,7 +168,7 @@ def logit_bounds(model: nn.Module, pictures: Interval, outward: bool = False) ->
 def margin_bounds(
     model: nn.Module, pictures: Interval, label: Int[Tensor, " B"], outward: bool = False
 ) -> Float[Tensor, "B R"]:
-    """Lower bounds of z_y − z_k over a box of pictures, for all rivals k ≠ y in their order."""
+    """Lower bounds of z_y − z_k over a box of images, for all rivals k ≠ y in their order."""
     _, channels, height, width = pictures.shape
     passed = passage(model, (channels, height, width), pictures.lower.dtype, outward)
     last = passed.values(pictures)[passed.before_head]

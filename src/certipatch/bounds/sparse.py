@@ -37,7 +37,7 @@ def sparse_margins(
 ) -> Float[Tensor, "B R"]:
     """Lower bounds of z_y − z_k under any ``pixels`` pixels, for all R = K − 1 rivals k ≠ y in their order.
 
-    Arguments as in ``patch.patch_margins``. ``memory``: bytes held at once. Differentiable in the parameters and pictures.
+    Arguments as in ``patch.patch_margins``. ``memory``: bytes held at once. Differentiable in the parameters and images.
     """
     passed = passage(model, (images.shape[1], images.shape[2], images.shape[3]), dtype, outward)
     return sparse_passed(passed, images, label, pixels, strength, slack, memory)
@@ -147,9 +147,9 @@ def _most_of_linear(
 
 
 def _best_pixels(weight: Tensor, plus: Tensor, minus: Tensor, pixels: int) -> Int[Tensor, "B m k"]:
-    """The pixels of largest gain for each picture and output.
+    """The pixels of largest gain for each image and output.
 
-    No pixel gains more than it would if each of its channels could rise, and fall, by the most that any picture lets
+    No pixel gains more than it would if each of its channels could rise, and fall, by the most that any image lets
     it. The pixels of largest such gain are tried first; all others only where one of those could be among the best.
     """
     cells, tried = weight.shape[2], max(CANDIDATES, 8 * pixels)

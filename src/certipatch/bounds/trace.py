@@ -23,7 +23,7 @@ from certipatch.errors import InputError
 @final
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One layer: its name in the network, the numbers of the values that it reads (0 is the picture), how it is made."""
+    """One layer: its name in the network, the numbers of the values that it reads (0 is the image), how it is made."""
 
     name: str
     inputs: tuple[int, ...]
@@ -31,7 +31,7 @@ class Step:
 
 
 def trace(model: nn.Module) -> tuple[Step, ...]:
-    """The layers of a network that maps pictures (B, C, H, W) to logits (B, K), in order; step i gives value i + 1.
+    """The layers of a network that maps images (B, C, H, W) to logits (B, K), in order; step i gives value i + 1.
 
     Errors: InputError that names the layer or function for which no bounds are known.
     """

@@ -1,16 +1,16 @@
 """The worst locations of a patch, searched without gradients; and margins at chosen locations, with gradients.
 
-A picture's loss is a minimum over places for each rival, so its gradient goes through at most K − 1 places. All
-places are bounded without autograd, which costs one pass and no memory; then the worst ones are bounded again with it.
+An image's loss is a minimum over locations for each rival, so its gradient goes through at most K − 1 locations. All
+locations are bounded without autograd, which costs one pass and no memory; then the worst ones are bounded again with it.
 
-For a network that begins with a linear layer, the bounds of its answer with a patch at place l are
+For a network that begins with a linear layer, the bounds of its answer with a patch at location l are
 
     Wx + b + t Σ_{p in l} (½W_p − W_p x_p)  ±  (t/2) Σ_{p in l} |W_p| :
 
-one product of the few columns of a patch for each place, all places in batches; the radius is that of all pictures.
+one product of the few columns of a patch for each location, all locations in batches; the radius is that of all images.
 
-**Pooling** (Chiang et al. 2020, appendix A.3): places are parted into blocks of neighbours, and from some layer on a
-block has one interval, which holds those of its places. It is weaker and cheaper; with blocks of one place it is none.
+**Pooling** (Chiang et al. 2020, appendix A.3): locations are parted into blocks of neighbours, and from some layer on a
+block has one interval, which holds those of its locations. It is weaker and cheaper; with blocks of one location it is none.
 """
 
 import math
@@ -107,7 +107,7 @@ def block_bounds(
     block: Int[Tensor, " n"],
     strength: float = 1.0,
 ) -> Interval:
-    """Value ``before_head`` (n, …) for chosen pairs of a picture and a block, by whole passes. Differentiable.
+    """Value ``before_head`` (n, …) for chosen pairs of an image and a block, by whole passes. Differentiable.
 
     ``strength``: see ``patch.attacked``.
     """
@@ -125,7 +125,7 @@ def block_margins(
     block: Int[Tensor, " n"],
     strength: float = 1.0,
 ) -> Float[Tensor, "n R"]:
-    """Lower bounds of z_y − z_k for chosen pairs of a picture and a block."""
+    """Lower bounds of z_y − z_k for chosen pairs of an image and a block."""
     last, own = block_bounds(passed, images, where, picture, block, strength), label[picture]
     return passed.margins(last.map(lambda x: x[:, None]), own, rivals_of(own, passed.classes))[:, 0]
 
@@ -138,7 +138,7 @@ def margins_at(
     at: Int[Tensor, "B R"],
     strength: float = 1.0,
 ) -> Float[Tensor, "B R"]:
-    """Lower bounds of z_y − z_k at a block for each picture and rival, each block once. Differentiable."""
+    """Lower bounds of z_y − z_k at a block for each image and rival, each block once. Differentiable."""
     first = len(where) * torch.arange(len(images), device=images.device)[:, None]
     pairs, back = torch.unique(first + at, return_inverse=True)
     last = block_bounds(passed, images, where, pairs // len(where), pairs % len(where), strength)
@@ -221,7 +221,7 @@ def first_linear(passed: Passage) -> int | None:
 def _worst_of_vectors(
     passed: Passage, first: int, images: Tensor, label: Tensor, where: Places, strength: float, index: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``worst`` for a network that begins with a linear layer, places in pieces that fit the cache."""
+    """``worst`` for a network that begins with a linear layer, locations in pieces that fit the cache."""
     layer = passed.ops[first]
     assert isinstance(layer, Linear)
     check_pools(passed, where.pools)
@@ -229,7 +229,7 @@ def _worst_of_vectors(
     columns, weight = layer.weight.T, layer.weight.unflatten(1, (channels, -1))
     clean = F.linear(images.flatten(1), layer.weight, layer.bias).T
     pixels = images.flatten(1).T * -strength
-    columns, pixels = (F.pad(x, (0, 0, 0, 1)) for x in (columns, pixels))  # the last is for places with fewer pixels
+    columns, pixels = (F.pad(x, (0, 0, 0, 1)) for x in (columns, pixels))  # the last is for locations with fewer pixels
     ends = (F.pad(part.sum(1).T * strength, (0, 0, 0, 1)) for part in (weight.clamp(max=0), weight.clamp(min=0)))
     falls, rises = (F.embedding_bag(where.listed, end, mode="sum")[..., None] for end in ends)
     rows, rivals = _rows(where, channels), rivals_of(label, passed.classes)
@@ -257,7 +257,7 @@ def _margins_of_pairs(
 ) -> Callable[[Interval], Tensor]:
     """Margins (n, R, B) from value ``before_head`` (n, m, B), for few classes.
 
-    |w_y − w_k| serves both y and k: the radius of every pair of classes is one product for all pictures, which is
+    |w_y − w_k| serves both y and k: the radius of every pair of classes is one product for all images, which is
     faster than those of each label's own K − 1 rivals.
     """
     head, classes = passed.head, passed.classes

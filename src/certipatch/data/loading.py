@@ -124,4 +124,4 @@ def _unknown(data: str) -> str:
     if "/" in data or os.sep in data:
         return f"there is no folder {data!r}; check the path, or give a dataset name such as {SAMPLE}"
     hint = suggestion(data.lower(), names(), cutoff=0.5)
-    return f"there is no dataset, folder or Hub id owner/name {data!r}; {hint}"
+    return f"there is no dataset or folder {data!r}, and it is no Hub id owner/name; {hint}"

@@ -31,7 +31,7 @@ class BagCert(ViewDefense):
         model: a network of local logits, or one that reads bands or blocks.
         views: the bands or blocks; None for a network of local logits.
         threshold: θ. The paper's step is at logit 0 of a network trained with it; a confidence serves any network.
-        batch_size: pictures or rendered views per forward pass.
+        batch_size: images or rendered views per forward pass.
     """
 
     name: ClassVar[str] = "bagcert"

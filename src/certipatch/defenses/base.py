@@ -37,9 +37,9 @@ class Evidence:
     error: Float64[Tensor, " B"] | None = None
     """Numerical error of a score of each image; None for votes, which have ``unsure`` instead."""
     images: Float[Tensor, "B C H W"] | None = None
-    """The pictures, where a certificate needs the network again (interval bounds); such evidence is not stored."""
+    """The images, where a certificate needs the network again (interval bounds); such evidence is not stored."""
     passes: Int64[Tensor, " B"] | None = None
-    """Network calls that each picture took, where pictures differ in that."""
+    """Network calls that each image took, where images differ in that."""
     labels: Int64[Tensor, " B"] | None = None
     """The labels, where values are the least that scores may be, whatever the rounding; None where they follow from values."""
 
@@ -53,11 +53,11 @@ class Defense(Method):
 
     @abstractmethod
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
-        """Run the network over all views. InputError on pictures that are not floats in [0, 1]."""
+        """Run the network over all views. InputError on images that are not floats in [0, 1]."""
 
     @abstractmethod
     def certificate(self, evidence: Evidence, threat: Threat) -> Certificate:
-        """Labels and margins from evidence. InputError if the threat does not fit the pictures."""
+        """Labels and margins from evidence. InputError if the threat does not fit the images."""
 
     @abstractmethod
     def label(self, evidence: Evidence) -> Int64[Tensor, " B"]:
@@ -69,18 +69,18 @@ class Defense(Method):
 
     @abstractmethod
     def forward_passes(self, image_size: tuple[int, int]) -> int:
-        """Network calls per picture."""
+        """Network calls per image."""
 
     def number_of_views(self, image_size: tuple[int, int]) -> int:
-        """V for pictures of (H, W) pixels; 1 without views."""
+        """V for images of (H, W) pixels; 1 without views."""
         return 1
 
     def largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"] | None:
-        """Side of the largest certified square, anywhere, per picture; 0 if none; None where predict depends on it."""
+        """Side of the largest certified square, anywhere, per image; 0 if none; None where predict depends on it."""
         return None
 
     def predict(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, " B"]:
-        """The label of every picture; the same as the label that ``certify`` gives."""
+        """The label of every image; the same as the label that ``certify`` gives."""
         return self.label(self.evidence(images))
 
     def certify(self, images: Float[Tensor, "B C H W"], threat: Threat) -> Certificate:
@@ -90,7 +90,7 @@ class Defense(Method):
         return self.certificate(self.evidence(images), threat)
 
     def select_backend(self, images: Float[Tensor, "B C H W"], pictures: int, only: str | None = None) -> str | None:
-        """Choose a faster way to run the network for so many pictures like ``images``, or take the one that is named.
+        """Choose a faster way to run the network for so many images like ``images``, or take the one that is named.
 
         Gives its name; None for defenses that have no choice.
         """
@@ -116,7 +116,7 @@ class ViewDefense(Defense):
     Args:
         model: an ``nn.Module`` in eval mode; its ``encoding`` says what it reads (see ``evidence.logits``).
         views: its views; None for a network of local logits, whose receptive fields are derived from its layers.
-        batch_size: most pictures or views of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
+        batch_size: most images or views of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
     """
 
     raw: ClassVar[bool] = False
@@ -132,7 +132,7 @@ class ViewDefense(Defense):
 
     @abstractmethod
     def rule(self, image_size: tuple[int, int]) -> Rule:
-        """The rule for pictures of (H, W) pixels."""
+        """The rule for images of (H, W) pixels."""
 
     @abstractmethod
     def values(
@@ -162,7 +162,7 @@ class ViewDefense(Defense):
         return self.model
 
     def views_of(self, image_size: tuple[int, int]) -> Views:
-        """The views of pictures of (H, W) pixels."""
+        """The views of images of (H, W) pixels."""
         if self.views is not None:
             return self.views
         if image_size not in self._views:
@@ -176,7 +176,7 @@ class ViewDefense(Defense):
         self.tolerance(images)
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
-        """The measured rounding of a score for pictures of this size; runs the model check the first time, and when
+        """The measured rounding of a score for images of this size; runs the model check the first time, and when
         weights have changed."""
         first = next(self.model.parameters(), images)
         autocast = torch.is_autocast_enabled(images.device.type)
@@ -188,7 +188,7 @@ class ViewDefense(Defense):
         return self._tolerance[key][1]
 
     def checked(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
-        """Run the model check on pictures of this size."""
+        """Run the model check on images of this size."""
         views = self.views_of(image_size(images))
         return check_model(self.model, views, images, self.batch_size, raw=self.raw)
 
@@ -218,7 +218,7 @@ class ViewDefense(Defense):
         return Certificate(verdict.label, margin, threat, rule.theorem, relation, self.notion, verdict.alarm)
 
     def relation(self, threat: Threat, image_size: tuple[int, int]) -> Incidence:
-        """``sees`` for these views, computed once per threat and picture size."""
+        """``sees`` for these views, computed once per threat and image size."""
         key = (threat, image_size)
         if key not in self._sees:
             self._sees[key] = sees(self.views_of(image_size), threat, image_size)

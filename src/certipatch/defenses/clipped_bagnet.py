@@ -34,7 +34,7 @@ class ClippedBagNet(ViewDefense):
         views: the bands or blocks; None for a network of local logits.
         scale: a; 0.05 in the paper, for BagNets on ImageNet.
         shift: b; 1 in the paper.
-        batch_size: pictures or rendered views per forward pass.
+        batch_size: images or rendered views per forward pass.
     """
 
     name: ClassVar[str] = "clipped-bagnet"

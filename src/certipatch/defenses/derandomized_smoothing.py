@@ -31,13 +31,13 @@ class DerandomizedSmoothing(ViewDefense):
     Args:
         model: an ``nn.Module`` in eval mode. It reads rendered views (N, 2C, H, W), ``[x, 1 − x]`` with zeros for hidden
             pixels, and gives logits (N, K); an attribute ``encoding`` of ``fill`` (hidden pixels are 0.5, C channels),
-            ``crop`` or ``all-views`` (pictures (B, C, H, W) → logits (B, V, K)) says otherwise.
+            ``crop`` or ``all-views`` (images (B, C, H, W) → logits (B, V, K)) says otherwise.
         views: the views, for example ``views.Columns(4)``.
         threshold: θ: a view votes for every class whose softmax confidence exceeds it; None: for its top class.
         margin: ``"location"`` (exact) or ``"paper"`` (Theorems 1 and 2).
-        batch_size: most pictures or views of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
+        batch_size: most images or views of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
 
-    The first call with pictures of a new size runs the model check (``model_check.check_model``) and raises InputError
+    The first call with images of a new size runs the model check (``model_check.check_model``) and raises InputError
     for a model whose views leak or share statistics. Views whose vote rounding could turn count as attacked.
     """
 

@@ -31,17 +31,17 @@ class DigitalWatermarking(EmpiricalDefense):
 
     The saliency of a pixel is the size of the gradient of the predicted class's log-probability. Of the most salient
     pixels those are kept that have enough salient neighbours; erosion removes what is thin, dilation closes the rest, and
-    the mask is painted over with the mean of the picture outside of it.
+    the mask is painted over with the mean of the image outside of it.
 
     Args:
         model: a plain network in eval mode.
         share: of all pixels, how many count as salient.
         neighbours: of the ``size`` x ``size`` pixels around a salient one, the share that must be salient too.
-        size: side of the neighbourhood in pixels; None for 1/8 of the picture, at least 3.
-        batch_size: pictures per forward pass.
+        size: side of the neighbourhood in pixels; None for 1/8 of the image, at least 3.
+        batch_size: images per forward pass.
 
     Departs from the paper: the plain gradient stands for guided backpropagation, which needs networks made of ReLU layers;
-    a mean colour for inpainting; sizes follow the picture's, where the paper gives pixels of ImageNet. Chiang et al. 2020
+    a mean colour for inpainting; sizes follow the image's, where the paper gives pixels of ImageNet. Chiang et al. 2020
     attack it through an identity on the way back (BPDA), and so do we (``leads``).
     """
 
@@ -63,7 +63,7 @@ class DigitalWatermarking(EmpiricalDefense):
         self.share, self.neighbours, self.size = share, neighbours, size
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
-        """BPDA: the network sees the masked picture, the gradient comes back as if nothing had been masked."""
+        """BPDA: the network sees the masked image, the gradient comes back as if nothing had been masked."""
         return lead_of(self.model(images + (self.cleaned(images) - images).detach()).float())
 
     def cleaned(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
@@ -73,7 +73,7 @@ class DigitalWatermarking(EmpiricalDefense):
         return torch.where(mask, mean, images)
 
     def mask(self, images: Float[Tensor, "N C H W"]) -> Bool[Tensor, "N H W"]:
-        """True on the pixels that are painted over; depends on the picture alone, not on its neighbours in a batch."""
+        """True on the pixels that are painted over; depends on the image alone, not on its neighbours in a batch."""
         size = self.size or max(3, min(images.shape[2:]) // 8 | 1)
         saliency = self.saliency(images.detach())
         number = max(1, round(self.share * saliency[0].numel()))

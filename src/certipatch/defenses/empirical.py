@@ -15,11 +15,11 @@ from certipatch.rules.soft import lead_of
 
 
 class EmpiricalDefense(Method):
-    """Cleans a picture of what looks like a patch, then asks a plain network.
+    """Cleans an image of what looks like a patch, then asks a plain network.
 
     Args:
         model: an ``nn.Module`` (N, C, H, W) → (N, K) in eval mode.
-        batch_size: most pictures of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
+        batch_size: most images of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
     """
 
     theorem = "none: nothing is certified"
@@ -32,7 +32,7 @@ class EmpiricalDefense(Method):
 
     @abstractmethod
     def cleaned(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N C H W"]:
-        """The pictures that the network is shown."""
+        """The images that the network is shown."""
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
         """Through the cleaning itself."""
@@ -40,7 +40,7 @@ class EmpiricalDefense(Method):
 
     @torch.no_grad()
     def predict(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, " B"]:
-        """The label of every picture. InputError on pictures that are not floats in [0, 1]."""
+        """The label of every image. InputError on images that are not floats in [0, 1]."""
         ev.check_images(images)
         batch = batch_size_for(images[0, 0].numel(), self.batch_size)
         logits = [ev.image_logits(self.model, self.cleaned(part), self.batch_size) for part in images.split(batch)]

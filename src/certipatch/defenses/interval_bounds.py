@@ -25,7 +25,7 @@ class IntervalBounds(Defense):
 
     Args:
         model: an ``nn.Module`` (B, C, H, W) → (B, K) in eval mode, made of layers that ``bounds`` knows.
-        batch_size: most pictures of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
+        batch_size: most images of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
         memory: bytes of clean maps that are held at once.
 
     **Theorem.** Inside the patch every value in [0, 1] is allowed, outside it the pixel itself. Bounds of z_y − z_k over
@@ -35,9 +35,9 @@ class IntervalBounds(Defense):
     every margin, over locations and rivals, is > 0: exactly 0 is not.
 
     **What is measured, not proved, is t**: four times the largest distance between a served logit and the same logit in
-    float64, as a share of 1 + s there, over probes (up to two of the pictures, black, white, random and checkered ones,
-    and patches of those, in batches of 1, 2, 5 and 9) and over the picture itself, and never less than the house's floor
-    for that precision. The first call with pictures of a new size, or after weights have changed, measures the probes.
+    float64, as a share of 1 + s there, over probes (up to two of the images, black, white, random and checkered ones,
+    and patches of those, in batches of 1, 2, 5 and 9) and over the image itself, and never less than the house's floor
+    for that precision. The first call with images of a new size, or after weights have changed, measures the probes.
     """
 
     name: ClassVar[str] = "interval-bounds"
@@ -64,7 +64,7 @@ class IntervalBounds(Defense):
         self.tolerance(images)
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> float:
-        """t for pictures of this size: by what share of 1 + s a logit may be off. InputError where the model is refused."""
+        """t for images of this size: by what share of 1 + s a logit may be off. InputError where the model is refused."""
         precision, autocast = ev.precision_of(self.model, images), torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, self.model.training, precision, autocast)
         state = ev.weights_digest(self.model)
@@ -73,7 +73,7 @@ class IntervalBounds(Defense):
         return self._tolerance[key][1]
 
     def evidence(self, images: Float[Tensor, "B C H W"]) -> Evidence:
-        """Served logits (B, 1, K), their tolerance t, and the pictures, which certificates need again."""
+        """Served logits (B, 1, K), their tolerance t, and the images, which certificates need again."""
         ev.check_images(images)
         tolerance, served = self.tolerance(images), self._served(images)
         exact, size = self._exact(images)
@@ -109,7 +109,7 @@ class IntervalBounds(Defense):
         return Certificate(label, margin, threat, self.theorem, relation)
 
     def certified(self, evidence: Evidence, threat: Threat) -> Bool[Tensor, " B"]:
-        """The verdict alone: each picture is left at the first location that fails."""
+        """The verdict alone: each image is left at the first location that fails."""
         label, images, error = self.label(evidence), *_complete(evidence)
         if isinstance(threat, SparseThreat):
             return self._sparse(images, label, threat, error) > 0
@@ -218,7 +218,7 @@ def _complete(evidence: Evidence) -> tuple[Tensor, Tensor]:
 
 
 def _probes(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "n C H W"]:
-    """Some pictures, extreme ones, and patches of those in each other."""
+    """Some images, extreme ones, and patches of those in each other."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand((2, *images.shape[1:]), generator=generator).to(images)
     height, width = images.shape[2:]

@@ -29,18 +29,18 @@ DEFAULT = GradientSettings()
 class LocalGradientsSmoothing(EmpiricalDefense):
     """Darkens regions whose pixels change sharply: x̂ = x ⊙ (1 − clip(λ·g(x), 0, 1)).
 
-    g is the size of the picture's gradient (first differences of its grey values), scaled to [0, 1] per picture; windows
+    g is the size of the image's gradient (first differences of its grey values), scaled to [0, 1] per image; windows
     of a mean up to the threshold are left alone.
 
     Args:
         model: a plain network in eval mode.
-        window: side k of a window in pixels; 15 in the paper, for pictures of 299 pixels.
+        window: side k of a window in pixels; 15 in the paper, for images of 299 pixels.
         overlap: pixels that neighbouring windows share; 5 in the paper.
         threshold: γ; 0.1 in the paper.
         smoothing: λ; 2.3 in the paper.
-        batch_size: pictures per forward pass.
+        batch_size: images per forward pass.
 
-    Departs from the paper: a window is at most half as wide as the picture, so that small pictures have several; the
+    Departs from the paper: a window is at most half as wide as the image, so that small images have several; the
     last windows end at the border, so that every pixel is in one. Differentiable, but for the choice of windows.
     """
 
@@ -88,7 +88,7 @@ class LocalGradientsSmoothing(EmpiricalDefense):
 
 
 def sharpness(images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N H W"]:
-    """Size of the gradient of the grey values, scaled so that each picture's smallest is 0 and its largest 1."""
+    """Size of the gradient of the grey values, scaled so that each image's smallest is 0 and its largest 1."""
     grey = images.mean(1)
     down = F.pad(grey[:, 1:] - grey[:, :-1], (0, 0, 0, 1))
     across = F.pad(grey[:, :, 1:] - grey[:, :, :-1], (0, 1))

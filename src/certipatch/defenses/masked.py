@@ -25,10 +25,10 @@ PerAxis = int | tuple[int, int] | None
 
 @final
 class MaskedClassifier(nn.Module):
-    """A classifier of whole pictures that is shown masked ones; a network of NULL-encoded ones is shown those.
+    """A classifier of whole images that is shown masked ones; a network of NULL-encoded ones is shown those.
 
     Args:
-        model: maps pictures (N, C, H, W) in [0, 1] to logits (N, K).
+        model: maps images (N, C, H, W) in [0, 1] to logits (N, K).
         fill: what masks are painted with, one value or one per channel; None for the model's own ``fill``, else 0.5.
     """
 
@@ -69,7 +69,7 @@ class MaskedClassifier(nn.Module):
 
 
 class MaskDefense(ViewDefense):
-    """A defense that lays masks over pictures; arguments as for ``PatchCleanser``."""
+    """A defense that lays masks over images; arguments as for ``PatchCleanser``."""
 
     reads_whole_images: ClassVar[bool] = True
     trains_under_masks: ClassVar[bool] = True
@@ -101,11 +101,11 @@ class MaskDefense(ViewDefense):
         }
 
     def network_leads(self, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-        """Leads in the whole picture."""
+        """Leads in the whole image."""
         return leads_of_network(self.model, images)
 
     def covering(self, image_size: tuple[int, int]) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
-        """The masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats."""
+        """The masks for images of (H, W) pixels, and which of them cover each location of any of the threats."""
         return covering_masks(self.threats, image_size, self.masks, self.stride)
 
     def select_backend(self, images: Float[Tensor, "B C H W"], pictures: int, only: str | None = None) -> str | None:
@@ -154,9 +154,9 @@ def covering_masks(
     stride: tuple[int, int] | None,
     parts: Sequence[tuple[int, int]] = (),
 ) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
-    """Masks for pictures of (H, W) pixels, and which of them cover each place of any of the threats.
+    """Masks for images of (H, W) pixels, and which of them cover each location of any of the threats.
 
-    Errors: InputError where some place is covered by none, with the number of masks that would do.
+    Errors: InputError where some location is covered by none, with the number of masks that would do.
     """
     if not isinstance(masks, Tensor):
         masks = mask_set(threats, image_size, masks, stride, parts)

@@ -29,7 +29,7 @@ class Method(ABC):
     theorem: str
     """The condition behind its certificates, in one line."""
     in_words: ClassVar[str] = ""
-    """The theorem for a report's reader, with ``{views}`` for the partial pictures; without it the theorem is printed."""
+    """The theorem for a report's reader, with ``{views}`` for the partial images; without it the theorem is printed."""
     reads_whole_images: ClassVar[bool] = False
     """Its network reads whole images, without views, so that it goes around any classifier."""
     takes_random_views: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Minority Reports (McCoyd et al. 2020): lay every mask over the picture in turn; a sure dissenter is an alarm."""
+"""Minority Reports (McCoyd et al. 2020): lay every mask over the image in turn; a sure dissenter is an alarm."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, final
@@ -29,7 +29,7 @@ DEFAULT = MinorityReportsSettings()
 
 @final
 class MinorityReports(MaskDefense):
-    """Detects attacks: a certified picture keeps its answer or raises an alarm. Around any classifier.
+    """Detects attacks: a certified image keeps its answer or raises an alarm. Around any classifier.
 
     Args:
         model: as for ``PatchCleanser``.
@@ -39,8 +39,8 @@ class MinorityReports(MaskDefense):
         stride: pixels from mask to mask.
         fill: what masks are painted with; None for the model's own ``fill``, else 0.5.
         threshold: τ: a masked answer counts when its softmax score exceeds it. Larger raises fewer alarms on clean
-            pictures and certifies less.
-        batch_size: pictures per forward pass.
+            images and certifies less.
+        batch_size: images per forward pass.
 
     Takes M + 1 passes. ``predict`` gives the label; whether an alarm is raised is ``certify(…).alarm``.
     """

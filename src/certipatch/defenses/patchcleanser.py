@@ -173,7 +173,7 @@ class PatchCleanser(MaskDefense):
         return DoubleMask(self.min_mean_gap, self.fallback)
 
     def checked(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
-        """The network under masks, whose rounding counts; of one of whole pictures only that its answers are its own."""
+        """The network under masks, whose rounding counts; of one of whole images only that its answers are its own."""
         pairs = self.sizes(image_size(images))[-1]
         if self.fallback == "unmasked":
             check_model(self.unmasked, PixelSets(torch.ones_like(pairs.masks[:1])), images, self.batch_size)

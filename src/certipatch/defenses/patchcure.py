@@ -1,4 +1,4 @@
-"""PatchCURE (Xiang et al., USENIX Security 2024): double masking behind a front that is computed once per picture."""
+"""PatchCURE (Xiang et al., USENIX Security 2024): double masking behind a front that is computed once per image."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -53,17 +53,17 @@ class PatchCURE(ViewDefense):
         masks: masks per axis of the front's map, k or (rows, columns); by default 6, or as many as ``stride`` needs.
         stride: cells from mask to mask; None for the smallest that so many masks allow.
         all_margins: margins of all locations; False stops as soon as the verdict on the threat is known.
-        batch_size: masked maps, or pictures, in a batch (default: as many as 2²⁰ pixels have pictures).
+        batch_size: masked maps, or images, in a batch (default: as many as 2²⁰ pixels have images).
         min_mean_gap: the mean gap in confidence that lets a mask win against the majority (see ``rules.DoubleMask``); 0 asks
             nothing.
 
     A patch touches the features that see a pixel of it: a box of cells. Masks are boxes of cells that cover every such
-    box; a pixel counts as hidden by a mask when no cell outside of it sees the pixel. That every place of the patch is
+    box; a pixel counts as hidden by a mask when no cell outside of it sees the pixel. That every location of the patch is
     hidden by some mask is checked with ``sees``, and the theorem is that of double masking.
 
-    ``passes`` are whole passes of the network that the multiply-adds of a picture amount to, rounded up.
+    ``passes`` are whole passes of the network that the multiply-adds of an image amount to, rounded up.
 
-    Departs from the paper: any choice of masks per axis, and certificates per place; its other front, attention within
+    Departs from the paper: any choice of masks per axis, and certificates per location; its other front, attention within
     strips of a ViT, is here attention within squares.
     """
 
@@ -177,7 +177,7 @@ class PatchCURE(ViewDefense):
         return int(self._equivalents(probe, pairs)[0])
 
     def exported_network(self, image_size: tuple[int, int]) -> "MaskedFeatures":
-        """Pictures → logits under all pairs of masks, for graphs and tests."""
+        """Images → logits under all pairs of masks, for graphs and tests."""
         self.views_of(image_size)
         return MaskedFeatures(self.front, self._cells[image_size].visible(self.front.fields.grid))
 
@@ -218,7 +218,7 @@ class PatchCURE(ViewDefense):
 
 @final
 class MaskedFeatures(nn.Module):
-    """A shared front under some masks of cells at once: pictures (B, C, H, W) → logits (B, v, K)."""
+    """A shared front under some masks of cells at once: images (B, C, H, W) → logits (B, v, K)."""
 
     encoding = "all-views"
 

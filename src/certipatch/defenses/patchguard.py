@@ -67,7 +67,7 @@ class PatchGuard(ViewDefense):
         clip: largest logit that counts, None for no limit; all other evidence ends at 1. Negative evidence counts as 0.
         fixed: it stays built for ``threat`` whatever it is evaluated against, so that one answer has certificates for
             all sizes, and a largest certified patch.
-        batch_size: pictures or rendered views per forward pass.
+        batch_size: images or rendered views per forward pass.
 
     Certificates for any other threat keep the label; a patch that reaches beyond every window is seldom certified.
     """

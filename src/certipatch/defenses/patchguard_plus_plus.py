@@ -28,15 +28,15 @@ DEFAULT = DetectionSettings()
 
 @final
 class PatchGuardPlusPlus(ViewDefense):
-    """Detects attacks: a certified picture keeps its answer or raises an alarm.
+    """Detects attacks: a certified image keeps its answer or raises an alarm.
 
     Args:
         model: a network of local logits, or one that reads bands or blocks.
         threat: the patch that it is built for; windows are as large as its reach.
         views: the bands or blocks; None for a network of local logits.
         threshold: τ: a masked answer counts when its softmax score exceeds it. Larger raises fewer alarms on clean
-            pictures and certifies less.
-        batch_size: pictures or rendered views per forward pass.
+            images and certifies less.
+        batch_size: images or rendered views per forward pass.
     """
 
     name: ClassVar[str] = "patchguard-plus-plus"

@@ -90,12 +90,12 @@ class RandomizedAblation(Defense):
         samples: views of the sample that certifies.
         samples_to_pick: views of the sample that picks the class.
         alpha: chance of a wrong certificate. The defaults are the paper's.
-        seed: of the draws. A picture's sample depends on the seed and its own pixels, never on its neighbours.
-        batch_size: most pictures or views of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
+        seed: of the draws. An image's sample depends on the seed and its own pixels, never on its neighbours.
+        batch_size: most images or views of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
 
     Where there are fewer numbered views than samples each is computed once, and only their votes are drawn: the same
     answers for V passes instead of ``samples``. The theorem, and what it says of the sampled answer, is in
-    ``rules.ClopperPearson``. The first call with pictures of a new size runs the model check.
+    ``rules.ClopperPearson``. The first call with images of a new size runs the model check.
     """
 
     name: ClassVar[str] = "randomized-ablation"
@@ -151,7 +151,7 @@ class RandomizedAblation(Defense):
         return lead_of(soft_votes(logits, None).mean(1))
 
     def family(self, image_size: tuple[int, int]) -> RandomViews:
-        """The random views of pictures of (H, W) pixels. InputError if they do not fit."""
+        """The random views of images of (H, W) pixels. InputError if they do not fit."""
         if image_size not in self._families:
             views = self.views or OneOf(receptive_fields(self.model, image_size))
             views.check(image_size)
@@ -162,7 +162,7 @@ class RandomizedAblation(Defense):
         self.tolerance(images)
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> ev.Tolerance:
-        """The measured rounding of a score for pictures of this size; runs the model check the first time."""
+        """The measured rounding of a score for images of this size; runs the model check the first time."""
         first = next(self.model.parameters(), images)
         autocast = torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, self.model.training, first.dtype, autocast)
@@ -242,7 +242,7 @@ class RandomizedAblation(Defense):
         return self.samples_to_pick, self.rule.samples
 
     def _generator(self, image: Float[Tensor, "1 C H W"]) -> torch.Generator:
-        """One stream for both samples of a picture, the second after the first; from the seed and the pixels alone."""
+        """One stream for both samples of an image, the second after the first; from the seed and the pixels alone."""
         pixels = image.detach().cpu().double().contiguous().numpy().tobytes()
         digest = hashlib.sha256(f"{self.seed}/".encode() + pixels).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -260,7 +260,7 @@ class RandomizedAblation(Defense):
     def _sampled(
         self, family: RandomViews, image: Float[Tensor, "1 C H W"], tolerance: ev.Tolerance
     ) -> Int64[Tensor, "1 2 K"]:
-        """Draw views for one picture, a fixed number at a time, and count."""
+        """Draw views for one image, a fixed number at a time, and count."""
         size = image_size(image)
         step = batch_size_for(size[0] * size[1])  # of the draws, so that the batch size changes none of them
         generator, counts = self._generator(image), []
@@ -275,7 +275,7 @@ class RandomizedAblation(Defense):
     def _redrawn(
         self, family: OneOf, images: Float[Tensor, "B C H W"], tolerance: ev.Tolerance
     ) -> Int64[Tensor, "B 2 K"]:
-        """Compute each numbered view once (only the drawn ones, of one picture, where they are many); count draws."""
+        """Compute each numbered view once (only the drawn ones, of one image, where they are many); count draws."""
         size = image_size(images)
         number = family.check(size)
         generators = [self._generator(image) for image in images.split(1)]

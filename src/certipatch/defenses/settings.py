@@ -79,7 +79,7 @@ class DefenseSettings(BaseModel):
 
 
 class MaskSettings(DefenseSettings):
-    """Masks over the picture. ``patch`` is what they are made for where no threat is given."""
+    """Masks over the image. ``patch`` is what they are made for where no threat is given."""
 
     masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
     stride: Side | tuple[Side, Side] | None = None

@@ -21,7 +21,7 @@ class Undefended(Defense):
 
     Args:
         model: an ``nn.Module`` in eval mode.
-        batch_size: most pictures of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
+        batch_size: most images of a pass on an accelerator (default: 2²⁰ pixels); see ``inference``.
     """
 
     name: ClassVar[str] = "undefended"

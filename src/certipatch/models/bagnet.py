@@ -1,8 +1,8 @@
-"""BagNets (Brendel & Bethge 2019): networks that see the picture through small windows only.
+"""BagNets (Brendel & Bethge 2019): networks that see the image through small windows only.
 
 Every cell of the last feature map depends on a small receptive field; a linear layer on each cell gives local logits,
 and their mean is the global logit. ``BagNet`` is ResNet-50 with most 3x3 kernels turned into 1x1 and no padding;
-``SmallBagNet`` is the same idea for pictures of 28x28 or 32x32 pixels as they are.
+``SmallBagNet`` is the same idea for images of 28x28 or 32x32 pixels as they are.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -31,7 +31,7 @@ class BagNetSettings(NetworkSettings):
     widths: Widths = (64, 128, 256, 512)
     depths: Depths = (3, 4, 6, 3)
     resize: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Side in pixels that pictures are resized to inside the network; they stay as they are if absent."""
+    """Side in pixels that images are resized to inside the network; they stay as they are if absent."""
 
     def build(
         self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
@@ -55,7 +55,7 @@ class SmallBagNetSettings(NetworkSettings):
 
 
 class _Local(nn.Module):
-    """A network whose ``local`` part maps pictures to a map of local logits (B, K, h, w)."""
+    """A network whose ``local`` part maps images to a map of local logits (B, K, h, w)."""
 
     encoding = "all-views"
     local: nn.Sequential
@@ -101,12 +101,12 @@ class BagNet(_Local):
     """BagNet-9, -17 or -33: ResNet-50's layout with receptive fields of 9, 17 or 33 pixels and a stride of 8.
 
     Args:
-        in_channels: C of the pictures.
+        in_channels: C of the images.
         num_classes: K.
         receptive_field: 9, 17 or 33: how many of the four stages begin with a 3x3 kernel.
         widths: planes of each stage; (64, 128, 256, 512) is ResNet-50's.
         depths: blocks of each stage; (3, 4, 6, 3) is ResNet-50's.
-        resize: pictures are resized (bicubic) to this side first, as Xiang et al. 2021 do with CIFAR-10 (192).
+        resize: images are resized (bicubic) to this side first, as Xiang et al. 2021 do with CIFAR-10 (192).
     """
 
     KERNELS: ClassVar[dict[int, tuple[int, ...]]] = {9: (1, 1, 0, 0), 17: (1, 1, 1, 0), 33: (1, 1, 1, 1)}
@@ -145,13 +145,13 @@ class SmallBagNet(_Local):
     """A BagNet for small pictures: 3x3 convolutions, one of them after 2x2 pooling, then 1x1 convolutions.
 
     Args:
-        in_channels: C of the pictures.
+        in_channels: C of the images.
         num_classes: K.
         image_size: (H, W) in pixels; every cell knows its position, so that one network serves one size.
         receptive_field: side in pixels, 10 or 12 (stride 2); one 3x3 convolution more makes the difference.
         widths: channels before pooling, of the first and the second stage after it, and of the 1x1 layers.
 
-    Zero padding keeps a cell for every 2x2 pixels, so that border cells see less of the picture, never more.
+    Zero padding keeps a cell for every 2x2 pixels, so that border cells see less of the image, never more.
     """
 
     def __init__(

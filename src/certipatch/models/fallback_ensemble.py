@@ -1,4 +1,4 @@
-"""A network for masked pictures, and an ensemble for unmasked ones: what each has to learn does not take from the other."""
+"""A network for masked images, and an ensemble for unmasked ones: what each has to learn does not take from the other."""
 
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, final
@@ -21,7 +21,7 @@ FallbackMember = Annotated[
 
 
 class FallbackEnsembleSettings(NetworkSettings):
-    """A network for masked pictures; for unmasked ones, where no mask wins, the ensemble of it and the others."""
+    """A network for masked images; for unmasked ones, where no mask wins, the ensemble of it and the others."""
 
     name: Literal["fallback-ensemble"] = "fallback-ensemble"
     members: tuple[FallbackMember, ...] = Field(min_length=2, max_length=8)
@@ -49,11 +49,11 @@ class FlipEnsemble(Ensemble):
 
 @final
 class FallbackEnsemble(Ensemble):
-    """Double masking asks the first network under masks, and about whole pictures, where no mask wins, all of them together.
+    """Double masking asks the first network under masks, and about whole images, where no mask wins, all of them together.
 
     Args:
-        parts: the networks; they read pictures as the members of an ensemble do. The first may be a cascade or an ensemble,
-            the others are asked about whole pictures alone, so let them have learned those.
+        parts: the networks; they read images as the members of an ensemble do. The first may be a cascade or an ensemble,
+            the others are asked about whole images alone, so let them have learned those.
 
     ``forward`` is the first, and maps what it reads (N, C, H, W) to logits (N, K); ``unmasked`` is the mean of the logits of
     all, those of a cascade or an ensemble counted one by one, to mirror images too where a cascade asks for them. Which is

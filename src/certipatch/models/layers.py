@@ -20,7 +20,7 @@ class Crop(nn.Module):
 
 
 class Resize(nn.Module):
-    """Resize pictures to ``side`` x ``side`` pixels: bicubic, without antialiasing."""
+    """Resize images to ``side`` x ``side`` pixels: bicubic, without antialiasing."""
 
     TAPS = 4  # input pixels per axis that one output pixel reads
 

@@ -1,4 +1,4 @@
-"""A network of fully connected layers on all pixels of a picture."""
+"""A network of fully connected layers on all pixels of an image."""
 
 import itertools
 from typing import Literal
@@ -10,7 +10,7 @@ from certipatch.views import RandomViews, Views
 
 
 class MLPSettings(NetworkSettings):
-    """Logits of whole pictures by fully connected layers with ReLU."""
+    """Logits of whole images by fully connected layers with ReLU."""
 
     name: Literal["mlp"] = "mlp"
     widths: Widths = (255,)
@@ -23,15 +23,15 @@ class MLPSettings(NetworkSettings):
 
 
 class MLP(nn.Module):
-    """Logits of whole pictures by fully connected layers with ReLU.
+    """Logits of whole images by fully connected layers with ReLU.
 
     Args:
-        in_channels: C of the pictures.
+        in_channels: C of the images.
         num_classes: K.
-        image_size: (H, W) of the pictures.
+        image_size: (H, W) of the images.
         widths: neurons of each hidden layer; (255,) is the network of Chiang et al. 2020 (appendix A.1).
 
-    ``forward`` maps pictures (N, C, H, W) to logits (N, K).
+    ``forward`` maps images (N, C, H, W) to logits (N, K).
     """
 
     encoding = "picture"

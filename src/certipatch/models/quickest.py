@@ -1,7 +1,7 @@
 """The fastest way to run a network on this CPU: torch as it is, its weights with channels last, or onnxruntime.
 
 Measured on two cores, milliseconds a picture: EfficientNet-Lite0 115 as it is, 69 with channels last, 47 compiled by torch,
-20 by onnxruntime, which joins batch norms and activations with their convolutions; the conv network of 32x32 pictures 4.1, 2.5,
+20 by onnxruntime, which joins batch norms and activations with their convolutions; the conv network of 32x32 images 4.1, 2.5,
 2.4, 2.2. Compiling takes longer than exporting and is done anew for each batch size, so it is not tried.
 """
 
@@ -35,7 +35,7 @@ def fastest_backend(
     """The fastest way to run ``network`` by measurement on ``pictures``: its name, and how, None for torch as it is.
 
     What is found gives the same answers up to rounding, and passes no gradients. ``network`` stays as it is. Nothing is
-    tried where ``number`` pictures take less than half a minute, or elsewhere than on the CPU. With ``only`` it is that
+    tried where ``number`` images take less than half a minute, or elsewhere than on the CPU. With ``only`` it is that
     way, without measurement, or torch as it is where that cannot be had. The networks of a cascade run as is best for its first.
     """
     if isinstance(network, FallbackEnsemble):  # the first is asked almost always
@@ -110,7 +110,7 @@ def _onnxruntime(network: nn.Module, pictures: Tensor) -> nn.Module | None:
 
 
 def as_program(module: nn.Module, images: Float[Tensor, "B C H W"], names: Sequence[str]) -> Any:
-    """A module as an ONNX program for any number of pictures, with outputs of these names; for ``images`` of two or more.
+    """A module as an ONNX program for any number of images, with outputs of these names; for ``images`` of two or more.
 
     Errors: ``torch.onnx.OnnxExporterError`` where it has operations that ONNX cannot hold.
     """

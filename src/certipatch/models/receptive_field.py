@@ -1,7 +1,7 @@
 """Receptive fields of a network's last map, from its layers (Araujo, Norris & Sim 2019), never from a formula.
 
 For every node of the traced network and every axis it keeps the size, stride and offset of its cells' receptive fields.
-A layer that is not known by name is refused: it could let a cell see the whole picture.
+A layer that is not known by name is refused: it could let a cell see the whole image.
 """
 
 import math
@@ -41,7 +41,7 @@ def receptive_fields(model: nn.Module, image_size: tuple[int, int]) -> Receptive
     """Compute the pixels on which each cell of the map of local logits depends, for images of (H, W) pixels.
 
     Args:
-        model: maps pictures (B, C, H, W) to a map (B, K, h, w), or has such a part ``local``. In eval mode: a batch
+        model: maps images (B, C, H, W) to a map (B, K, h, w), or has such a part ``local``. In eval mode: a batch
             norm in training mode lets every cell see every pixel.
 
     Errors: InputError that names the layer that is unknown or unfit, and where the map would be empty.

@@ -1,4 +1,4 @@
-"""ResNet-18 for small pictures: the base classifier of Levine & Feizi 2020, on NULL-encoded ablated pictures."""
+"""ResNet-18 for small pictures: the base classifier of Levine & Feizi 2020, on NULL-encoded ablated images."""
 
 from typing import Literal
 
@@ -72,7 +72,7 @@ class ResNet18(nn.Module):
     """ResNet-18 with a 3x3 stem and no pooling before the last stage, as used on CIFAR-10 and MNIST.
 
     Args:
-        in_channels: C of the pictures; the network reads 2C channels, ``[x, 1 − x]`` with zeros for hidden pixels.
+        in_channels: C of the images; the network reads 2C channels, ``[x, 1 − x]`` with zeros for hidden pixels.
         num_classes: K.
         widths: channels of each stage; (64, 128, 256, 512) is ResNet-18 (11 million parameters).
         depth: residual blocks per stage; 2 is ResNet-18.

@@ -1,7 +1,7 @@
 """Networks in two parts: a front of small receptive fields, and a light back end that bears hidden features.
 
 What a cell of the front's map says depends on the pixels of its receptive field alone, so the map is computed once per
-picture, and a mask is laid over the map: every cell that sees a masked pixel is hidden from the back end (Xiang et al.,
+image, and a mask is laid over the map: every cell that sees a masked pixel is hidden from the back end (Xiang et al.,
 PatchCURE, USENIX Security 2024).
 """
 
@@ -66,8 +66,8 @@ class SharedViTSettings(NetworkSettings):
 class SharedFront(nn.Module):
     """A front and a back end. Subclasses say what both compute, and which pixels a cell of the front sees.
 
-    ``forward`` maps NULL-encoded views (N, 2C, H, W), or whole pictures (N, C, H, W), to logits (N, K): the front, then the
-    back end with every cell hidden that sees a hidden pixel. So it serves every defense of whole or NULL-encoded pictures,
+    ``forward`` maps NULL-encoded views (N, 2C, H, W), or whole images (N, C, H, W), to logits (N, K): the front, then the
+    back end with every cell hidden that sees a hidden pixel. So it serves every defense of whole or NULL-encoded images,
     at the price of a front per view; ``PatchCURE`` computes the front once.
     """
 
@@ -81,7 +81,7 @@ class SharedFront(nn.Module):
 
     @abstractmethod
     def front(self, views: Float[Tensor, "N C2 H W"]) -> Float[Tensor, "N D h w"]:
-        """Features of NULL-encoded pictures."""
+        """Features of NULL-encoded images."""
 
     @abstractmethod
     def back(self, features: Float[Tensor, "n D1 h w"]) -> Float[Tensor, "n K"]:
@@ -114,10 +114,10 @@ class SharedBagNet(SharedFront):
     """BagNet-like front of small receptive fields, light convolutional back end; hidden features cost little.
 
     Args:
-        in_channels: C of the pictures.
+        in_channels: C of the images.
         num_classes: K.
         image_size: (H, W) in pixels.
-        receptive_field: of the front in pixels: 6 or 10 at a stride of 2, for small pictures; 9, 17 or 33 at a stride
+        receptive_field: of the front in pixels: 6 or 10 at a stride of 2, for small images; 9, 17 or 33 at a stride
             of 8, a BagNet's.
         widths: channels of the front's two or three stages, of its features, and of the two stages of the back end; of a
             BagNet the planes of its four stages, of its features, and of the back end.
@@ -162,7 +162,7 @@ class SharedViT(SharedFront):
     """Vision transformer whose first blocks attend within windows; its back end skips the tokens of hidden windows.
 
     Args:
-        in_channels: C of the pictures.
+        in_channels: C of the images.
         num_classes: K.
         image_size: (H, W) in pixels, multiples of patch_size · window_size.
         patch_size: side of a token in pixels.

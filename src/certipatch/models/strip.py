@@ -1,9 +1,9 @@
 """Strip network: the evidence of every band in one forward pass.
 
-A stem as wide as the band reads the picture once, with circular padding where bands wrap. From there on every
+A stem as wide as the band reads the image once, with circular padding where bands wrap. From there on every
 convolution runs along the band only, never across bands, so output band ``v`` depends on the pixels of band ``v`` and
-on its position, and on nothing else. No picture is ablated and no hidden pixel is ever computed on: the evidence of
-all W column bands costs about one ordinary forward pass, where NULL-encoded pictures cost one pass per band.
+on its position, and on nothing else. No image is ablated and no hidden pixel is ever computed on: the evidence of
+all W column bands costs about one ordinary forward pass, where NULL-encoded images cost one pass per band.
 """
 
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from certipatch.views import Bands, Blocks, Cross, RandomViews, Rows, Views
 
 
 class StripSettings(NetworkSettings):
-    """Logits of all bands or blocks, or of a cross, from one pass over the whole picture."""
+    """Logits of all bands or blocks, or of a cross, from one pass over the whole image."""
 
     name: Literal["strip"] = "strip"
     widths: Widths = (48, 96, 160)
@@ -36,18 +36,18 @@ class StripSettings(NetworkSettings):
 
 
 class StripNet(nn.Module):
-    """Logits of every view of ``views`` from one pass over the whole picture.
+    """Logits of every view of ``views`` from one pass over the whole image.
 
     Args:
         views: the bands or blocks that the network serves, one per view.
-        in_channels: C of the pictures.
+        in_channels: C of the images.
         num_classes: K.
         image_size: (H, W) in pixels; positions are learned, so one network serves one size.
         widths: channels of each stage. Along a band each stage but the first halves the length; a block has collapsed
             to one cell after the stem, so all its further layers are 1x1.
         depth: residual blocks per stage.
 
-    ``forward`` maps pictures (B, C, H, W) to logits (B, V, K). It is certipatch's own network, in none of the papers.
+    ``forward`` maps images (B, C, H, W) to logits (B, V, K). It is certipatch's own network, in none of the papers.
     """
 
     encoding = "all-views"

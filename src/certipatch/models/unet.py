@@ -1,4 +1,4 @@
-"""A small U-Net (Ronneberger et al. 2015): a map for a picture, of the picture's size."""
+"""A small U-Net (Ronneberger et al. 2015): a map for an image, of the image's size."""
 
 import torch
 from jaxtyping import Float
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class UNet(nn.Module):
-    """Maps pictures (B, C, H, W) to maps (B, K, H, W): down by halves, up again, each level beside what came down.
+    """Maps images (B, C, H, W) to maps (B, K, H, W): down by halves, up again, each level beside what came down.
 
     Args:
         in_channels: C.
@@ -15,7 +15,7 @@ class UNet(nn.Module):
         widths: channels of each level, the finest first. Smaller than the original's, whose work the networks that it
             guides here would not repay.
 
-    Pictures whose sides are no multiples of 2^(levels − 1) are padded with zeros, and the maps cut.
+    Images whose sides are no multiples of 2^(levels − 1) are padded with zeros, and the maps cut.
     """
 
     def __init__(self, in_channels: int, out_channels: int, widths: tuple[int, ...] = (8, 16, 32)):

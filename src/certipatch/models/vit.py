@@ -1,6 +1,6 @@
 """Vision transformer that skips hidden tokens (Dosovitskiy et al. 2021; Salman et al., Smoothed ViT, 2022).
 
-A view hides most of the picture, and tokens that nobody may read need not be computed: a band of 4 of 32 columns costs
+A view hides most of the image, and tokens that nobody may read need not be computed: a band of 4 of 32 columns costs
 an eighth of a pass. A token is kept when it shows a pixel, its hidden pixels written over with the constant that NULL
 encoding gives them, so that a view's answer depends on its visible pixels alone.
 """
@@ -19,7 +19,7 @@ from certipatch.models.passes import run_in_passes
 from certipatch.models.settings import Depth, NetworkSettings, Pixels
 from certipatch.views import RandomViews, Views
 
-MAX_TOKENS = 2**16  # of a picture
+MAX_TOKENS = 2**16  # of an image
 ROWS = 8  # of equally many tokens in a pass
 
 EmbedDim = Annotated[int, Field(ge=1, le=1280)]
@@ -27,7 +27,7 @@ EmbedDim = Annotated[int, Field(ge=1, le=1280)]
 
 
 class ViTSettings(NetworkSettings):
-    """Vision transformer: logits of NULL-encoded views of any kind, and of whole pictures; hidden tokens cost nothing."""
+    """Vision transformer: logits of NULL-encoded views of any kind, and of whole images; hidden tokens cost nothing."""
 
     name: Literal["vit"] = "vit"
     patch_size: Pixels = 4
@@ -45,7 +45,7 @@ class ViTSettings(NetworkSettings):
 
 
 def check_tokens(image_size: tuple[int, int], patch_size: int) -> None:
-    """InputError where a picture has too many tokens to learn a position of each."""
+    """InputError where an image has too many tokens to learn a position of each."""
     if (image_size[0] // patch_size) * (image_size[1] // patch_size) > MAX_TOKENS:
         raise InputError(
             f"tokens of {patch_size} pixels are too many for {image_size[0]}x{image_size[1]}; use a larger patch_size"
@@ -78,11 +78,11 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer: logits of NULL-encoded views of any kind, and of whole pictures; hidden tokens cost nothing.
+    """Vision transformer: logits of NULL-encoded views of any kind, and of whole images; hidden tokens cost nothing.
 
     Args:
         views: taken for the sake of the other networks; it reads all kinds.
-        in_channels: C of the pictures.
+        in_channels: C of the images.
         num_classes: K.
         image_size: (H, W) in pixels, multiples of ``patch_size``; positions are learned, so one network serves one size.
         patch_size: side of a token in pixels.
@@ -90,7 +90,7 @@ class ViT(nn.Module):
         depth: blocks.
         num_heads: of each attention.
 
-    ``forward`` maps NULL-encoded views ``[x, 1 − x]`` (N, 2C, H, W), or whole pictures (N, C, H, W), to logits (N, K).
+    ``forward`` maps NULL-encoded views ``[x, 1 − x]`` (N, 2C, H, W), or whole images (N, C, H, W), to logits (N, K).
     Which pixels are visible is read off the views: there the two halves add up to 1, elsewhere to 0. Views of equally many
     tokens share passes of ``ROWS``. With ``skip_hidden`` False hidden tokens are computed and masked in every
     attention, to the same answers.
@@ -159,7 +159,7 @@ class ViT(nn.Module):
 
 
 def null_encoded(views: Float[Tensor, "N C H W"], channels: int, image_size: tuple[int, int]) -> Tensor:
-    """NULL-encoded views as they are, whole pictures encoded. InputError on any other shape."""
+    """NULL-encoded views as they are, whole images encoded. InputError on any other shape."""
     if tuple(views.shape[2:]) != image_size or views.shape[1] not in (channels, 2 * channels):
         raise InputError(
             f"the network reads {channels} or, NULL-encoded, {2 * channels} channels of {image_size[0]}x{image_size[1]} pixels, "
@@ -201,7 +201,7 @@ def from_timm(
     mean: tuple[float, ...] = (0.5, 0.5, 0.5),
     std: tuple[float, ...] = (0.5, 0.5, 0.5),
 ) -> dict[str, Tensor]:
-    """The weights of a timm ``vit_*_patch*`` under this network's names, to the same answers on whole pictures.
+    """The weights of a timm ``vit_*_patch*`` under this network's names, to the same answers on whole images.
 
     Args:
         weights: timm's ``state_dict()`` of a plain ViT with a class token (no registers, distillation or layer scale).

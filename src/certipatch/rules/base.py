@@ -28,11 +28,11 @@ class Verdict:
     label: Int64[Tensor, " B"]
     margin: Float64[Tensor, "B L"]
     alarm: Bool[Tensor, " B"] | None = None
-    """Pictures that raise an alarm as they are (detection only)."""
+    """Images that raise an alarm as they are (detection only)."""
 
     @property
     def certified(self) -> Bool[Tensor, " B"]:
-        """Pictures whose label no location can change."""
+        """Images whose label no location can change."""
         return (self.margin > 0).all(1)
 
 
@@ -46,7 +46,7 @@ class Rule(ABC):
 
     @abstractmethod
     def predict(self, evidence: Shaped[Tensor, "B V K"]) -> Int64[Tensor, " B"]:
-        """The label of each picture."""
+        """The label of each image."""
 
     @abstractmethod
     def certify(
@@ -56,13 +56,13 @@ class Rule(ABC):
         unsure: Bool[Tensor, "B V"] | None = None,
         error: Float64[Tensor, " B"] | None = None,
     ) -> Verdict:
-        """The label of each picture and its margin at every location.
+        """The label of each image and its margin at every location.
 
         Args:
             evidence: what the network says about every view; any real or integer dtype.
             sees: ``sees[l, v]``: an attacker at l owns the evidence of view v.
             unsure: views whose evidence rounding may have changed: they belong to the attacker at every location.
-            error: how far every score of a picture may be off where it is served; margins shrink by what that can do.
+            error: how far every score of an image may be off where it is served; margins shrink by what that can do.
                 Rules that count votes have ``unsure`` for it and take none.
 
         Errors: ValueError on L = 0, V = 0, K < 2, NaN or shapes that do not fit each other.

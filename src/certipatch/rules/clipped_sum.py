@@ -33,7 +33,7 @@ class ClippedSum(Rule):
 
         Σ_out e_y + |A|·lo  >  Σ_out e_k + |A|·hi.
 
-    *Proof.* Whatever the attacker writes, a score of his lies in [lo, hi] after clipping: y keeps at least the left
+    *Proof.* Whatever the attacker writes, every score lies in [lo, hi] after clipping: y keeps at least the left
     side, k gets at most the right one. Both are attained at once, so only a tie (which the smaller index wins) is lost.
 
     The margin is the smallest difference over all rivals, less the rounding of the float64 sums behind it. With an

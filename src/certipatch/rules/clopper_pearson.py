@@ -34,7 +34,7 @@ class ClopperPearson:
     random view shows a pixel of the location.
 
     **Theorem.** Let y be the class picked from the first sample, and p̲ the Clopper–Pearson lower bound, at level α, of
-    p_y(x) from the second. With confidence 1 − α: if p̲ > ½ + Δ, then g(x′) = y for the picture x itself and for every x′
+    p_y(x) from the second. With confidence 1 − α: if p̲ > ½ + Δ, then g(x′) = y for the image x itself and for every x′
     that differs from it at that location only.
 
     *Proof.* y does not depend on the second sample, so p̲ ≤ p_y(x) with a chance of at least 1 − α. Views that do not show
@@ -42,12 +42,12 @@ class ClopperPearson:
     has less than ½. One and the same event, p̲ ≤ p_y(x), carries all locations and all threats. (The last step is Levine
     & Feizi's; Δ is a property of the family, never of what was drawn.)
 
-    **What is certified** is g, not the sample. ``predict`` answers with the picked class. On a certified picture that is
-    g's class, with the same confidence. On an attacked picture g still says y, but possibly with a share just above ½,
+    **What is certified** is g, not the sample. ``predict`` answers with the picked class. On a certified image that is
+    g's class, with the same confidence. On an attacked image g still says y, but possibly with a share just above ½,
     and a sampled answer there can miss it. The confidence is that of each certificate by itself, over the draw of its
-    sample; it is lost for a picture, or a seed, that was chosen because its sample came out well.
+    sample; it is lost for an image, or a seed, that was chosen because its sample came out well.
 
-    ``predict`` never abstains; a picture without a clear majority has no positive margin. The margin is p̲ − ½ − Δ, less
+    ``predict`` never abstains; an image without a clear majority has no positive margin. The margin is p̲ − ½ − Δ, less
     1e-9 for rounding: a share of the views.
 
     Args:

@@ -1,6 +1,6 @@
-"""Attack detection: an alarm when hiding part of the picture gives another answer.
+"""Attack detection: an alarm when hiding part of the image gives another answer.
 
-``MaskedDetection`` hides windows of evidence (PatchGuard++, Xiang & Mittal 2021), ``MinorityReports`` parts of the picture.
+``MaskedDetection`` hides windows of evidence (PatchGuard++, Xiang & Mittal 2021), ``MinorityReports`` parts of the image.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ CHUNK_BYTES = 128 * 2**20  # working memory of one step
 class MaskedDetection(Rule):
     """ŷ = class of largest mean logit; an alarm when without some window another class has a softmax score above τ.
 
-    **Theorem.** On the clean picture ŷ = y raises no alarm, and some window that holds all of A leaves evidence that
+    **Theorem.** On the clean image ŷ = y raises no alarm, and some window that holds all of A leaves evidence that
     says y with a score above τ. Then after any attack at l the answer is y, or an alarm is raised.
 
     *Proof.* What that window leaves over is not the attacker's: without it the answer is still y with a score above τ.
-    If the attacked picture's own answer is another class, that is a masked answer that differs from it: an alarm.
+    If the attacked image's own answer is another class, that is a masked answer that differs from it: an alarm.
 
-    The margin is the largest such score, less τ and rounding; −inf where the picture raises an alarm as it is.
+    The margin is the largest such score, less τ and rounding; −inf where the image raises an alarm as it is.
 
     Args:
         windows: bool (W, V), or ``Windows`` of boxes or runs, or ``ProductWindows``.
@@ -46,7 +46,7 @@ class MaskedDetection(Rule):
             object.__setattr__(self, "windows", Windows.from_masks(self.windows))
 
     @property
-    def _windows(self) -> Any:  # Windows or ProductWindows, whose places are of their own kind
+    def _windows(self) -> Any:  # Windows or ProductWindows, whose locations are of their own kind
         assert not isinstance(self.windows, Tensor)
         return self.windows
 
@@ -59,7 +59,7 @@ class MaskedDetection(Rule):
         return clipped(evidence, -torch.inf, torch.inf).sum(1).argmax(1)
 
     def alarm(self, evidence: Shaped[Tensor, "B V K"]) -> Bool[Tensor, " B"]:
-        """Pictures that raise an alarm."""
+        """Images that raise an alarm."""
         everything = torch.zeros((1, evidence.shape[1]), dtype=torch.bool, device=evidence.device)
         alarms = self.certify(evidence, everything).alarm
         assert alarms is not None
@@ -127,20 +127,20 @@ class MaskedDetection(Rule):
 @final
 @dataclass(frozen=True)
 class MinorityReports(Rule):
-    """ŷ = answer to the whole picture, view 0; an alarm where under some mask, views 1 to M, another class scores
+    """ŷ = answer to the whole image, view 0; an alarm where under some mask, views 1 to M, another class scores
     above τ, and no less than ŷ.
 
-    **Theorem.** On the clean picture ŷ = y raises no alarm, and some mask that covers the patch leaves a picture that says
+    **Theorem.** On the clean image ŷ = y raises no alarm, and some mask that covers the patch leaves an image that says
     y with a score above τ. Then after any attack at l the answer is y, or an alarm is raised.
 
-    *Proof.* Under that mask the attacked picture is the clean one: it still says y with a score above τ. If the attacked
-    picture's own answer is another class, that is a masked answer that differs from it: an alarm.
+    *Proof.* Under that mask the attacked image is the clean one: it still says y with a score above τ. If the attacked
+    image's own answer is another class, that is a masked answer that differs from it: an alarm.
 
-    The margin is the largest such score, less τ and ``error``; −inf where no mask covers, and where the picture raises an
+    The margin is the largest such score, less τ and ``error``; −inf where no mask covers, and where the image raises an
     alarm as it is. A comparison that ``error`` could turn raises an alarm, and certifies nothing.
 
-    Source: McCoyd et al., Minority Reports Defense, 2020. Departs from it: masks cover every place by construction, also
-    at borders and corners, where the paper's grid of predictions has fewer; the answer is that to the whole picture.
+    Source: McCoyd et al., Minority Reports Defense, 2020. Departs from it: masks cover every location by construction, also
+    at borders and corners, where the paper's grid of predictions has fewer; the answer is that to the whole image.
 
     Args:
         threshold: τ in [0, 1), in the unit of the evidence (B, 1 + M, K): softmax scores.
@@ -161,7 +161,7 @@ class MinorityReports(Rule):
         return clipped(evidence[:, 0], -torch.inf, torch.inf).argmax(1)
 
     def alarm(self, evidence: Shaped[Tensor, "B V K"]) -> Bool[Tensor, " B"]:
-        """Pictures that raise an alarm."""
+        """Images that raise an alarm."""
         alarms = self.certify(evidence, torch.ones((1, evidence.shape[1]), dtype=torch.bool)).alarm
         assert alarms is not None
         return alarms
@@ -186,7 +186,7 @@ class MinorityReports(Rule):
         return Verdict(label, margin, alarm)
 
     def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
-        """The answer to the whole picture without an alarm, under every mask."""
+        """The answer to the whole image without an alarm, under every mask."""
         slope = LEAK * lead_of((evidence[:, 0] + 1e-30).log())  # scores saturate, their logarithms do not
         return unseen(evidence[:, 0], evidence[:, 1:], self.threshold) + slope.clamp(max=0)
 
@@ -216,7 +216,7 @@ def detection_margins(
         covering: masks that hide all that an attacker at l can change.
         threshold: τ; a masked answer counts above it.
         rounding: how far differences of scores may be off.
-        sure: pictures whose answer to the whole rounding cannot turn.
+        sure: images whose answer to the whole rounding cannot turn.
     """
     chosen = label[:, None, None].expand(-1, scores.shape[1], 1)
     own, others = scores.gather(2, chosen)[..., 0], scores.scatter(2, chosen, -torch.inf).amax(2)

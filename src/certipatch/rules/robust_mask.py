@@ -26,7 +26,7 @@ class RobustMask(Rule):
     Scores are clipped to [0, c]. A class loses its heaviest window when this holds more than T times the class's total;
     T = 1 never masks. ``predict`` looks at what each window leaves over, added up directly: a class scores
     ``min_w out_w`` when that is below ``(1 − T)·total``, else its total. So huge scores of an attacker that lie in a
-    window never meet the others in a sum, and rounding cannot carry him past the theorem.
+    window never meet the others in a sum, and rounding cannot carry the attacker past the theorem.
 
     **Theorem.** At location l the attacker owns A. With v the evidence of y outside A, V = Σ v, t_k = Σ_out e_k, and
     any windows, y stays for every attack when L_y > U_k for every rival k:
@@ -69,7 +69,7 @@ class RobustMask(Rule):
         return f"L_y > U_k for every rival k and location (robust masking, T = {self.threshold:g}, clip {self.clip:g})"
 
     @property
-    def _windows(self) -> Any:  # Windows or ProductWindows, whose places are of their own kind
+    def _windows(self) -> Any:  # Windows or ProductWindows, whose locations are of their own kind
         assert not isinstance(self.windows, Tensor)
         return self.windows
 
@@ -95,7 +95,7 @@ class RobustMask(Rule):
             labels.append(scored.label)
             if factored is not None:
                 margins.append(self._margin(scored, *factored, error[first : first + len(part)]))
-            else:  # the attacker of each picture owns other views
+            else:  # the attacker of each image owns other views
                 assert unsure is not None
                 margins += [
                     self._margin(_Scored(self, part[[b]]), *self._places(sees | unsure[first + b]), error[[first + b]])
@@ -132,7 +132,7 @@ class RobustMask(Rule):
         return answer
 
     def _places(self, sees: Bool[Tensor, "L V"]) -> tuple[Any, Any, Int64[Tensor, " L"]]:
-        """The windows, the attacker's places as windows of the same grid, and which of these each location is."""
+        """The windows, the attacker's locations as windows of the same grid, and which of these each location is."""
         factors = self._windows.factor(sees)
         if factors is not None:
             return self._windows, *factors
@@ -148,7 +148,7 @@ class RobustMask(Rule):
             raise ValueError(f"evidence has {evidence.shape[1]} views, the windows {self._windows.number_of_views}")
 
     def _parts(self, evidence: Tensor, locations: int = 1) -> tuple[Tensor, ...]:
-        """Evidence of as many pictures as fit the working memory."""
+        """Evidence of as many images as fit the working memory."""
         _, views, classes = evidence.shape
         number = len(self._windows)
         light = isinstance(self.windows, ProductWindows) and self.threshold == 0
@@ -168,7 +168,7 @@ class RobustMask(Rule):
         own, views = scored.own, scored.own.shape[1]
         shared = windows.overlap_sums(places, torch.ones(1, views, dtype=torch.float64))[0]
         slack, off = 4 * views * EPSILON, views * error[:, None]
-        lower = places.outside(own[..., None])[..., 0]  # V, (b, places)
+        lower = places.outside(own[..., None])[..., 0]  # V, (b, locations)
         if self.threshold == 0:  # any window may be masked
             lower = lower - windows.max_sum_outside(places, own).clamp(min=0)
         elif self.threshold < 1:
@@ -186,7 +186,7 @@ class RobustMask(Rule):
     def _rivals(
         self, scored: "_Scored", windows: Any, places: Any, shared: Float64[Tensor, "P W"]
     ) -> Float64[Tensor, "b P"]:
-        """The largest U_k of a rival at every place."""
+        """The largest U_k of a rival at every location."""
         keep, size = 1 - self.threshold, places.members.sum(1).double()
         reach = torch.where(size > 0, size * self.clip, 0.0)
         covering = shared == size[:, None]  # windows that hold all of A
@@ -242,7 +242,7 @@ class RobustMask(Rule):
 
 @dataclass
 class _Block:
-    """Some classes of every picture."""
+    """Some classes of every image."""
 
     classes: Int64[Tensor, "b k"]
     scores: Float64[Tensor, "b V k"]
@@ -254,7 +254,7 @@ class _Block:
 
 
 class _Scored:
-    """Labels of some pictures, from as few classes as decide them: a class scores at most its total."""
+    """Labels of some images, from as few classes as decide them: a class scores at most its total."""
 
     def __init__(self, rule: RobustMask, evidence: Shaped[Tensor, "b V K"]):
         self.rule, self.evidence = rule, evidence
@@ -307,7 +307,7 @@ def _totals(evidence: Shaped[Tensor, "b V K"], clip: float) -> Float64[Tensor, "
 
 
 def _least(outside: Float64[Tensor, "b W K"], covering: Bool[Tensor, "P W"]) -> Float64[Tensor, "b P K"]:
-    """min over the covering windows of each place; inf where there is none."""
+    """min over the covering windows of each location; inf where there is none."""
     count = covering.sum(1)
     most = int(count.max())
     result = torch.full((len(outside), len(covering), outside.shape[2]), torch.inf, dtype=torch.float64)

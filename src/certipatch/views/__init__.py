@@ -1,4 +1,4 @@
-"""Views: which pixels a partial picture shows, and how it is rendered for a network."""
+"""Views: which pixels a partial image shows, and how it is rendered for a network."""
 
 from typing import Any
 

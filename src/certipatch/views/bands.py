@@ -17,7 +17,7 @@ class Bands(Views):
     Args:
         width: s, in pixels.
         stride: pixels from one band to the next.
-        wrap: bands that leave the picture come in again on the other side, as in the paper; without, the last band
+        wrap: bands that leave the image come in again on the other side, as in the paper; without, the last band
             ends at the border.
         count: bands per view; with more than one, the views are all choices of ``count`` bands.
     """

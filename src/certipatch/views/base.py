@@ -15,11 +15,11 @@ MAX_VIEWS = 1_000_000
 
 
 class Views(ABC):
-    """V partial pictures. View v *is* a set of visible pixels; its evidence may depend on nothing else."""
+    """V partial images. View v *is* a set of visible pixels; its evidence may depend on nothing else."""
 
     @abstractmethod
     def number(self, image_size: tuple[int, int]) -> int:
-        """V for pictures of (H, W) pixels. ValueError if the views do not fit."""
+        """V for images of (H, W) pixels. ValueError if the views do not fit."""
 
     @abstractmethod
     def visible(self, image_size: tuple[int, int], index: Int[Tensor, " v"] | None = None) -> Bool[Tensor, "v H W"]:

@@ -17,7 +17,7 @@ from certipatch.views.base import Views, check_sizes
 class Cross(Views):
     """All column bands, then all row bands; each argument is as for ``Columns`` and ``Rows``.
 
-    Columns and rows err on different pictures, so that their evidence together holds more than either alone. It is
+    Columns and rows err on different images, so that their evidence together holds more than either alone. It is
     certipatch's own, in none of the papers.
     """
 

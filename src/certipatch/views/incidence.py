@@ -35,7 +35,7 @@ class Incidence:
     number_of_views: int
     row_of: Int[Tensor, " L"]
     locations: Locations
-    """The places of one patch."""
+    """The locations of one patch."""
     choices: Int[Tensor, "L patches"]
     """Numbers in ``locations`` of the patches of each location; of one that stands for its row where count > 1."""
 
@@ -70,7 +70,7 @@ def sees(views: Views | Tensor, threat: Threat, image_size: tuple[int, int]) -> 
         views: views, or their visible pixels as a bool tensor (V, H, W).
         threat: a patch threat with any count, or a sparse threat, which is a patch of one pixel, ``pixels`` times.
 
-    Errors: InputError where the threat does not fit the picture, or where several patches make a relation above
+    Errors: InputError where the threat does not fit the image, or where several patches make a relation above
     512 MiB of bits; ValueError where the views do not fit.
     """
     if isinstance(views, Tensor):
@@ -176,7 +176,7 @@ def _several_patches(
 ) -> tuple[np.ndarray, np.ndarray, Tensor]:
     """Unions of ``count`` undominated rows, each of which may be chosen more than once.
 
-    Of n such rows n patches reach all, and further ones nothing more. Two are kept in any case: one would be a place.
+    Of n such rows n patches reach all, and further ones nothing more. Two are kept in any case: one would be a location.
     """
     sizes = np.bitwise_count(packed).sum(1, dtype=np.int64)
     useful = np.flatnonzero(_undominated(packed, sizes))

@@ -1,4 +1,4 @@
-"""Views given pixel by pixel, and the picture with masks over it: mask sets that cover a patch wherever it lies.
+"""Views given pixel by pixel, and the image with masks over it: mask sets that cover a patch wherever it lies.
 
 Per axis of n pixels, for a patch of p and k masks (Xiang et al., PatchCleanser, USENIX Security 2022, section 3.4): stride
 s = ⌈(n − p + 1)/k⌉, masks of m = p + s − 1 pixels, starting at min(i·s, n − m). A patch that starts at t lies in the last
@@ -52,11 +52,11 @@ class PixelSets(Views):
 
 @final
 class MaskPairs(Views):
-    """The picture under every mask, and under every two: M(M+1)/2 views, numbered as ``pair_table`` says.
+    """The image under every mask, and under every two: M(M+1)/2 views, numbered as ``pair_table`` says.
 
     Args:
         masks: bool (M, H, W), True where the mask hides the pixel.
-        unmasked: True for one view more, the last, which shows the unmasked picture.
+        unmasked: True for one view more, the last, which shows the unmasked image.
     """
 
     def __init__(self, masks: Tensor, unmasked: bool = False):
@@ -150,7 +150,7 @@ def axis_masks(
         length, patch: pixels of the axis and of the patch, patch ≤ length.
         masks: how many masks at most; None for as many as ``stride`` needs.
         stride: pixels from mask to mask; None for the smallest that so many masks allow.
-        parts: how many smaller masks stand in the place of each, within it, and cover what it covers; then of each of those.
+        parts: how many smaller masks stand in the location of each, within it, and cover what it covers; then of each of those.
 
     Without both, 6 masks; with both the masks may be too few: there are as many starts as are needed.
     """
@@ -203,7 +203,7 @@ def mask_set(
     union of as many windows. With ``parts`` each window is divided into so many smaller ones per axis, one
     division after another.
 
-    Errors: InputError where a threat does not fit the picture, or masks and stride do not cover.
+    Errors: InputError where a threat does not fit the image, or masks and stride do not cover.
     """
     unions = []
     for count in sorted({threat.count for threat in threats}):

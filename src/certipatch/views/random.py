@@ -37,7 +37,7 @@ class RandomViews(ABC):
         """The settings that build these views again: plain JSON values."""
 
     def check(self, image_size: tuple[int, int]) -> int:
-        """P for pictures of (H, W) pixels. InputError if fewer than ``keep``."""
+        """P for images of (H, W) pixels. InputError if fewer than ``keep``."""
         number = self.parts.number(image_size)
         if self.keep > number:
             raise InputError(

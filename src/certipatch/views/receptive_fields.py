@@ -21,7 +21,7 @@ class ReceptiveFields(Views):
         stride: pixels per axis.
         offset: first pixel per axis; negative where the network pads.
         grid: cells per axis. View v is cell (v // columns, v % columns).
-        resized: (H, W) that pictures are resized to (bicubic) before the windows are cut; a window then shows every
+        resized: (H, W) that images are resized to (bicubic) before the windows are cut; a window then shows every
             pixel that its resized pixels are made of, up to two beyond on each side.
     """
 

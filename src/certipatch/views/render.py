@@ -1,7 +1,7 @@
 """Rendering of views for a network: pure functions from images to network inputs.
 
 Every one of them writes hidden pixels over with a constant, or never copies them: what a network gets depends on the
-visible pixels alone. The caller's pictures are never changed.
+visible pixels alone. The caller's images are never changed.
 """
 
 import torch
@@ -40,7 +40,7 @@ def fill(
 
 
 def constant(images: Float[Tensor, "B C H W"], value: Fill) -> Float[Tensor, "..."]:
-    """The value of hidden pixels, as a tensor that broadcasts over pictures. InputError unless one per channel."""
+    """The value of hidden pixels, as a tensor that broadcasts over images. InputError unless one per channel."""
     if isinstance(value, tuple) and len(value) not in (1, images.shape[1]):
         raise InputError(f"a fill has one value, or one for each of {images.shape[1]} channels, not {len(value)}")
     return torch.tensor(value, dtype=images.dtype, device=images.device).view(-1, 1, 1)
@@ -51,7 +51,7 @@ def crop(
 ) -> Float[Tensor, "B v C1 h w"]:
     """The visible pixels alone, and their position in [0, 1) as further channels.
 
-    A column band gives H x s pixels, a row band the same picture turned (W x s), each with one channel of position;
+    A column band gives H x s pixels, a row band the same image turned (W x s), each with one channel of position;
     a block gives s x s pixels with two. A cross gives its columns and rows with one more channel: 0 for columns, 1 for
     rows.
     """
@@ -89,7 +89,7 @@ def _crops(
 def crop_each(
     images: Float[Tensor, "n C H W"], views: Bands | Blocks | Cross, index: Int[Tensor, " n"]
 ) -> Float[Tensor, "n C1 h w"]:
-    """View ``index[i]`` of picture i, as ``crop`` gives it."""
+    """View ``index[i]`` of image i, as ``crop`` gives it."""
     if isinstance(views, Cross):
         first = views.parts[0].number(image_size(images))
         turned = (index >= first).to(images.device)
@@ -129,7 +129,7 @@ def _crop_cross(
 def render(
     encoding: str, images: Float[Tensor, "B C H W"], views: Views, index: Int[Tensor, " v"], value: Fill = 0.5
 ) -> Float[Tensor, "B v ..."]:
-    """Views ``index`` of every picture in one of the encodings ``null``, ``fill``, ``crop``. ValueError on another.
+    """Views ``index`` of every image in one of the encodings ``null``, ``fill``, ``crop``. ValueError on another.
 
     ``value`` is what ``fill`` paints hidden pixels with.
     """
@@ -146,7 +146,7 @@ def render(
 def render_each(
     encoding: str, images: Float[Tensor, "n C H W"], views: Views, index: Int[Tensor, " n"], value: Fill = 0.5
 ) -> Float[Tensor, "n ..."]:
-    """View ``index[i]`` of picture i, as ``render`` gives it. ValueError on another encoding."""
+    """View ``index[i]`` of image i, as ``render`` gives it. ValueError on another encoding."""
     if encoding == "crop":
         if not isinstance(views, Bands | Blocks | Cross):
             raise InputError("only bands and blocks can be cropped; use the null encoding")

@@ -1,4 +1,4 @@
-"""A classifier that carries its own preprocessing: it reads the pictures that the attacker paints."""
+"""A classifier that carries its own preprocessing: it reads the images that the attacker paints."""
 
 import hashlib
 from typing import Annotated, Literal, final
@@ -24,7 +24,7 @@ class Preprocessing(BaseModel):
     size: tuple[Side, Side] | None = None
     """(H, W) that the network reads; None where it reads any."""
     resize: Side | None = None
-    """Pictures of another size: their shorter side becomes this, then the centre is cropped. None: straight to ``size``."""
+    """Images of another size: their shorter side becomes this, then the centre is cropped. None: straight to ``size``."""
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
     antialias: bool = True
     scale: float = Field(default=1.0, gt=0)
@@ -36,7 +36,7 @@ class Preprocessing(BaseModel):
     classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000)] | None = None
 
     def __call__(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N c h w"]:
-        """Pictures in [0, 1] as the network reads them. InputError where their channels do not fit."""
+        """Images in [0, 1] as the network reads them. InputError where their channels do not fit."""
         x = pictures
         if x.shape[1] != self.channels:
             if x.shape[1] != 1:
@@ -70,7 +70,7 @@ class Preprocessing(BaseModel):
 
 @final
 class Adapted(nn.Module):
-    """Somebody's classifier behind its preprocessing: pictures (N, C, H, W) in [0, 1] → logits (N, K).
+    """Somebody's classifier behind its preprocessing: images (N, C, H, W) in [0, 1] → logits (N, K).
 
     Args:
         network: what comes after the preprocessing; may give an object with ``logits``.
@@ -98,7 +98,7 @@ class Adapted(nn.Module):
 
     @property
     def unmasked(self) -> "Adapted | None":
-        """Its network for unmasked pictures, if it has one (see ``PatchCleanser``), behind the same preprocessing."""
+        """Its network for unmasked images, if it has one (see ``PatchCleanser``), behind the same preprocessing."""
         network = getattr(self.network, "unmasked", None)
         if not isinstance(network, nn.Module):
             return None

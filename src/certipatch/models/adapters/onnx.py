@@ -47,7 +47,7 @@ class OnnxNetwork(nn.Module):
 
 
 def from_onnx(file: str) -> Adapted:
-    """``onnx:FILE``; what is to be done to pictures before says FILE with the ending .json, if it is there.
+    """``onnx:FILE``; what is to be done to images before says FILE with the ending .json, if it is there.
 
     Errors: InputError for a file that onnxruntime does not read, or that is no classifier of one input (N, C, H, W).
     """

@@ -132,7 +132,7 @@ def hugging_face_preprocessing(config: dict[str, Any], classes: tuple[str, ...] 
 def from_function(name: str) -> Adapted:
     """``package.module:function``: what the function returns, or a module that bears that name, as it is.
 
-    Its module is looked for in the working directory first. It reads pictures in [0, 1]; attributes that it may have:
+    Its module is looked for in the working directory first. It reads images in [0, 1]; attributes that it may have:
     ``classes`` (names), ``image_size`` (H, W), ``channels`` (1 or 3), ``fill``.
     """
     module, _, attribute = name.partition(":")
