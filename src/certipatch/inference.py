@@ -30,7 +30,7 @@ _rows: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[object, ...], int]]" = w
 
 
 def call_network(network: nn.Module, inputs: Float[Tensor, "N ..."]) -> Tensor:
-    """The network's answer, one tensor. InputError where it cannot read inputs of this type or size."""
+    """The network's answer, one tensor. InputError if it cannot read inputs of this type or size."""
     try:
         answer = network(inputs)
     except (torch.OutOfMemoryError, InputError):
@@ -65,7 +65,7 @@ def canonical_logits(
         inputs: maps row numbers (n,) to the rows (n, …), the same bits for a row whatever the others are.
         batch_size: the most rows of a pass on an accelerator; on the CPU passes are small anyway.
 
-    Errors: InputError where the network cannot read the rows, or does not give one answer for each.
+    Errors: InputError if the network cannot read the rows, or does not give one answer for each.
     """
     first = inputs(torch.zeros(1, dtype=torch.int64))
     rows = rows_per_pass(network, first, batch_size)

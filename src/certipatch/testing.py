@@ -267,9 +267,9 @@ def check_defense(
     _check_shapes(defense.name, cert, len(images), None)
     predicted = defense.predict(images)
     _require(torch.equal(cert.label, predicted), lambda: f"certify says {cert.label}, predict {predicted}")
-    for other in (PatchThreat(1), PatchThreat(min(size)), SparseThreat(1)):
-        label = defense.certify(images, other).label
-        _require(torch.equal(label, cert.label), f"{other} changes the labels {cert.label} to {label}")
+    for second_threat in (PatchThreat(1), PatchThreat(min(size)), SparseThreat(1)):
+        label = defense.certify(images, second_threat).label
+        _require(torch.equal(label, cert.label), f"{second_threat} changes the labels {cert.label} to {label}")
     for b in range(min(len(images), 8)):
         alone = defense.certify(images[b : b + 1], threat)
         same = alone.label[0] == cert.label[b] or not (cert.margin[b] > slack).any()

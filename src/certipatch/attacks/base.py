@@ -71,7 +71,7 @@ class Victim:
         return torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16)
 
     def check_gradients(self, images: Float[Tensor, "N C H W"]) -> None:
-        """InputError where the defense gives no gradient with respect to the image."""
+        """InputError if the defense gives no gradient with respect to the image."""
         probe = images[:1].detach().clone().requires_grad_()
         try:
             with torch.enable_grad():
@@ -168,7 +168,7 @@ class Attack(ABC):
     """Default number of iterations of each."""
 
     def check(self, threat: Threat | None) -> None:
-        """InputError where the attack does not fit the threat."""
+        """InputError if the attack does not fit the threat."""
         if not isinstance(threat, PatchThreat):
             hint = "sparse" if isinstance(threat, SparseThreat) else "linf"
             raise InputError(f"{self.name} paints a patch: give --patch, or use --attack {hint}")

@@ -36,7 +36,7 @@ class CleanViews:
 
     @classmethod
     def of(cls, victim: Victim, task: Task) -> "CleanViews | None":
-        """None where the victim's leads do not come from the logits of small views, each of which is a pass."""
+        """None if the victim's leads do not come from the logits of small views, each of which is a pass."""
         defense, size = victim.defense, image_size(task.images)
         if not victim.adaptive or not isinstance(defense, ViewDefense):
             return None

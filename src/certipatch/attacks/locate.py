@@ -85,7 +85,7 @@ def plan(victim: Victim, task: Task, places: Places) -> list[Int64[Tensor, "star
 def noisy_starts(victim: Victim, task: Task) -> tuple[Begin, int, list[int]]:
     """Plan a ``Pool`` of gradient steps on patches: its begin (random paint at planned locations); patches, starts of each image.
 
-    Errors: InputError where the victim gives no gradient, and as ``plan``.
+    Errors: InputError if the victim gives no gradient, and as ``plan``.
     """
     victim.check_gradients(task.images)
     places = task.places()

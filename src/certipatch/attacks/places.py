@@ -16,7 +16,7 @@ class Places:
 
     A *choice* is one location for each of the threat's ``count`` patches; they may overlap.
 
-    Errors: InputError where the patch does not fit the image.
+    Errors: InputError if the patch does not fit the image.
     """
 
     def __init__(self, threat: PatchThreat, image_size: tuple[int, int]):

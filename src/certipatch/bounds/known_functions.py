@@ -72,7 +72,7 @@ def _flattened(reader: Reader, node: fx.Node, name: str) -> Make:
 
 
 def _viewed(reader: Reader, node: fx.Node, name: str) -> Make:
-    """``x.view(len(x), -1)``, however the length is asked for; -1 may stand in the other location, beside a number."""
+    """``x.view(len(x), -1)``, however the length is asked for; -1 may be the other size, beside a number."""
     shape = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
     first, last = shape if isinstance(shape, tuple | list) and len(shape) == 2 else (None, None)
     length = (isinstance(first, fx.Node) and first in reader.sizes) and (

@@ -109,7 +109,7 @@ class Linear(Op):
     eps: float = 0.0
     shape_of_map: tuple[int, int, int] | None = None
     terms: Float[Tensor, " m"] | None = None
-    """Sizes of what ``bias`` is the sum of, for its rounding; None where it is no sum."""
+    """Sizes of what ``bias`` is the sum of, for its rounding; None if it is no sum."""
 
     @property
     def bias_size(self) -> Float[Tensor, " m"]:

@@ -45,7 +45,7 @@ def trace(model: nn.Module) -> tuple[Step, ...]:
 
 
 def check_calls(model: nn.Module) -> None:
-    """InputError where calling a layer does more than its class says: torch.fx would not see it.
+    """InputError if calling a layer does more than its class says: torch.fx would not see it.
 
     Pruning, and weight and spectral norm as hooks, only make a layer's weight anew from others; they do so here.
     """

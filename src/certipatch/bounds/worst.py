@@ -71,7 +71,7 @@ class Places:
 def places(threat: PatchThreat, image_size: tuple[int, int], sides: Sequence[int] = ()) -> Places:
     """The locations of a threat; with ``sides`` pooled in squares of so many neighbours, layer by layer.
 
-    Errors: InputError where the threat does not fit, has too many locations, or where what is pooled is no grid.
+    Errors: InputError if the threat does not fit, has too many locations, or where what is pooled is no grid.
     """
     locations = regions(threat, image_size)
     if len(locations) * math.prod(image_size) > MAX_BYTES:

@@ -41,7 +41,7 @@ class Evidence:
     passes: Int64[Tensor, " B"] | None = None
     """Network calls that each image took, where images differ in that."""
     labels: Int64[Tensor, " B"] | None = None
-    """The labels, where values are the least that scores may be, whatever the rounding; None where they follow from values."""
+    """The labels, where values are the least that scores may be, whatever the rounding; None if they follow from values."""
 
 
 class Defense(Method):
@@ -76,7 +76,7 @@ class Defense(Method):
         return 1
 
     def largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"] | None:
-        """Side of the largest certified square, anywhere, per image; 0 if none; None where predict depends on it."""
+        """Side of the largest certified square, anywhere, per image; 0 if none; None if predict depends on it."""
         return None
 
     def predict(self, images: Float[Tensor, "B C H W"]) -> Int64[Tensor, " B"]:

@@ -156,7 +156,7 @@ def covering_masks(
 ) -> tuple[Bool[Tensor, "M H W"], Bool[Tensor, "L M"]]:
     """Masks for images of (H, W) pixels, and which of them cover each location of any of the threats.
 
-    Errors: InputError where some location is covered by none, with the number of masks that would do.
+    Errors: InputError if some location is covered by none, with the number of masks that would do.
     """
     if not isinstance(masks, Tensor):
         masks = mask_set(threats, image_size, masks, stride, parts)

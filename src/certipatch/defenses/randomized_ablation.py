@@ -47,7 +47,7 @@ def delta(
     A location touches the parts (pixels, columns, bands) that ``sees`` says; a sparse threat is one location, that of
     the ``pixels`` pixels that touch most parts. The relation is None for it.
 
-    Errors: InputError where the threat does not fit, or has too many locations to count.
+    Errors: InputError if the threat does not fit, or has too many locations to count.
     """
     if isinstance(threat, SparseThreat):
         return views.chance(torch.tensor([most_touched(views, threat.pixels, image_size)]), image_size), None

@@ -121,7 +121,7 @@ class EfficientNetLite(nn.Module):
             weights: of all 1,000 classes.
             rows: which of them are this network's, in order; None leaves its last layer as it is.
 
-        Errors: InputError where shapes differ.
+        Errors: InputError if shapes differ.
         """
         own, given = self.state_dict(), list(weights.values())
         if rows is not None:

@@ -61,7 +61,7 @@ class Ensemble(nn.Module):
         parts: the networks; all read the same ``encoding``, and masks of the same ``fill``. Where one of them reads
             NULL-encoded images, those of filled ones get them as such.
 
-    ``forward`` maps what they read (N, C, H, W) to logits (N, K). Errors: InputError where they read something else.
+    ``forward`` maps what they read (N, C, H, W) to logits (N, K). Errors: InputError if they read something else.
     """
 
     DEFAULT_ENCODING: ClassVar[str] = "null"

@@ -90,7 +90,7 @@ def _channels_last(network: nn.Module, pictures: Tensor) -> nn.Module:
 
 
 def _onnxruntime(network: nn.Module, pictures: Tensor) -> nn.Module | None:
-    """None where a package is missing, or the network has operations that ONNX cannot hold."""
+    """None if a package is missing, or the network has operations that ONNX cannot hold."""
     if any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")):
         return None
     import onnxruntime

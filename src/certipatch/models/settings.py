@@ -47,7 +47,7 @@ class NetworkSettings(BaseModel):
     def build(
         self, views: Views | RandomViews | None, channels: int, classes: int, image_size: tuple[int, int]
     ) -> nn.Module:
-        """The network with fresh weights. Errors: InputError where it cannot read such views or images."""
+        """The network with fresh weights. Errors: InputError if it cannot read such views or images."""
 
     def sizes(self) -> dict[str, Any]:
         """All settings but ``name`` and ``members``, as keywords of the network's class."""
@@ -101,7 +101,7 @@ def refuse_names(refusal: LiteralString = "there is no network {name}; use {know
 
 
 def check_no_views(name: str, views: Views | RandomViews | None) -> None:
-    """InputError where a network of whole images is to read views."""
+    """InputError if a network of whole images is to read views."""
     if views is not None:
         raise InputError(f"the {name} network reads whole pictures; leave views out")
 

@@ -45,7 +45,7 @@ class ViTSettings(NetworkSettings):
 
 
 def check_tokens(image_size: tuple[int, int], patch_size: int) -> None:
-    """InputError where an image has too many tokens to learn a position of each."""
+    """InputError if an image has too many tokens to learn a position of each."""
     if (image_size[0] // patch_size) * (image_size[1] // patch_size) > MAX_TOKENS:
         raise InputError(
             f"tokens of {patch_size} pixels are too many for {image_size[0]}x{image_size[1]}; use a larger patch_size"

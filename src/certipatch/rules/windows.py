@@ -71,7 +71,7 @@ class Windows:
         return result.flatten(1, 2)
 
     def factor(self, sees: Bool[Tensor, "L V"]) -> "tuple[Windows, Int64[Tensor, 'L']] | None":
-        """Rows of ``sees`` as products in this grid, and which product each row is; None where one is no product."""
+        """Rows of ``sees`` as products in this grid, and which product each row is; None if one is no product."""
         grid = sees.view(len(sees), self.rows.shape[1], self.columns.shape[1])
         rows, columns = grid.any(2), grid.any(1)
         if not torch.equal(rows[:, :, None] & columns[:, None, :], grid):
@@ -148,7 +148,7 @@ class ProductWindows:
         return (self.first.outside(one)[:, :, None] + self.second.outside(other)[:, None]).flatten(1, 2)
 
     def factor(self, sees: Bool[Tensor, "L V"]) -> "tuple[ProductWindows, Int64[Tensor, 'L']] | None":
-        """Rows of ``sees`` as pairs, and which pair each row is; None where there would be far more pairs than rows."""
+        """Rows of ``sees`` as pairs, and which pair each row is; None if there would be far more pairs than rows."""
         one, other = self._split(sees, 1)
         first, i = torch.unique(one, dim=0, return_inverse=True)
         second, j = torch.unique(other, dim=0, return_inverse=True)

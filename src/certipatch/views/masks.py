@@ -150,7 +150,7 @@ def axis_masks(
         length, patch: pixels of the axis and of the patch, patch ≤ length.
         masks: how many masks at most; None for as many as ``stride`` needs.
         stride: pixels from mask to mask; None for the smallest that so many masks allow.
-        parts: how many smaller masks stand in the location of each, within it, and cover what it covers; then of each of those.
+        parts: how many smaller masks replace each, within it, and cover what it covers; then of each of those.
 
     Without both, 6 masks; with both the masks may be too few: there are as many starts as are needed.
     """
@@ -171,7 +171,7 @@ def window_masks(
 ) -> Bool[Tensor, "M H W"]:
     """Rectangular masks that cover a rectangle of ``patch`` (h, w) pixels anywhere: rows of masks x columns of masks.
 
-    Errors: InputError where so many masks at such a stride do not cover, with the number that would.
+    Errors: InputError if so many masks at such a stride do not cover, with the number that would.
     """
     sides = []
     for axis, (length, side) in enumerate(zip(image_size, patch, strict=True)):
@@ -203,7 +203,7 @@ def mask_set(
     union of as many windows. With ``parts`` each window is divided into so many smaller ones per axis, one
     division after another.
 
-    Errors: InputError where a threat does not fit the image, or masks and stride do not cover.
+    Errors: InputError if a threat does not fit the image, or masks and stride do not cover.
     """
     unions = []
     for count in sorted({threat.count for threat in threats}):

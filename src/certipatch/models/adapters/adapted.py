@@ -22,7 +22,7 @@ class Preprocessing(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: tuple[Side, Side] | None = None
-    """(H, W) that the network reads; None where it reads any."""
+    """(H, W) that the network reads; None if it reads any."""
     resize: Side | None = None
     """Images of another size: their shorter side becomes this, then the centre is cropped. None: straight to ``size``."""
     interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic"
@@ -36,7 +36,7 @@ class Preprocessing(BaseModel):
     classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=100_000)] | None = None
 
     def __call__(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N c h w"]:
-        """Images in [0, 1] as the network reads them. InputError where their channels do not fit."""
+        """Images in [0, 1] as the network reads them. InputError if their channels do not fit."""
         x = pictures
         if x.shape[1] != self.channels:
             if x.shape[1] != 1:
@@ -129,7 +129,7 @@ class Adapted(nn.Module):
 
     @torch.inference_mode()
     def class_names(self, channels: int, image_size: tuple[int, int]) -> tuple[str, ...]:
-        """The names of the classes; numbers where they are not known. InputError where names and answers differ."""
+        """The names of the classes; numbers where they are not known. InputError if names and answers differ."""
         logits = self(
             torch.full((1, channels, *image_size), 0.5, device=next(self.parameters(), torch.zeros(0)).device)
         )

@@ -88,7 +88,7 @@ def _outside(content: bytes, what: str) -> list[str]:
 
 
 def _digests(names: list[str], folder: Path, what: str) -> list[bytes]:
-    """SHA-256 of the files beside a model that hold weights of it. InputError where one lies elsewhere."""
+    """SHA-256 of the files beside a model that hold weights of it. InputError if one lies elsewhere."""
     digests = []
     for name in names:
         if Path(name).name != name or (folder / name).is_symlink():
