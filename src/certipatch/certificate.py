@@ -1,4 +1,4 @@
-"""The one result type: what was answered, and by how much no patch can change it."""
+"""The one result type: the label, and the margin by which no patch can change it."""
 
 from dataclasses import dataclass
 from typing import Literal, final

@@ -1,4 +1,4 @@
-"""Threats: what the attacker may do.
+"""Threats: the changes of an image that the attacker may make.
 
 A patch threat yields *locations*: for one image size, every set of pixels that the attacker may repaint. A location
 is a shape (a small boolean mask) at a top left corner; locations are numbered shape by shape, then row by row.

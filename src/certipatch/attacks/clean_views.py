@@ -1,4 +1,4 @@
-"""Views that a patch does not touch say what they said of the clean image, and are computed once.
+"""Predictions of views that a patch does not touch are those of the clean image, and are computed once.
 
 A band of 4 columns of 32 sees a 5x5 patch in 8 of 32 places: a gradient through the other 24 would be zero.
 """

@@ -46,5 +46,5 @@ class LInf(Attack):
 
 
 def step_size(epsilon: float, steps: int) -> float:
-    """A tenth of ε, or what lets so few steps cross the ball."""
+    """A tenth of ε, or more if so few steps could not cross the ball."""
     return epsilon * max(0.1, 2.5 / max(1, steps))

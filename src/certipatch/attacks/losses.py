@@ -18,7 +18,7 @@ def has_soft_version(defense: object) -> bool:
 
 
 def leads(defense: object, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
-    """Differentiable leads of all classes; ``generator`` draws what the defense draws.
+    """Differentiable leads of all classes; ``generator`` makes the random draws of the defense.
 
     Without a soft version, and for anything that only holds a network: the leads of the network alone.
     """
@@ -27,7 +27,7 @@ def leads(defense: object, images: Float[Tensor, "N C H W"], generator: Generato
 
 
 def network_leads(defense: object, images: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:
-    """Leads of a defense's network alone: what a plain attack looks at, which knows nothing of the defense."""
+    """Leads of a defense's network alone: the objective of a plain attack, which knows nothing of the defense."""
     if isinstance(defense, Method):
         return defense.network_leads(images)
     return leads_of_network(getattr(defense, "model", None), images)

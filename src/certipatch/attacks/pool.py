@@ -144,7 +144,7 @@ class Pool:
     def _ask(
         self, images: Float[Tensor, "r C H W"], pictures: Int64[Tensor, " r"], choices: Int64[Tensor, "r n"]
     ) -> Answer:
-        """Record what the victim answers to attacked images."""
+        """Record the victim's answers to attacked images."""
         answer = self.victim.answer(images.detach())
         task, outcome = self.task, self.outcome
         label, alarm = answer.label.cpu(), answer.alarm.cpu()

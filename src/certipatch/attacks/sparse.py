@@ -18,7 +18,7 @@ from certipatch.threats import SparseThreat, Threat
 
 @final
 class Sparse(Attack):
-    """Any K pixels, chosen anew at every step by what they gain."""
+    """Any K pixels, chosen anew at every step by their gain."""
 
     name: ClassVar[str] = "sparse"
     starts: ClassVar[int] = 10

@@ -1,4 +1,4 @@
-"""Interval bounds: what a network can answer when the attacker chooses some of its pixels."""
+"""Interval bounds on the logits of a network when the attacker chooses some of its pixels."""
 
 from certipatch.bounds.interval import Interval
 from certipatch.bounds.patch import Regions, attacked, patch_margins, patch_verdict, regions

@@ -14,7 +14,7 @@ from certipatch.models.adapters.adapted import Adapted
 
 
 def steps_of(model: nn.Module, picture: tuple[int, int, int]) -> tuple[Step, ...]:
-    """``trace.trace``, and what comes before and behind the network where ``model`` is an adapter.
+    """``trace.trace``, and the steps before and behind the network if ``model`` is an adapter.
 
     Errors: InputError if its preprocessing resizes images of ``picture`` (C, H, W), or changes their channels.
     """

@@ -119,7 +119,7 @@ class Conv(Op):
 
     @cached_property
     def _kept(self) -> dict[tuple[torch.Size, Pair, Pair, bool], tuple[Tensor, Tensor]]:
-        """Matrices of windows by what they read; there are as many as a patch's windows differ in size and parity."""
+        """Matrices of windows, by the cells that they read; there are as many as a patch's windows differ in size and parity."""
         return {}
 
     @cached_property
@@ -129,7 +129,7 @@ class Conv(Op):
         return weight, weight.abs()
 
     def _scatter(self, x: Tensor, taps: Tensor, cut: tuple[int, int, int, int]) -> Tensor:
-        """The convolution at stride 1 of x that is 0 outside, from what each cell adds to the outputs that read it."""
+        """The convolution at stride 1 of x that is 0 outside, from the part that each cell adds to the outputs that read it."""
         (outputs, _, tall, wide), (height, width), (down, across) = self.weight.shape, x.shape[2:], self.reach
         parts = (x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) @ taps).view(len(x), height, width, tall, wide, outputs)
         summed = x.new_zeros(len(x), height + down, width + across, outputs)
@@ -142,7 +142,7 @@ class Conv(Op):
 
 
 def _around(first: int, size: int, stride: int, padding: int, reach: int, outputs: range) -> Pair:
-    """Cells to add before and after a window, so that it is what ``outputs`` read; negative ones are taken away."""
+    """Cells to add before and after a window, so that it holds the cells that ``outputs`` read; negative ones are taken away."""
     last = (outputs.stop - 1) * stride - padding + reach
     return first - (outputs.start * stride - padding), last - (first + size - 1)
 

@@ -53,7 +53,7 @@ def widened(lower: Tensor, upper: Tensor, by: Tensor | float) -> Interval:
 @final
 @dataclass(frozen=True, eq=False)
 class Window:
-    """The rectangle of a map outside which it equals the clean map; its first row and column, and what is inside."""
+    """The rectangle of a map outside which it equals the clean map; its first row and column, and its values."""
 
     top: int
     left: int

@@ -1,4 +1,4 @@
-"""The functions and methods that bounds can pass, by what a traced network calls; each read into a layer, or refused."""
+"""The functions and methods that bounds can pass, by the call of a traced network; each read into a layer, or refused."""
 
 import operator
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Reader(Protocol):
     """Goes through a traced network."""
 
     values: dict[fx.Node, int]
-    """Numbers of what depends on the image."""
+    """Numbers of the nodes that depend on the image."""
     sizes: set[fx.Node]
     """Nodes that only read shapes, or are constants."""
 
@@ -50,7 +50,7 @@ def _plain(function: Callable[[Tensor], Tensor], exact: bool = False) -> Read:
 
 
 def _as_module(build: Callable[..., nn.Module], *names: str) -> Read:
-    """A function that does what a module does, whose settings have the same names."""
+    """A function that computes the same as a module with settings of the same names."""
 
     def read(reader: Reader, node: fx.Node, name: str) -> Make:
         settings = _only(dict.fromkeys((*names, "inplace")), {}, node, name)

@@ -87,7 +87,7 @@ class Scale(Pointwise):
     shift: Tensor
     eps: float = 0.0
     terms: Tensor | float = 0.0
-    """Sizes of what ``shift`` is the sum of, for its rounding."""
+    """Sizes of the terms that ``shift`` sums, for its rounding."""
 
     def whole(self, *inputs: Interval) -> Interval:
         (x,) = inputs
@@ -109,11 +109,11 @@ class Linear(Op):
     eps: float = 0.0
     shape_of_map: tuple[int, int, int] | None = None
     terms: Float[Tensor, " m"] | None = None
-    """Sizes of what ``bias`` is the sum of, for its rounding; None if it is no sum."""
+    """Sizes of the terms that ``bias`` sums, for its rounding; None if it is no sum."""
 
     @property
     def bias_size(self) -> Float[Tensor, " m"]:
-        """Σ|b| of what the bias is the sum of."""
+        """Σ|b| of the terms that the bias sums."""
         if self.terms is not None:
             return self.terms
         return torch.zeros_like(self.weight[:, 0]) if self.bias is None else self.bias.abs()
@@ -173,12 +173,12 @@ def _rows(x: Tensor, weight: Float[Tensor, "H W C m"], window: Window) -> Float[
 
 
 def guarded(x: Interval, guard: float) -> Tensor:
-    """The radius, and what pays for rounding where ``guard`` > 0."""
+    """The radius, and an allowance for rounding if ``guard`` > 0."""
     return x.radius + guard * (x.centre.abs() + x.radius) if guard else x.radius
 
 
 def changes(x: Window, clean: Interval, guard: float) -> tuple[Tensor, Tensor]:
-    """Changes of centre and radius in a window, with what pays for rounding."""
+    """Changes of centre and radius in a window, with an allowance for rounding."""
     moved, grown = x.changes(clean)
     if guard:
         before = clean.cut(x.top, x.left, *x.size)

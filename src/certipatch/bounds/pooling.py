@@ -27,7 +27,7 @@ class Pool(Op):
 
     @abstractmethod
     def pool(self, x: Tensor, image: tuple[range, range], size: Pair) -> Tensor:
-        """Cells ``image`` of the answer, from what they read of a map of ``size`` cells, filled where they leave it."""
+        """Cells ``image`` of the answer, from the cells that they read of a map of ``size`` cells, filled outside of it."""
 
     def window(self, inputs: Sequence[State], clean: Sequence[Interval], image: Interval) -> State:
         (x,), (before,) = inputs, clean

@@ -75,7 +75,7 @@ class Passage:
         return margins - 2 * (slack[:, None] * (1 + self.size(last)))[..., None]
 
     def size(self, last: Interval) -> Float[Tensor, "B L"]:
-        """The largest Σ_j |w_kj x_j| + |b_k| of a logit over a box (B, L, n): what its rounding is in proportion to.
+        """The largest Σ_j |w_kj x_j| + |b_k| of a logit over a box (B, L, n): the scale of its rounding.
 
         A logit, or a difference of two, may be small where large numbers cancel.
         """

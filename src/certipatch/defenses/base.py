@@ -90,9 +90,9 @@ class Defense(Method):
         return self.certificate(self.evidence(images), threat)
 
     def select_backend(self, images: Float[Tensor, "B C H W"], pictures: int, only: str | None = None) -> str | None:
-        """Choose a faster way to run the network for so many images like ``images``, or take the one that is named.
+        """Choose the fastest backend for so many images like ``images``, or take the backend that is named.
 
-        Gives its name; None for defenses that have no choice.
+        Return the name of the backend; None for defenses that have no choice.
         """
         return None
 
@@ -100,7 +100,7 @@ class Defense(Method):
         """From now on give the margins of all locations, also those that the verdict does not need."""
 
     def reference_backend(self) -> AbstractContextManager[None]:
-        """Within it the network runs as it was given, without that way; what is counted of it is counted so."""
+        """Run the original PyTorch network inside this context, for example to count its multiply-adds."""
         return nullcontext()
 
     def to(self, device: str | torch.device) -> "Defense":

@@ -15,7 +15,7 @@ from certipatch.rules.soft import lead_of
 
 
 class EmpiricalDefense(Method):
-    """Cleans an image of what looks like a patch, then asks a plain network.
+    """Cleans an image of anything like a patch, then asks a plain network.
 
     Args:
         model: an ``nn.Module`` (N, C, H, W) → (N, K) in eval mode.

@@ -64,7 +64,7 @@ class IntervalBounds(Defense):
         self.tolerance(images)
 
     def tolerance(self, images: Float[Tensor, "B C H W"]) -> float:
-        """t for images of this size: by what share of 1 + s a logit may be off. InputError if the model is refused."""
+        """t for images of this size: the numerical error of a logit is at most t(1 + s). InputError if the model is refused."""
         precision, autocast = ev.precision_of(self.model, images), torch.is_autocast_enabled(images.device.type)
         key = (*images.shape[1:], images.dtype, images.device, self.model.training, precision, autocast)
         state = ev.weights_digest(self.model)

@@ -57,11 +57,11 @@ class MaskedClassifier(nn.Module):
 
     @property
     def served(self) -> nn.Module:
-        """The network that answers where no gradients are asked for."""
+        """The network that computes logits when no gradients are needed."""
         return self.fast_forward or self.model
 
     def serve(self, backend: str, fast_forward: nn.Module | None) -> None:
-        """Let ``fast_forward`` answer, or with None the network as it was given."""
+        """Compute logits by ``fast_forward``, or by the original network if it is None."""
         self.backend, self._fast_forward = backend, (fast_forward,)
 
     def forward(self, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N K"]:

@@ -33,7 +33,7 @@ PerAxis = int | tuple[int, int] | None
 
 
 class PatchCURESettings(DoubleMaskingSettings):
-    """``patch`` is what its masks are made for where no threat is given."""
+    """The masks are made for ``patch`` if no threat is given."""
 
     masks: Number | tuple[Number, Number] | None = None
     stride: Number | tuple[Number, Number] | None = None

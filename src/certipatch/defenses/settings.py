@@ -1,4 +1,4 @@
-"""The settings of views, and what the settings of every defense share. A defense's own are in its file."""
+"""The settings of views, and the base class of every defense's settings. A defense's own are in its file."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -79,7 +79,7 @@ class DefenseSettings(BaseModel):
 
 
 class MaskSettings(DefenseSettings):
-    """Masks over the image. ``patch`` is what they are made for where no threat is given."""
+    """Masks over the image. They are made for ``patch`` if no threat is given."""
 
     masks: PerAxis | tuple[PerAxis, PerAxis] | None = None
     stride: Side | tuple[Side, Side] | None = None

@@ -1,4 +1,4 @@
-"""Networks. Each says with ``encoding`` what it reads: ``null``, ``fill``, ``crop``, ``all-views`` or ``picture``."""
+"""Networks. The ``encoding`` of each network names its input: ``null``, ``fill``, ``crop``, ``all-views`` or ``picture``."""
 
 from typing import Annotated, get_args
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 class UNet(nn.Module):
-    """Maps images (B, C, H, W) to maps (B, K, H, W): down by halves, up again, each level beside what came down.
+    """Maps images (B, C, H, W) to maps (B, K, H, W): down by halves, up again, each level beside the features that came down.
 
     Args:
         in_channels: C.

@@ -133,7 +133,7 @@ def clipped(evidence: Shaped[Tensor, "B V K"], lo: float, hi: float) -> Float64[
 
 
 def outside_sums(scores: Float64[Tensor, "B V K"], sees: Bool[Tensor, "L V"]) -> Float64[Tensor, "B L K"]:
-    """Sums over the views that each location leaves alone: never a total less what was touched, which would cancel."""
+    """Sums over the views that each location leaves alone: never a total less the touched views, which would cancel."""
     shown = (~sees).double()
     with torch.autocast(scores.device.type, enabled=False):
         return shown @ scores

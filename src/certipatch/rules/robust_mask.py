@@ -105,7 +105,7 @@ class RobustMask(Rule):
         return Verdict(torch.cat(labels), torch.cat(margins))
 
     def leads(self, evidence: Float[Tensor, "N V K"]) -> Float[Tensor, "N K"]:
-        """Soft masking: a mean of what the windows leave over, mostly of the least; used as far as masking is likely."""
+        """Soft masking: a mean of the sums that the windows leave over, mostly of the least; used as far as masking is likely."""
         scores = leaky(evidence, 0.0, self.clip)
         total = scores.sum(1)
         if self.threshold == 1:

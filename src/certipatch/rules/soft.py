@@ -1,4 +1,4 @@
-"""Soft versions of what rules count, for attacks that follow a gradient.
+"""Soft versions of the values that rules count, for attacks that follow a gradient.
 
 What is a step in a defense is soft here, and what is flat keeps a small slope, so that no gradient vanishes: backward pass
 differentiable approximation, Athalye, Carlini & Wagner 2018. A soft version never decides whether an attack succeeded.

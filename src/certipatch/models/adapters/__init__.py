@@ -1,4 +1,4 @@
-"""Other people's classifiers, by what a user types after ``--model``."""
+"""Other people's classifiers, by the name that a user types after ``--model``."""
 
 import re
 from collections.abc import Callable

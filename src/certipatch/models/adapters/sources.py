@@ -15,7 +15,7 @@ from certipatch.models.adapters.adapted import Adapted, Preprocessing
 
 
 def needed(package: str, what: str, install: str) -> Any:
-    """An optional package. InputError that says what to install, or why it cannot be imported."""
+    """An optional package. InputError with the package to install, or the reason of a failed import."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
