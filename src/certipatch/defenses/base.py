@@ -37,11 +37,11 @@ class Evidence:
     error: Float64[Tensor, " B"] | None = None
     """Numerical error of a score of each image; None for votes, which have ``unsure`` instead."""
     images: Float[Tensor, "B C H W"] | None = None
-    """The images, where a certificate needs the network again (interval bounds); such evidence is not stored."""
+    """The images, if a certificate needs the network again (interval bounds); such evidence is not stored."""
     passes: Int64[Tensor, " B"] | None = None
-    """Network calls that each image took, where images differ in that."""
+    """Network calls of each image, if images differ in their number."""
     labels: Int64[Tensor, " B"] | None = None
-    """The labels, where values are the least that scores may be, whatever the rounding; None if they follow from values."""
+    """Labels, if ``values`` are lower bounds of scores for any rounding; None if labels follow from ``values``."""
 
 
 class Defense(Method):

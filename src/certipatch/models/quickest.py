@@ -1,6 +1,6 @@
-"""The fastest way to run a network on this CPU: torch as it is, its weights with channels last, or onnxruntime.
+"""The fastest backend of a network on this CPU: torch as it is, its weights with channels last, or onnxruntime.
 
-Measured on two cores, milliseconds a picture: EfficientNet-Lite0 115 as it is, 69 with channels last, 47 compiled by torch,
+Measured on two cores, milliseconds an image: EfficientNet-Lite0 115 as it is, 69 with channels last, 47 compiled by torch,
 20 by onnxruntime, which joins batch norms and activations with their convolutions; the conv network of 32x32 images 4.1, 2.5,
 2.4, 2.2. Compiling takes longer than exporting and is done anew for each batch size, so it is not tried.
 """
@@ -32,11 +32,12 @@ Run = Callable[[Tensor], Tensor]
 def fastest_backend(
     network: nn.Module, pictures: Float[Tensor, "N C H W"], number: int, only: str | None = None
 ) -> tuple[str, nn.Module | None]:
-    """The fastest way to run ``network`` by measurement on ``pictures``: its name, and how, None for torch as it is.
+    """Measure on ``pictures`` which backend runs ``network`` fastest; return its name and its module, None for PyTorch.
 
-    What is found gives the same answers up to rounding, and passes no gradients. ``network`` stays as it is. Nothing is
-    tried where ``number`` images take less than half a minute, or elsewhere than on the CPU. With ``only`` it is that
-    way, without measurement, or torch as it is where that cannot be had. The networks of a cascade run as is best for its first.
+    The module gives the same logits up to rounding, and passes no gradients. ``network`` is not changed. Nothing is
+    measured if ``number`` images take less than half a minute, or if the device is not the CPU. If ``only`` names a
+    backend, it is used without measuring; PyTorch replaces it if it is unavailable. All networks of a cascade run by
+    the backend that is best for the first one.
     """
     if isinstance(network, FallbackEnsemble):  # the first is asked almost always
         return fastest_backend(network.parts[0], pictures, number, only)

@@ -48,7 +48,7 @@ class DoubleMask(Rule):
     label is y: without a passing disagreer the fallback, with one the y that it predicts. If it is another class, then c is a
     disagreer, and passes.
 
-    The proof uses nothing of the fallback: any class may replace it, such as the prediction of a network on the
+    The proof uses nothing of the fallback: any class may be the fallback, such as the prediction of a network on the
     unmasked image, the attacker's patch included. So that network, of which nothing is certified, may be the most accurate
     one.
 
