@@ -33,11 +33,11 @@ class Certificate:
     alarm: Bool[Tensor, " B"] | None = None
     """Clean images that raise an alarm (detection only)."""
     confidence: float = 1.0
-    """Exactly 1, or 1 − α where the certificate rests on samples."""
+    """Exactly 1, or 1 − α if the certificate rests on samples."""
 
     @property
     def certified(self) -> Bool[Tensor, " B"]:
-        """True where no location of the threat can change the answer."""
+        """True if no location of the threat can change the answer."""
         return (self.margin > 0).all(1)
 
     @property
@@ -52,7 +52,7 @@ class Certificate:
         return self.sees.locations.box(int(self.sees.choices[location, 0]))
 
     def map(self, picture: int) -> Float64[Tensor, "H W"]:
-        """Vulnerability map: for each pixel the smallest margin over the locations that cover it, +inf where none does."""
+        """Vulnerability map: for each pixel the smallest margin over the locations that cover it, +inf if none does."""
         if self.sees is None or self.sees.choices.shape[1] != 1:
             raise ValueError(f"a map needs one location per place of one patch; {self.threat} has no such places")
         locations = self.sees.locations

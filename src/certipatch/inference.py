@@ -3,7 +3,7 @@
 Rounding of a network's layers depends on how many rows a pass has and on how many threads share it. Every pass of a
 network therefore has one number of rows: the last one is filled up and cut again. On the CPU each pass is computed by
 one thread, and passes run side by side. The number of rows is the largest at which a row's bits depend neither on its
-position in the pass nor on the other rows, and 1 where no larger one will do.
+position in the pass nor on the other rows, and 1 if no larger one will do.
 """
 
 import weakref

@@ -71,7 +71,7 @@ def sees(views: Views | Tensor, threat: Threat, image_size: tuple[int, int]) -> 
         threat: a patch threat with any count, or a sparse threat, which is a patch of one pixel, ``pixels`` times.
 
     Errors: InputError if the threat does not fit the image, or where several patches make a relation above
-    512 MiB of bits; ValueError where the views do not fit.
+    512 MiB of bits; ValueError if the views do not fit.
     """
     if isinstance(views, Tensor):
         views = PixelSets(views)
