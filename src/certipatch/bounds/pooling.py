@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from certipatch.bounds.interval import Interval, Window, reached, widened
 from certipatch.bounds.layers import Op, Pair, State, added, changes
-from certipatch.views.render import image_size
 
 
 class Pool(Op):
@@ -33,7 +32,7 @@ class Pool(Op):
         (x,), (before,) = inputs, clean
         if not isinstance(x, Window):
             return super().window(inputs, clean, image)
-        (down, across), size = self.reach, image_size(before)
+        (down, across), size = self.reach, (before.shape[2], before.shape[3])
         rows = reached(x.top, x.size[0], self.stride[0], self.padding[0], down, image.shape[2])
         columns = reached(x.left, x.size[1], self.stride[1], self.padding[1], across, image.shape[3])
         if not rows or not columns:
@@ -43,7 +42,7 @@ class Pool(Op):
 
     def whole(self, *inputs: Interval) -> Interval:
         (x,) = inputs
-        size = image_size(x)
+        size = (x.shape[2], x.shape[3])
         rows, columns = (range(n) for n in self.cells(size))
         down, across = self._read(rows, 0), self._read(columns, 1)
         around = (-across.start, across.stop - size[1], -down.start, down.stop - size[0])
