@@ -17,6 +17,7 @@ from support import RECIPE, write_parquet, write_recipe
 from certipatch.data import Pictures
 from certipatch.errors import InputError
 from certipatch.plumbing.distributed import Workers
+from certipatch.report import of_run
 from certipatch.runs import records, run
 from certipatch.runs.evaluate import evaluate_into
 from certipatch.runs.experiment import DataRef
@@ -103,6 +104,7 @@ def test_the_first_makes_the_parts_of_one_that_is_gone(home, whole, tmp_path, mo
         DataRef(str(home / "stripes")),
         PatchThreat(2),
         lambda *a: shown.append(a),
+        report=of_run,
     )
     assert shown[-1][0] == 40
     same(tmp_path / "run", whole)

@@ -19,6 +19,7 @@ from certipatch.errors import InputError
 from certipatch.models import EfficientNetLite
 from certipatch.models.adapters import Adapted, Preprocessing
 from certipatch.plumbing import resources
+from certipatch.plumbing.devices import training_layout
 from certipatch.rules import RobustMask, Vote, Windows
 from certipatch.saved import card as cards
 from certipatch.saved.card import load_defense
@@ -413,3 +414,11 @@ def test_a_bagnet_learns_from_crops_and_reads_whole_pictures(tmp_path):
     assert defense.certify(torch.rand(2, 1, 40, 48), PatchThreat(4)).margin.shape[0] == 2
     with pytest.raises(InputError, match=r"augment\.crop: 41 pixels do not fit pictures of 40x48"):
         train(read(recipe, ["augment.crop=41"]), tmp_path / "larger")
+
+
+def test_a_layout_that_corrupts_memory_is_not_taken():
+    """oneDNN's gradient of a strided 1x1 convolution of fewer than 8 channels, channels last."""
+    for channels, layout in ((4, torch.contiguous_format), (8, torch.channels_last)):
+        network = nn.Sequential(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, 6, 1, stride=2))
+        assert training_layout(network) is layout
+    assert training_layout(nn.Sequential(nn.Conv2d(4, 6, 1))) is torch.channels_last

@@ -84,7 +84,9 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     fabric = devices.fabric(recipe.precision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        network = blank.network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = blank.network()
+        layout = devices.training_layout(network)
+        network = network.to(memory_format=layout)  # type: ignore[call-overload]
         bounded = None if recipe.interval is None else _bounded(recipe.interval, blank, network)
     trained = network if bounded is None else bounded
     if recipe.start is not None:
@@ -132,7 +134,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         if memory is not None:
             memory.set_batch(chosen, changes, chunk)
-        images = images[chunk].to(fabric.device, memory_format=torch.channels_last)
+        images = images[chunk].to(fabric.device, memory_format=layout)
         for group in stepped.param_groups:
             group["lr"] = recipe.learning_rate * group.get("scale", 1.0) * _rate(recipe, share)
         stepped.zero_grad(set_to_none=True)
