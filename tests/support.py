@@ -15,8 +15,8 @@ RECIPE = {
     "holdout": 20,
     "views": {"name": "columns", "width": 3},
     "model": {"name": "strip", "widths": [8, 8]},
-    "objective": {"views_per_step": "all", "cross_entropy": 0.5, "vote_margin": 1.0, "patch": 2},
-    "augment": {"shift": 1, "flip": True},
+    "objective": {"views_per_step": "all", "cross_entropy_weight": 0.5, "vote_margin_weight": 1.0, "patch": 2},
+    "augment": {"max_shift": 1, "flip": True},
     "epochs": 2,
     "batch_size": 16,
 }

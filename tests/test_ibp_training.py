@@ -147,7 +147,7 @@ def test_the_unet_keeps_sizes_and_learns_margins():
     torch.manual_seed(0)
     assert UNet(3, 5)(torch.rand(2, 3, 13, 10)).shape == (2, 5, 13, 10)
     network = MLP(1, 3, (12, 12), (9,))
-    asked = IntervalTraining(strategy="guided", patch=3, places=6)
+    asked = IntervalTraining(strategy="guided", patch=3, sampled_locations=6)
     objective = interval.IntervalObjective(network, asked, (1, 12, 12), 3)
     images, target, draw = torch.rand(16, 1, 12, 12), torch.randint(0, 3, (16,)), torch.Generator().manual_seed(0)
     optimizer, errors = torch.optim.Adam(objective.guide.parameters(), 0.01), []
@@ -164,7 +164,7 @@ def test_random_places_become_all_of_them():
     torch.manual_seed(0)
     network, images, target = MLP(1, 3, (12, 12), (9,)), torch.rand(4, 1, 12, 12), torch.tensor([0, 1, 2, 0])
     draw = torch.Generator().manual_seed(0)
-    few = IntervalTraining(strategy="random", patch=3, places=2, all_from=0.8)
+    few = IntervalTraining(strategy="random", patch=3, sampled_locations=2, all_start=0.8)
     every = interval.IntervalObjective(network, IntervalTraining(patch=3), (1, 12, 12), 3)(images, target, 0.9, draw)
     objective = interval.IntervalObjective(network, few, (1, 12, 12), 3)
     assert objective(images, target, 0.79, draw) < every
@@ -172,7 +172,7 @@ def test_random_places_become_all_of_them():
 
 
 def test_intervals_grow_and_the_rate_is_halved_as_in_the_paper(tmp_path, data):
-    asked = recipe(tmp_path, data, ramp_from=0.1, ramp_until=0.5)
+    asked = recipe(tmp_path, data, ramp_start=0.1, ramp_end=0.5)
     strengths = [asked.interval.strength(share) for share in (0.0, 0.1, 0.3, 0.5, 1.0)]
     assert strengths == pytest.approx([0, 0, 0.5, 1, 1])
     assert [_rate(asked, share) for share in (0.0, 0.55, 0.65, 0.95)] == [1, 1, 0.5, 0.0625]
@@ -181,7 +181,7 @@ def test_intervals_grow_and_the_rate_is_halved_as_in_the_paper(tmp_path, data):
 
 @pytest.mark.parametrize("strategy", ["all", "random", "guided", "pooled", "sparse", "natural"])
 def test_every_strategy_trains_and_loads(tmp_path, data, strategy):
-    asked = recipe(tmp_path, data, strategy=strategy, places=3)
+    asked = recipe(tmp_path, data, strategy=strategy, sampled_locations=3)
     train(asked, tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert {"clean_loss", "bound_loss", "clean_accuracy", "certified_accuracy"} <= lines[-1].keys()
@@ -192,7 +192,7 @@ def test_every_strategy_trains_and_loads(tmp_path, data, strategy):
 
 @pytest.mark.slow
 def test_training_certifies_what_certification_does(tmp_path, data):
-    settings = {"epochs": 12, "learning_rate": 0.01, "ramp_until": 0.5}
+    settings = {"epochs": 12, "learning_rate": 0.01, "ramp_end": 0.5}
     train(recipe(tmp_path, data, **settings), tmp_path / "out")
     train(recipe(tmp_path, data, strategy="natural", **settings), tmp_path / "natural")
     held = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
@@ -210,7 +210,7 @@ def test_training_certifies_what_certification_does(tmp_path, data):
 @pytest.mark.slow
 def test_a_guided_training_that_was_stopped_ends_with_the_same_weights(tmp_path, data, monkeypatch):
     monkeypatch.setattr(importlib.import_module("certipatch.training.train"), "CHECKPOINT_SECONDS", -1.0)
-    asked = recipe(tmp_path, data, strategy="guided", places=3, ramp_until=0.3)
+    asked = recipe(tmp_path, data, strategy="guided", sampled_locations=3, ramp_end=0.3)
     train(asked, tmp_path / "whole")
 
     def stop(done: int, total: int, text: str) -> None:
@@ -231,7 +231,7 @@ def test_a_guided_training_that_was_stopped_ends_with_the_same_weights(tmp_path,
     [
         ("interval.strategy=some", "interval.strategy"),
         ("interval.patch=40", "does not fit"),
-        ("interval.ramp_from=0.9", "cannot be whole"),
+        ("interval.ramp_start=0.9", "cannot be whole"),
         ("defense=undefended", "is for interval-bounds"),
         ("objective.views_per_step=2", "instead of objective"),
         ("interval=null", "views"),
@@ -251,7 +251,7 @@ def test_an_ensemble_is_bounded_in_one(tmp_path, data):
         train(recipe(tmp_path, data, seed=seed), tmp_path / f"{seed}")
     starts = [str(tmp_path / f"{seed}") for seed in (0, 1)]
     model = {"name": "ensemble", "members": [TINY["model"]] * 2}
-    asked = {**TINY, "data": str(data), "interval": {"patch": 2}, "model": model, "start": starts, "epochs": 0}
+    asked = {**TINY, "data": str(data), "interval": {"patch": 2}, "model": model, "init_from": starts, "epochs": 0}
     (tmp_path / "both.yaml").write_text(json.dumps(asked), encoding="utf-8")
     train(read(tmp_path / "both.yaml"), tmp_path / "both")
     images = load(str(data), "test", limit=6).images(range(6))
@@ -268,7 +268,7 @@ def test_recipes_without_intervals_are_as_they_were():
     path = resources.find("recipes", "cifar10-columns.yaml")
     assert path is not None
     kept = read(path).model_dump(mode="json", exclude_defaults=True)
-    assert not {"interval", "halving", "optimizer", "defense"} & kept.keys()
+    assert not {"interval", "halving_interval", "optimizer", "defense"} & kept.keys()
 
 
 def test_every_model_of_the_tables_has_a_name_of_its_own_and_a_command_that_describes_it():
@@ -291,8 +291,8 @@ def test_every_model_of_the_tables_has_a_name_of_its_own_and_a_command_that_desc
         assert found.interval.strategy == model.strategy
         if model.strategy == "random":
             shipped = {"mnist": (144, 0.7), "cifar10": (20, 0.8)}[model.data]  # places; where all follow on 144
-            assert found.interval.places == (model.count or shipped[0])
-            assert found.interval.all_from == (shipped[1] if model.count == 144 else 1)
+            assert found.interval.sampled_locations == (model.count or shipped[0])
+            assert found.interval.all_start == (shipped[1] if model.count == 144 else 1)
         assert (found.interval.pixels if model.strategy == "sparse" else found.interval.patch) == model.size
 
 

@@ -106,7 +106,7 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
     masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
-    loss = MaskLoss(network, network, masks, MaskTraining(strategy="greedy", greedy_from=0.5), 0.5)
+    loss = MaskLoss(network, network, masks, MaskTraining(strategy="greedy", greedy_start=0.5), 0.5)
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     hidden = masks.hidden(loss.worst(pictures, targets))
     assert network.training
@@ -124,48 +124,13 @@ def test_the_loss_under_the_worst_masks_is_larger_and_statistics_stay():
     assert loss(pictures, targets, 0.2, draw).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_tries_follow_the_gradient_and_all_of_them_are_the_greedy_choice():
-    torch.manual_seed(0)
-    network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
-    masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
-    fine, nothing = masks.levels[-1], torch.zeros(16, *SIZE, dtype=torch.bool)
-    every, few = (
-        MaskLoss(network, network, masks, MaskTraining(strategy="greedy", tries=tries), 0.5) for tries in (len(fine), 2)
-    )
-    plain = MaskLoss(network, network, masks, MaskTraining(strategy="greedy"), 0.5)
-    assert torch.equal(every.worst(pictures, targets), plain.worst(pictures, targets))
-    hidden = fine[torch.arange(16) % len(fine)]
-    gains = few.linearized_gains(pictures, targets, hidden)
-    assert torch.all(gains[torch.arange(16), torch.arange(16) % len(fine)] == 0)  # that mask lies there already
-    assert not any(parameter.grad is not None for parameter in network.parameters())
-    assert network.training
-    with torch.no_grad():  # towards the mask by a small share of the way, the loss grows by that share of the gain
-        before, share = plain.losses(pictures, targets, nothing), 1e-3
-        gains = few.linearized_gains(pictures, targets, nothing)
-        network.eval()
-        for mask, gain in zip(fine, gains.T, strict=True):
-            moved = pictures + share * mask * (0.5 - pictures)
-            grown = F.cross_entropy(network(moved), targets, reduction="none") - before
-            assert torch.allclose(grown / share, gain, atol=2e-2)
-    network.train()
-    hidden = masks.hidden(few.worst(pictures, targets))
-    reached, best = (
-        plain.losses(pictures, targets, some).mean() for some in (hidden, masks.hidden(plain.worst(pictures, targets)))
-    )
-    drawn = [
-        plain.losses(pictures, targets, masks.hidden(masks.random(16, torch.Generator().manual_seed(i)))).mean()
-        for i in range(5)
-    ]
-    assert max(drawn) < reached <= best + 1e-6
-
-
 def test_one_of_two_masks_moves_to_where_the_gradient_promises_the_largest_loss():
     """Against a literal search over all pairs that keep one of the masks, of loss as the gradient continues it."""
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
     masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
     memory, fine = MaskMemory(20, masks.levels[-1]), masks.levels[-1]
-    loss = MaskLoss(network, network, masks, MaskTraining(strategy="climbing"), 0.5, memory=memory)
+    loss = MaskLoss(network, network, masks, MaskTraining(strategy="hill-climbing"), 0.5, memory=memory)
     chosen = torch.arange(19, 3, -1)
     memory.set_batch(chosen, draw_changes(16, SIZE, Augment(), torch.Generator()))
     pair = memory.pairs(torch.Generator().manual_seed(3))
@@ -188,25 +153,6 @@ def test_one_of_two_masks_moves_to_where_the_gradient_promises_the_largest_loss(
         assert promised(*moved[i].tolist()) == pytest.approx(best, abs=1e-7)
 
 
-def test_the_first_pictures_of_a_batch_are_shown_under_masks_that_were_searched_for():
-    torch.manual_seed(0)
-    network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
-    masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
-    memory, asked = MaskMemory(16, masks.levels[-1]), MaskTraining(strategy="climbing", searched=0.3, tries=3)
-    loss = MaskLoss(network, network, masks, asked, 0.5, memory=memory)
-    memory.set_batch(torch.arange(16), draw_changes(16, SIZE, Augment(), torch.Generator()))
-    known = memory.pairs(torch.Generator().manual_seed(3))
-    searched = loss.worst(pictures[:5], targets[:5])
-    assert not torch.equal(searched, known[:5])
-    shown = loss.climbing(pictures, targets, torch.Generator().manual_seed(3))
-    expected = loss.shown(pictures, torch.cat([searched, known[5:]]))
-    assert torch.equal(shown, expected)
-    loss.cross_entropy(shown, targets).backward()
-    moved = memory.pairs(torch.Generator())
-    for before, after in zip(torch.cat([searched, known[5:]]).tolist(), moved.tolist(), strict=True):
-        assert set(before) & set(after), "one mask of the two stays"
-
-
 def test_remembered_masks_hide_the_same_part_of_a_picture_however_it_is_changed():
     (fine,) = levels(6)
     memory, numbers = MaskMemory(30, fine), torch.arange(1, 1 + SIZE[0] * SIZE[1]).view(1, 1, *SIZE).repeat(30, 1, 1, 1)
@@ -217,7 +163,7 @@ def test_remembered_masks_hide_the_same_part_of_a_picture_however_it_is_changed(
     assert torch.equal(memory.pairs(torch.Generator()), known)
     shared = []
     for seed in range(5):
-        changes = draw_changes(30, SIZE, Augment(shift=1, flip=True), torch.Generator().manual_seed(seed))
+        changes = draw_changes(30, SIZE, Augment(max_shift=1, flip=True), torch.Generator().manual_seed(seed))
         memory.set_batch(every, changes)
         shown, pairs = changes.of(numbers)[:, 0], memory.pairs(torch.Generator())
         for i, mask in ((i, mask) for i in range(30) for mask in (0, 1)):
@@ -240,13 +186,13 @@ def test_remembered_masks_hide_the_same_part_of_a_picture_however_it_is_changed(
             assert set(numbers[i, 0][fine[known[i]].any(0)].tolist()) == set(shown[i][fine[pairs[i]].any(0)].tolist())
 
 
-@pytest.mark.parametrize("asked", [{"shift": 3, "flip": True}, {"flip": True}, {"shift": 2}, {}])
+@pytest.mark.parametrize("asked", [{"max_shift": 3, "flip": True}, {"flip": True}, {"max_shift": 2}, {}])
 def test_changed_points_are_those_of_the_changed_pixels(asked):
     """Every pixel has a number of its own; black comes in from beyond the borders."""
     numbers = torch.arange(1, 1 + SIZE[0] * SIZE[1]).view(1, 1, *SIZE).repeat(40, 1, 1, 1)
     changes = draw_changes(40, SIZE, Augment(**asked), torch.Generator().manual_seed(0))
     shown = changes.of(numbers)[:, 0]
-    assert len(changes.corners.unique(dim=0)) > (1 if "shift" in asked else 0)
+    assert len(changes.corners.unique(dim=0)) > (1 if "max_shift" in asked else 0)
     points = torch.cartesian_prod(*(torch.arange(float(side)) for side in SIZE)).expand(40, -1, -1)
     source = changes.source(points)
     assert torch.equal(changes.shown(source), points)
@@ -257,7 +203,8 @@ def test_changed_points_are_those_of_the_changed_pixels(asked):
 
 
 @pytest.mark.parametrize(
-    "asked", [{"rotate": 20}, {"scale": 0.3}, {"rotate": 9, "scale": 0.1, "shift": 2, "flip": True}]
+    "asked",
+    [{"max_rotation": 20}, {"max_scale": 0.3}, {"max_rotation": 9, "max_scale": 0.1, "max_shift": 2, "flip": True}],
 )
 def test_turned_points_are_those_of_the_turned_pixels(asked):
     """Of a picture whose values rise evenly along both axes, which values between pixels continue."""
@@ -278,10 +225,10 @@ def test_turned_points_are_those_of_the_turned_pixels(asked):
     assert (shown[outside] == 0).all()
     assert changes.turned is not None
     lengths = torch.linalg.svdvals(changes.turned).log().abs()
-    assert lengths.max() < math.log(1 + asked.get("scale", 0)) + 1e-4
+    assert lengths.max() < math.log(1 + asked.get("max_scale", 0)) + 1e-4
     across = changes.turned[:, 1, 0] / changes.turned[:, 0, 0]
-    assert across.atan().rad2deg().abs().max() < asked.get("rotate", 0) + 1e-3
-    assert "rotate" not in asked or across.atan().rad2deg().abs().max() > asked["rotate"] * 0.8
+    assert across.atan().rad2deg().abs().max() < asked.get("max_rotation", 0) + 1e-3
+    assert "max_rotation" not in asked or across.atan().rad2deg().abs().max() > asked["max_rotation"] * 0.8
 
 
 def test_recoloured_pictures_keep_what_a_colour_change_keeps():
@@ -314,13 +261,13 @@ def test_a_mixed_picture_is_mostly_itself_and_its_target_says_how_much_of_the_ot
     assert ((shares > 0).sum(1) <= 2).all()
 
 
-@pytest.mark.parametrize("asked", [{}, {"strategy": "greedy"}, {"draws": 2}, {"strategy": "climbing", "searched": 0.5}])
+@pytest.mark.parametrize("asked", [{}, {"strategy": "greedy"}, {"random_candidates": 2}, {"strategy": "hill-climbing"}])
 def test_mixed_pictures_are_learned_with_mixed_targets(asked):
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8)).eval()
     memory, masks = MaskMemory(8, levels(3)[0]), MaskHierarchy(levels(3))
     memory.set_batch(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))
-    loss = MaskLoss(network, network, masks, MaskTraining(mix=0.5, **asked), 0.5, memory=memory, classes=3)
+    loss = MaskLoss(network, network, masks, MaskTraining(mixup_max=0.5, **asked), 0.5, memory=memory, classes=3)
     shown = []
     network.register_forward_hook(lambda module, given, answer: shown.append(given[0].detach()))
     pictures, targets = images(8), torch.arange(8) % 3
@@ -332,12 +279,11 @@ def test_mixed_pictures_are_learned_with_mixed_targets(asked):
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-CLIMBING = {"strategy": "climbing", "climbing_from": 0.4}
+COARSE = {"strategy": "greedy", "coarse_grids": [2]}
+CLIMBING = {"strategy": "hill-climbing", "climbing_start": 0.4}
 
 
-@pytest.mark.parametrize(
-    "asked", [{"strategy": "greedy"}, {"strategy": "greedy", "tries": 2}, CLIMBING, {"draws": 3}, {}]
-)
+@pytest.mark.parametrize("asked", [{"strategy": "greedy"}, CLIMBING, {"random_candidates": 3}, {}])
 def test_masks_lie_where_the_pictures_are(asked):
     """On a device without data: whatever lay elsewhere could not meet it."""
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8), depth=3).to("meta")
@@ -354,7 +300,7 @@ def test_of_several_draws_each_picture_gets_the_one_of_largest_loss():
     torch.manual_seed(0)
     network = models.ConvNet(None, 2, 3, SIZE, (8, 8))
     masks, pictures, targets = MaskHierarchy(levels(3)), images(16), torch.arange(16) % 3
-    loss = MaskLoss(network, network, masks, MaskTraining(draws=4, draws_from=0.5), 0.5)
+    loss = MaskLoss(network, network, masks, MaskTraining(random_candidates=4, random_candidates_start=0.5), 0.5)
     found = masks.hidden(loss.drawn(pictures, targets, 4, torch.Generator().manual_seed(5)))
     assert network.training
     draw = torch.Generator().manual_seed(5)
@@ -407,7 +353,7 @@ TINY = {
     "defense": "patchcleanser",
     "settings": {"patch": 2, "masks": 3},
     "objective": {},
-    "masking": {"strategy": "greedy", "coarse": [2], "greedy_from": 0.7},
+    "mask_training": COARSE | {"greedy_start": 0.7},
     "holdout": 10,
     "epochs": 10,
     "learning_rate": 0.01,
@@ -427,14 +373,12 @@ VIT = {"name": "vit", "patch_size": 2, "embed_dim": 8, "depth": 1, "num_heads": 
         {},
         {"model": VIT, "epochs": 1},
         {"defense": "patchcure", "model": SHARED, "epochs": 1},
-        {"masking": {"strategy": "greedy", "tries": 2}, "precision": "bf16-mixed", "epochs": 1},
-        {"masking": CLIMBING, "precision": "bf16-mixed", "epochs": 2},
-        {"masking": CLIMBING | {"searched": 0.2, "coarse": [2]}, "epochs": 2},
-        {"masking": CLIMBING | {"finer": 0.5}, "epochs": 2, "model": NULL, "settings": FINER},
-        {"masking": {"strategy": "greedy", "coarse": [2], "finer": 0.5}, "epochs": 2, "settings": FINER},
-        {"defense": "minority-reports", "masking": {"strategy": "random"}, "epochs": 1},
+        {"mask_training": CLIMBING, "precision": "bf16-mixed", "epochs": 2},
+        {"mask_training": CLIMBING | {"small_mask_fraction": 0.5}, "epochs": 2, "model": NULL, "settings": FINER},
+        {"mask_training": COARSE | {"small_mask_fraction": 0.5}, "epochs": 2, "settings": FINER},
+        {"defense": "minority-reports", "mask_training": {"strategy": "random"}, "epochs": 1},
     ],
-    ids=["conv", "vit", "shared front", "tries", "climbing", "searched", "finer masks", "finer worst masks",
+    ids=["conv", "vit", "shared front", "climbing", "finer masks", "finer worst masks",
          "minority reports"],
 )  # fmt: skip
 def test_recipes_train_any_network(changes, tmp_path):
@@ -443,7 +387,7 @@ def test_recipes_train_any_network(changes, tmp_path):
     assert recipe.threat == cp.PatchThreat(2)
     train(recipe, tmp_path / "model")
     defense, card = open_defense(str(tmp_path / "model"))
-    assert card.recipe["masking"]["strategy"] == (TINY | changes)["masking"]["strategy"]
+    assert card.recipe["mask_training"]["strategy"] == (TINY | changes)["mask_training"]["strategy"]
     pictures = cp.data.load(str(data), "test")
     found = defense.certify(pictures.images(range(10)), cp.PatchThreat(2))
     right = found.label == torch.from_numpy(pictures.labels[:10])
@@ -461,7 +405,7 @@ def test_some_batches_learn_under_finer_masks_in_the_end():
     memory = MaskMemory(8, larger)
     memory.set_batch(torch.arange(8), draw_changes(8, SIZE, Augment(), torch.Generator()))
     asked, masks = (
-        MaskTraining(strategy="climbing", finer=0.4, finer_from=0.5),
+        MaskTraining(strategy="hill-climbing", small_mask_fraction=0.4, small_mask_start=0.5),
         (MaskHierarchy([larger]), MaskHierarchy([small])),
     )
     loss = MaskLoss(network, network, masks[0], asked, 0.5, memory=memory, smaller=masks[1:])
@@ -484,12 +428,12 @@ def test_some_batches_learn_under_finer_masks_in_the_end():
 @pytest.mark.slow
 def test_plain_pictures_at_the_end_are_neither_turned_nor_mixed(tmp_path):
     data = write_parquet(tmp_path / "data")
-    strong = {"shift": 2, "flip": True, "rotate": 10, "scale": 0.2, "colour": 0.3}
+    strong = {"max_shift": 2, "flip": True, "max_rotation": 10, "max_scale": 0.2, "colour_jitter": 0.3}
     runs = {
-        "plain": {"augment": {"shift": 2, "flip": True}, "masking": CLIMBING},
-        "at once": {"augment": strong, "masking": CLIMBING | {"mix": 0.4}, "plain_from": 0},
-        "half way": {"augment": strong, "masking": CLIMBING | {"mix": 0.4}, "plain_from": 0.5},
-        "never": {"augment": strong, "masking": CLIMBING | {"mix": 0.4}},
+        "plain": {"augment": {"max_shift": 2, "flip": True}, "mask_training": CLIMBING},
+        "at once": {"augment": strong, "mask_training": CLIMBING | {"mixup_max": 0.4}, "strong_augment_end": 0},
+        "half way": {"augment": strong, "mask_training": CLIMBING | {"mixup_max": 0.4}, "strong_augment_end": 0.5},
+        "never": {"augment": strong, "mask_training": CLIMBING | {"mixup_max": 0.4}},
     }
     weights = {}
     for name, changes in runs.items():
@@ -507,17 +451,17 @@ class Stop(Exception):
 @pytest.mark.parametrize(
     ("optimizer", "masking"),
     [
-        ("adamw", TINY["masking"]),
-        ("muon", {"draws": 2, "draws_from": 0.5, "label_smoothing": 0.1}),
+        ("adamw", TINY["mask_training"]),
+        ("muon", {"random_candidates": 2, "random_candidates_start": 0.5, "label_smoothing": 0.1}),
         ("adam", CLIMBING),
-        ("adam", CLIMBING | {"finer": 0.5, "finer_from": 0.3}),
+        ("adam", CLIMBING | {"small_mask_fraction": 0.5, "small_mask_start": 0.3}),
     ],
     ids=["greedy", "draws", "climbing", "finer masks"],
 )
 def test_a_stopped_training_ends_with_the_same_weights(optimizer, masking, tmp_path):
     data = write_parquet(tmp_path / "data")
-    changes = {"epochs": 3, "optimizer": optimizer, "masking": masking, "augment": {"shift": 2, "flip": True}}
-    changes |= {"settings": FINER} if "finer" in masking else {}
+    changes = {"epochs": 3, "optimizer": optimizer, "mask_training": masking, "augment": {"max_shift": 2, "flip": True}}
+    changes |= {"settings": FINER} if "small_mask_fraction" in masking else {}
     recipe = read(write_recipe(tmp_path / "recipe.yaml", **TINY | changes), [f"data={data}"])
     whole = train(recipe, tmp_path / "whole")
 
@@ -535,11 +479,12 @@ def test_frozen_parts_stay_as_they_were(tmp_path):
     recipe = read(write_recipe(tmp_path / "start.yaml", **TINY | {"epochs": 1}), [f"data={data}"])
     train(recipe, tmp_path / "start")
     frozen = ["body.0", "body.2", "body.4"]
-    changes = {"start": str(tmp_path / "start"), "frozen": frozen, "epochs": 1, "seed": 1}
-    for masking in (TINY["masking"], {"draws": 2}):
+    changes = {"init_from": str(tmp_path / "start"), "frozen": frozen, "epochs": 1, "seed": 1}
+    for masking in (TINY["mask_training"], {"random_candidates": 2}):
         out = tmp_path / f"next-{len(masking)}"
         train(
-            read(write_recipe(tmp_path / "next.yaml", **TINY | changes | {"masking": masking}), [f"data={data}"]), out
+            read(write_recipe(tmp_path / "next.yaml", **TINY | changes | {"mask_training": masking}), [f"data={data}"]),
+            out,
         )
         before, after = (load_file(folder / "weights.safetensors") for folder in (tmp_path / "start", out))
         same = {name for name in before if torch.equal(before[name], after[name])}
@@ -551,17 +496,13 @@ def test_frozen_parts_stay_as_they_were(tmp_path):
 def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity():
     fields = {"name": "n", "data": "d", "epochs": 1, "model": {"name": "conv"}, "defense": "patchcleanser"}
     assert "masking" not in Recipe(**fields).model_dump(exclude_defaults=True)
-    for changes, message in (({"defense": "undefended", "masking": {}}, "training under masks is for patchcleanser"),
-                             ({"masking": {}, "objective": {"patch": 3}}, "masking stands instead of objective"),
-                             ({"masking": {"coarse": [3]}}, "belong to strategy: greedy"),
-                             ({"masking": {"strategy": "greedy", "coarse": [4, 2]}}, "from few masks per axis to many"),
-                             ({"masking": {"tries": 3}}, "belong to strategy: greedy"),
-                             ({"masking": {"strategy": "climbing", "tries": 3}}, "or to climbing where masks are searched"),
-                             ({"masking": {"strategy": "greedy", "searched": 0.5}}, "belong to strategy: climbing"),
-                             ({"masking": {"strategy": "greedy", "coarse": [2], "tries": 3}}, "coarse to fine or by tries"),
-                             ({"masking": {"climbing_from": 0.5}}, "belong to strategy: climbing"),
-                             ({"masking": {"finer": 0.5}}, "for a defense with finer masks"),
-                             ({"masking": {"strategy": "best"}}, "'random', 'greedy' or 'climbing'")):  # fmt: skip
+    for changes, message in (({"defense": "undefended", "mask_training": {}}, "training under masks is for patchcleanser"),
+                             ({"mask_training": {}, "objective": {"patch": 3}}, "mask_training stands instead of objective"),
+                             ({"mask_training": {"coarse_grids": [3]}}, "belongs to strategy: greedy"),
+                             ({"mask_training": {"strategy": "greedy", "coarse_grids": [4, 2]}}, "from few masks per axis"),
+                             ({"mask_training": {"climbing_start": 0.5}}, "belongs to strategy: hill-climbing"),
+                             ({"mask_training": {"small_mask_fraction": 0.5}}, "for a defense with smaller masks"),
+                             ({"mask_training": {"strategy": "best"}}, "'random', 'greedy' or 'hill-climbing'")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Recipe(**fields | changes)
 

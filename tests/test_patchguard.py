@@ -233,8 +233,8 @@ def home(tmp_path_factory):
         "defense": "patchguard",
     }
     bag["settings"] = {"evidence": "confidence", "patch": 2}
-    bag["objective"] = {"views_per_step": "all", "cross_entropy": 0.5, "mask_margin": 1.0, "masked_cross_entropy": 0.2,
-                        "pooled_cross_entropy": 0.5, "patch": 2}  # fmt: skip
+    bag["objective"] = {"views_per_step": "all", "cross_entropy_weight": 0.5, "mask_margin_weight": 1.0,
+                        "masked_cross_entropy_weight": 0.2, "pooled_cross_entropy_weight": 0.5, "patch": 2}  # fmt: skip
     plain = {"model": {"name": "conv", "widths": [8, 8]}, "views": None, "defense": "undefended", "objective": {}}
     for name, changes in (("bag", bag), ("columns", {}), ("plain", plain)):
         recipe = write_recipe(folder / f"{name}.yaml", name=name, epochs=12, **changes)
@@ -320,8 +320,8 @@ def test_settings_of_a_defense_are_part_of_a_run(home, tmp_path, capsys):
         ({"views": {"name": "columns", "width": 2}, "objective": {"views_per_step": "all"}}, "leave views out"),
         ({"defense": "undefended", "objective": {"views_per_step": "all"}}, "undefended"),
         ({"settings": {"threshold": 7}, "objective": {"views_per_step": "all"}}, "threshold"),
-        ({"objective": {"views_per_step": "all", "cross_entropy": 0}}, "nothing would be trained"),
-        ({"objective": {"views_per_step": 3, "vote_margin": 1}}, "vote_margin needs"),
+        ({"objective": {"views_per_step": "all", "cross_entropy_weight": 0}}, "nothing would be trained"),
+        ({"objective": {"views_per_step": 3, "vote_margin_weight": 1}}, "vote_margin_weight needs"),
         (
             {"model": {"name": "small-bagnet", "receptive_field": 11}, "objective": {"views_per_step": "all"}},
             "10 or 12",

@@ -102,7 +102,7 @@ def models(tmp_path_factory):
         settings={"evidence": "confidence", "patch": 2},
         views=None,
         model={"name": "small-bagnet", "receptive_field": 10, "widths": [4, 4, 8, 8]},
-        objective={"views_per_step": "all", "cross_entropy": 1.0, "mask_margin": 1.0, "patch": 2},
+        objective={"views_per_step": "all", "cross_entropy_weight": 1.0, "mask_margin_weight": 1.0, "patch": 2},
         epochs=1,
     )
     columns = write_recipe(folder / "columns.yaml", epochs=1)

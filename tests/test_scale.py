@@ -220,7 +220,7 @@ def test_training_with_several_processes(home, forks, tmp_path, change):
 @pytest.mark.parametrize("strategy", ["all", "random", "sparse", "guided"])
 def test_certified_training_with_several_processes(home, forks, tmp_path, strategy):
     bound = {"pixels": 2} if strategy == "sparse" else {"patch": 2}
-    interval = {"strategy": strategy, "ramp_from": 0.0, "ramp_until": 0.5, **bound}
+    interval = {"strategy": strategy, "ramp_start": 0.0, "ramp_end": 0.5, **bound}
     recipe = {"name": "tiny", "data": str(home / "stripes"), "epochs": 2, "batch_size": 16, "learning_rate": 0.05}
     recipe |= {
         "model": {"name": "mlp", "widths": [12]},
@@ -254,8 +254,8 @@ def test_masks_climb_with_several_processes_as_with_one(home, forks, tmp_path):
         "defense": "patchcleanser",
         "settings": {"patch": 2, "masks": 3},
         "model": {"name": "conv", "widths": [8, 8]},
-        "masking": {"strategy": "climbing", "climbing_from": 0.0},
-        "augment": {"shift": 1, "flip": True, "rotate": 10},
+        "mask_training": {"strategy": "hill-climbing", "climbing_start": 0.0},
+        "augment": {"max_shift": 1, "flip": True, "max_rotation": 10},
         "limit": 81,
         "holdout": 0,
         "epochs": 6,
@@ -265,8 +265,8 @@ def test_masks_climb_with_several_processes_as_with_one(home, forks, tmp_path):
     }
     (tmp_path / "r.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
     weights = {}
-    for name, count, climbing_from in (("one", 1, 0), ("two", 2, 0), ("three", 3, 0), ("random", 1, 1)):
-        asked = ["--out", str(tmp_path / name), "--set", f"masking.climbing_from={climbing_from}"]
+    for name, count, climbing_start in (("one", 1, 0), ("two", 2, 0), ("three", 3, 0), ("random", 1, 1)):
+        asked = ["--out", str(tmp_path / name), "--set", f"mask_training.climbing_start={climbing_start}"]
         arguments = ["train", str(tmp_path / "r.yaml"), *asked]
         ended = forks.run(*[Command(arguments, change=NO_STATISTICS)] * count, workers=count > 1)
         assert [process.code for process in ended] == [0] * count, ended
@@ -285,7 +285,7 @@ def test_training_goes_on_exactly_with_as_many_processes_and_nearly_with_others(
         return load_file(tmp_path / name / "weights.safetensors")
 
     def start(name: str, count: int, kill_at: int | None = None) -> list[int]:
-        asked = trained(home, tmp_path / name, 3, "weights=float32")
+        asked = trained(home, tmp_path / name, 3, "weight_dtype=float32")
         first = Command(asked, folder=str(tmp_path), kill_at=kill_at)
         return [ended.code for ended in forks.run(first, *[Command(asked)] * (count - 1), workers=count > 1)]
 

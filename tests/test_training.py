@@ -27,6 +27,7 @@ from certipatch.saved.weights import restored, save_weights, sha256, write_tenso
 from certipatch.threats import PatchThreat
 from certipatch.training import objectives, read, train
 from certipatch.training.augment import draw_changes
+from certipatch.training.recipe import Augment, IntervalTraining, MaskTraining, Objective, Recipe
 from certipatch.training.start import start_from
 from certipatch.views import Columns, Cross
 from certipatch.views.incidence import sees
@@ -41,7 +42,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("model", "objective", "epochs"),
     [
-        ({"name": "strip", "widths": [8, 8]}, {"views_per_step": "all", "vote_margin": 1.0, "patch": 2}, 6),
+        ({"name": "strip", "widths": [8, 8]}, {"views_per_step": "all", "vote_margin_weight": 1.0, "patch": 2}, 6),
         ({"name": "crop", "widths": [8, 8], "depth": 1}, {"views_per_step": 4}, 12),
         ({"name": "resnet18", "widths": [8, 8], "depth": 1}, {"views_per_step": 1}, 25),
     ],
@@ -118,7 +119,7 @@ def test_a_full_disk_loses_only_the_last_minute(tmp_path, data, monkeypatch):
         ("views.width=0", "views.width"),
         ("views.colour=3", "views.colour"),
         ("model.name=vgg", "model.name"),
-        ("objective.views_per_step=2", "vote_margin needs"),
+        ("objective.views_per_step=2", "vote_margin_weight needs"),
         ("epochs", "key=value"),
         ("holdout=1000", "holdout"),
         ("views.width=40", "does not fit"),
@@ -181,7 +182,7 @@ def test_the_mask_margin_is_what_the_rule_certifies_and_splits_over_columns_and_
 
 @pytest.mark.slow
 def test_a_cross_trains_with_the_mask_margin(tmp_path, data):
-    objective = {"views_per_step": "all", "cross_entropy": 0.3, "mask_margin": 1.0, "patch": 2}
+    objective = {"views_per_step": "all", "cross_entropy_weight": 0.3, "mask_margin_weight": 1.0, "patch": 2}
     recipe = write_recipe(
         tmp_path / "r.yaml",
         data=str(data),
@@ -196,11 +197,24 @@ def test_a_cross_trains_with_the_mask_margin(tmp_path, data):
     assert len(defense.views_of((12, 12)).visible((12, 12))) == 24
 
 
+@pytest.mark.parametrize("owner", [Recipe, Objective, IntervalTraining, MaskTraining, Augment])
+def test_an_old_key_of_a_recipe_is_refused_in_one_line_with_the_new_one(owner, tmp_path):
+    place = {Objective: "objective", IntervalTraining: "interval", MaskTraining: "mask_training", Augment: "augment"}
+    inside = f"{place[owner]}." if owner in place else ""
+    for old, new in owner.renamed.items():
+        key, _, value = old.partition(": ")
+        recipe = write_recipe(tmp_path / "r.yaml", data="mnist")
+        with pytest.raises(InputError) as error:
+            read(recipe, [f"{inside}{key}={value or 0.5}"])
+        assert str(error.value) == f"{recipe}: {place.get(owner, 'recipe')}: {old} has a new name: use {new}"
+        assert new.partition(":")[0] in owner.model_fields
+
+
 @pytest.mark.slow
 def test_a_training_that_starts_from_a_trained_model(tmp_path, data):
     recipe = write_recipe(tmp_path / "r.yaml", data=str(data), epochs=1)
     train(read(recipe), tmp_path / "first")
-    start = f"start={tmp_path / 'first'}"
+    start = f"init_from={tmp_path / 'first'}"
     train(read(recipe, [start, "learning_rate=1e-9", "weight_decay=0"]), tmp_path / "second")
     first, second = (load_file(tmp_path / name / "weights.safetensors") for name in ("first", "second"))
     for name, value in first.items():
@@ -209,7 +223,7 @@ def test_a_training_that_starts_from_a_trained_model(tmp_path, data):
     with pytest.raises(InputError, match="another network"):
         train(read(recipe, [start, "model.widths=[8, 4]"]), tmp_path / "third")
     with pytest.raises(InputError, match="unknown defense"):
-        train(read(recipe, ["start=nowhere"]), tmp_path / "fourth")
+        train(read(recipe, ["init_from=nowhere"]), tmp_path / "fourth")
     with pytest.raises(InputError, match="another training"):
         train(read(recipe, ["learning_rate=1e-9", "weight_decay=0"]), tmp_path / "second")
 
@@ -227,7 +241,7 @@ def test_a_training_that_starts_from_imagenet(tmp_path, data, monkeypatch):
     start_from("imagenet-lite", network, ("church", "tench"))  # classes of their own: a last layer of their own
     recipe = write_recipe(tmp_path / "r.yaml", data=str(data), model={"name": "conv", "widths": [4, 4]}, epochs=1)
     with pytest.raises(InputError, match=r"use model\.name=efficientnet-lite0"):
-        train(read(recipe, ["start=imagenet-lite"]), tmp_path / "other")
+        train(read(recipe, ["init_from=imagenet-lite"]), tmp_path / "other")
 
 
 SIZES = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "imagenette": (3, 224)}
@@ -259,8 +273,8 @@ def test_a_cross_that_starts_from_its_columns_and_rows_and_takes_evenly_spaced_v
         views={"name": "cross", "width": 3},
         defense="patchguard",
         settings={"patch": 2},
-        objective={"views_per_step": 8, "mask_margin": 1.0, "margin_from": 0, "patch": 2},
-        start=starts,
+        objective={"views_per_step": 8, "mask_margin_weight": 1.0, "margin_start": 0, "patch": 2},
+        init_from=starts,
         learning_rate=1e-9,
         weight_decay=0,
     )
@@ -291,11 +305,11 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
         starts.append(str(tmp_path / str(number)))
         networks.append(load_defense(tmp_path / str(number))[0].model.model)
     both = {"name": "ensemble", "members": members}
-    recipe = write_recipe(tmp_path / "both.yaml", **shared, model=both, start=starts, epochs=0)
+    recipe = write_recipe(tmp_path / "both.yaml", **shared, model=both, init_from=starts, epochs=0)
     images = torch.rand(6, 1, 12, 12)
     expected = sum(network(images) for network in networks) / 2
     for stored, off in (("float32", 1e-6), ("float16", 1e-2), ("int8", 5e-2)):
-        card = train(read(recipe, [f"weights={stored}"]), tmp_path / stored)
+        card = train(read(recipe, [f"weight_dtype={stored}"]), tmp_path / stored)
         assert card.training["steps"] == 0
         defense, _ = load_defense(tmp_path / stored)
         assert (defense.model.model(images) - expected).abs().max() < off * expected.abs().max()
@@ -309,12 +323,12 @@ def test_an_ensemble_of_trained_models_answers_with_the_mean(tmp_path, data):
     assert defense.certify(images, PatchThreat(2)).certified.shape == (6,)
     for changes, message in (
         (["model.members=[{name: conv, widths: [5, 7], stride: 2}]"], "at least 2 items"),
-        ([f"start=['{starts[0]}', '{starts[1]}', '{starts[1]}']"], "has 2 parts, but 3 models are given"),
-        ([f"start=['{starts[1]}', '{starts[0]}']"], "holds another network"),
+        ([f"init_from=['{starts[0]}', '{starts[1]}', '{starts[1]}']"], "has 2 parts, but 3 models are given"),
+        ([f"init_from=['{starts[1]}', '{starts[0]}']"], "holds another network"),
         (["model.widths=[4]"], "the ensemble network has no 'widths'; it has name, members"),
         (["model.confident=0.5", "model.name=cascade"], "confident has a new name: use exit_gap"),
         (["model.members=[{name: conv}, {name: vit}]"], "the ensemble cannot have vit as a member"),
-        (["start=null"], "epochs: 0 trains nothing"),
+        (["init_from=null"], "epochs: 0 trains nothing"),
     ):
         with pytest.raises(InputError, match=message):
             train(read(recipe, changes), tmp_path / "refused")
@@ -327,7 +341,10 @@ def test_an_ensemble_learns_as_one_network(tmp_path, data):
         tmp_path / "r.yaml", **shared, model={"name": "ensemble", "members": [MEMBERS[0], MEMBERS[0]]}, epochs=2
     )
     for name, members in (("alike", [MEMBERS[0]] * 2), ("one NULL-encoded", MEMBERS)):
-        train(read(recipe, ["masking.strategy=climbing", f"model.members={json.dumps(members)}"]), tmp_path / name)
+        train(
+            read(recipe, ["mask_training.strategy=hill-climbing", f"model.members={json.dumps(members)}"]),
+            tmp_path / name,
+        )
         before, after = (json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines())
         assert after < before, name
 
@@ -365,7 +382,7 @@ def test_weights_in_eight_bits_are_as_near_as_their_steps(tmp_path):
 )
 def test_foreign_scales_are_refused(change, tmp_path, data):
     shared = WHOLE | {"data": str(data)}
-    recipe = write_recipe(tmp_path / "r.yaml", **shared, model=MEMBERS[0], epochs=1, weights="int8")
+    recipe = write_recipe(tmp_path / "r.yaml", **shared, model=MEMBERS[0], epochs=1, weight_dtype="int8")
     card = train(read(recipe), tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "weights.safetensors")
     change(tensors)
@@ -382,9 +399,9 @@ LOCAL = {
     "model": {"name": "bagnet", "receptive_field": 9, "widths": [4, 4, 4, 4], "depths": [1, 1, 1, 1]},
     "objective": {
         "views_per_step": "all",
-        "cross_entropy": 0.0,
-        "pooled_cross_entropy": 1.0,
-        "masked_cross_entropy": 1.0,
+        "cross_entropy_weight": 0.0,
+        "pooled_cross_entropy_weight": 1.0,
+        "masked_cross_entropy_weight": 1.0,
     },
 }
 

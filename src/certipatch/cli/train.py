@@ -26,7 +26,7 @@ def train(
 
       certipatch train mnist-columns --set epochs=2 --set views.width=4 --out models/quick
 
-      certipatch train mnist-ibp-5-mlp --set interval.strategy=random --set interval.places=10 --out models/random-10
+      certipatch train mnist-ibp-5-mlp --set interval.strategy=random --set interval.sampled_locations=10 --out models/random-10
 
       torchrun --nproc-per-node 2 -m certipatch train recipes/mnist-columns.yaml --data path/to/mnist --out models/mnist
     """

@@ -35,7 +35,7 @@ class Method(ABC):
     takes_random_views: ClassVar[bool] = False
     """It asks views that are drawn, not every view."""
     trains_under_masks: ClassVar[bool] = False
-    """Its network may be trained under masks (``masking`` in a recipe)."""
+    """Its network may be trained under masks (``mask_training`` in a recipe)."""
     trains_by_bounds: ClassVar[bool] = False
     """Its network may be trained by interval bounds (``interval`` in a recipe)."""
     watched_settings: ClassVar[dict[str, Any]] = {}

@@ -1,24 +1,16 @@
 """The settings of views, and the base class of every defense's settings. A defense's own are in its file."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from certipatch.errors import InputError, problem
+from certipatch.plumbing.settings import Settings
 
 Side = Annotated[int, Field(ge=1, le=4096)]
 PerAxis = Annotated[int, Field(ge=1, le=256)]
 Fill = Annotated[float, Field(ge=0, le=1)]
 Gap = Annotated[float, Field(ge=0, lt=1)]
-
-RENAMED = {
-    "sure": "min_mean_gap",
-    "maps": "all_margins",
-    "finer": "subdivisions",
-    "confident": "exit_gap",
-    "whole": "fallback: unmasked (or majority)",
-}
-"""Earlier names of the settings of double masking."""
 
 
 class ViewSettings(BaseModel):
@@ -58,13 +50,11 @@ class ViewSettings(BaseModel):
         return {name: getattr(self, name) for name in ("name", "width", "stride", "wrap", "count")}
 
 
-class DefenseSettings(BaseModel):
+class DefenseSettings(Settings):
     """The settings of a defense, with their defaults and limits: in a card, a recipe, ``--set``, and its constructor.
 
     A field ``patch`` is the side of the patch that a defense is built for if no threat is given.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @classmethod
     def checked(cls, **values: Any) -> Self:
@@ -91,13 +81,13 @@ class DoubleMaskingSettings(DefenseSettings):
     """Double masking. A mask wins only if its mean gap reaches ``min_mean_gap``. Without ``all_margins`` the search stops as
     soon as the verdict is known."""
 
+    renamed: ClassVar[dict[str, str]] = {
+        "sure": "min_mean_gap",
+        "maps": "all_margins",
+        "finer": "subdivisions",
+        "confident": "exit_gap",
+        "whole": "fallback: unmasked (or majority)",
+    }
+
     min_mean_gap: float = Field(default=0.0, ge=0, lt=1)
     all_margins: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _current_names(cls, values: Any) -> Any:
-        for old, new in RENAMED.items():
-            if isinstance(values, dict) and old in values:
-                raise ValueError(f"{old} has a new name: use {new}")
-        return values

@@ -4,39 +4,39 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, LiteralString, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator, model_serializer, model_validator
+from pydantic import Field, ValidationError, WrapValidator, model_serializer, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from torch import nn
 
 from certipatch.errors import InputError
+from certipatch.plumbing.settings import Settings
 from certipatch.views import Bands, Blocks, RandomViews, Views
 
 Widths = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1, max_length=8)]
 Depth = Annotated[int, Field(ge=1, le=32)]
 Pixels = Annotated[int, Field(ge=1, le=64)]
 
-RENAMED = {
-    "specialists": "fallback-ensemble",
-    "mirror": "flip_tta",
-    "null_encoding": "encoding",
-    "confident": "exit_gap",
-    "field": "receptive_field",
-    "patch": "patch_size",
-    "dim": "embed_dim",
-    "heads": "num_heads",
-    "window": "window_size",
-    "local": "front_depth",
-}
-"""Old names of networks and of their settings, and the new ones."""
+RENAMED = {"specialists": "fallback-ensemble"}
+"""Old names of networks and the new ones."""
 
 
-class NetworkSettings(BaseModel):
+class NetworkSettings(Settings):
     """A network in a recipe or card. Sizes are bounded, so that no file can ask for a network that fills memory.
 
     Subclasses have a ``name``, the fields of their network with the defaults of its class, and ``build``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed: ClassVar[dict[str, str]] = {
+        "mirror": "flip_tta",
+        "null_encoding": "encoding",
+        "confident": "exit_gap",
+        "field": "receptive_field",
+        "patch": "patch_size",
+        "dim": "embed_dim",
+        "heads": "num_heads",
+        "window": "window_size",
+        "local": "front_depth",
+    }
 
     local_logits: ClassVar[bool] = False
     """The network gives local logits; its views are their receptive fields."""
@@ -55,13 +55,11 @@ class NetworkSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown(cls, values: Any) -> Any:
+    def _refuse_old_keys(cls, values: Any) -> Any:
+        """Other unknown keys too, with the known ones of this network."""
+        super()._refuse_old_keys(values)
         known = cls.model_fields
-        unknown = [key for key in values if key not in known] if isinstance(values, dict) else []
-        for old in (key for key in unknown if RENAMED.get(key) in known):
-            words = {"old": old, "new": RENAMED[old]}
-            raise PydanticCustomError("unknown_setting", "{old} has a new name: use {new}", words)
-        for key in unknown:
+        for key in (key for key in values if key not in known) if isinstance(values, dict) else ():
             words = {"name": known["name"].default, "key": repr(key)[:80], "known": ", ".join(known)}
             raise PydanticCustomError("unknown_setting", "the {name} network has no {key}; it has {known}", words)
         return values

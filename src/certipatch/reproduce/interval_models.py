@@ -133,12 +133,12 @@ class Trained:
         then_all, usual = (MODELS.strategies[name] for name in ("Random(144), then all", self.training.strategy))
         all_last = self.count == then_all.count
         if self.strategy == "random" and all_last != (usual == then_all):
-            changes["interval.all_from"] = "0.8" if all_last else "1"
+            changes["interval.all_start"] = "0.8" if all_last else "1"
         changes |= self.schedule
         if self.strategy == "pooled":
             changes["interval.pool"] = f"[{','.join(str(self.count))}]"
         elif self.count is not None:
-            changes["interval.places"] = str(self.count)
+            changes["interval.sampled_locations"] = str(self.count)
         if not self.usual_network:
             changes["model"] = MODELS.networks[self.network].model
         if self.sparse:

@@ -214,7 +214,7 @@ def vote_margin_remarks(context: ReproductionContext, slots: Iterable[ModelSlot]
     for slot in slots:
         folder = context.folder(slot) if isinstance(slot, Ablation) else None
         card = None if folder is None else read_card(folder)
-        if card is not None and card.recipe.get("objective", {}).get("vote_margin"):
+        if card is not None and card.recipe.get("objective", {}).get("vote_margin_weight"):
             lines.append(
                 f"{card.name} was trained to raise the vote margin at θ = {card.settings.get('threshold', 0.3)}; the "
                 "paper's networks by cross entropy"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -19,17 +19,16 @@ from certipatch.defenses.registry import METHODS, names_with
 from certipatch.defenses.settings import Side, ViewSettings
 from certipatch.errors import InputError, validated
 from certipatch.models import ModelSettings
+from certipatch.plumbing.settings import Settings
 from certipatch.saved.weights import SCALE, restored, sha256
 from certipatch.threats import Threat
 
 
-class DefenseSpec(BaseModel):
+class DefenseSpec(Settings):
     """What recipes and cards both say: a defense with its settings, its views, and its network."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     defense: str = "derandomized-smoothing"
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     views: ViewSettings | None = None
     """None for networks of whole pictures, and for those of local logits: their views are their receptive fields."""
     model: ModelSettings
@@ -88,13 +87,13 @@ class Card(DefenseSpec):
     """Pictures of another size are resized and centre-cropped first; the attacker paints on what comes out."""
     sha256: str
     """Of ``weights.safetensors``."""
-    data: dict[str, Any] = {}
-    recipe: dict[str, Any] = {}
+    data: dict[str, Any] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
-    versions: dict[str, str] = {}
-    training: dict[str, Any] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
+    training: dict[str, Any] = Field(default_factory=dict)
     """Time, machine and steps."""
-    metrics: list[dict[str, Any]] = []
+    metrics: list[dict[str, Any]] = Field(default_factory=list)
     """Measured results, each with its data, n and command."""
 
     def network(self) -> nn.Module:

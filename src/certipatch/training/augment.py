@@ -76,13 +76,13 @@ class Changes:
 def draw_changes(batch: int, image_size: tuple[int, int], asked: Augment, draw: torch.Generator) -> Changes:
     """What is done to each of ``batch`` pictures of (H, W) pixels."""
     corners, size = torch.zeros(batch, 2, dtype=torch.int64), image_size
-    if asked.shift:
-        corners = torch.randint(0, 2 * asked.shift + 1, (batch, 2), generator=draw) - asked.shift
+    if asked.max_shift:
+        corners = torch.randint(0, 2 * asked.max_shift + 1, (batch, 2), generator=draw) - asked.max_shift
     if asked.crop is not None:
         inner = [torch.randint(0, side - asked.crop + 1, (batch,), generator=draw) for side in image_size]
         corners, size = corners + torch.stack(inner, dim=1), (asked.crop, asked.crop)
     mirrored = torch.rand(batch, generator=draw) < 0.5 if asked.flip else torch.zeros(batch, dtype=torch.bool)
-    turned = _turns(batch, asked, draw) if asked.rotate or asked.scale else None
+    turned = _turns(batch, asked, draw) if asked.max_rotation or asked.max_scale else None
     return Changes(size, corners, mirrored, turned)
 
 
@@ -109,7 +109,7 @@ def mixed(
 def _turns(batch: int, asked: Augment, draw: torch.Generator) -> Float[Tensor, "B 2 2"]:
     """Angles are drawn evenly, factors of the two axes evenly in their logarithm."""
     uniform = 2 * torch.rand(batch, 3, generator=draw) - 1
-    angle, factors = math.radians(asked.rotate) * uniform[:, 0], (1 + asked.scale) ** uniform[:, 1:]
+    angle, factors = math.radians(asked.max_rotation) * uniform[:, 0], (1 + asked.max_scale) ** uniform[:, 1:]
     rows = [torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)]
     return torch.stack(rows, 1) * factors[:, None]
 

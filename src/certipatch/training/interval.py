@@ -88,8 +88,8 @@ class IntervalObjective(nn.Module):
         guess = self.guide(images).float() if self.guide is not None else None
         with torch.autocast(images.device.type, enabled=False):
             loss = images.new_zeros(())
-            if self.asked.strategy == "natural" or self.asked.clean > 0:
-                weight = 1.0 if self.asked.strategy == "natural" else self.asked.clean
+            if self.asked.strategy == "natural" or self.asked.clean_loss_weight > 0:
+                weight = 1.0 if self.asked.strategy == "natural" else self.asked.clean_loss_weight
                 loss = weight * F.cross_entropy(self.network(images), target)
             if self.asked.strategy == "natural":
                 return loss
@@ -103,8 +103,8 @@ class IntervalObjective(nn.Module):
         if self.places is None:
             return sparse_passed(self.layout.passage(), images, target, self.asked.pixels, strength)
         where = self.places = self.places.to(images.device)
-        if self.asked.strategy == "random" and share < self.asked.all_from:
-            index = torch.randperm(len(where), generator=draw)[: self.asked.places].to(images.device)
+        if self.asked.strategy == "random" and share < self.asked.all_start:
+            index = torch.randperm(len(where), generator=draw)[: self.asked.sampled_locations].to(images.device)
             return worst_margins(self.layout, images, target, where, strength, index)
         return worst_margins(self.layout, images, target, where, strength)
 
@@ -114,7 +114,7 @@ class IntervalObjective(nn.Module):
         """Margins at the places that the U-Net points at, and its squared error there (equations 15 to 18)."""
         assert self.places is not None
         where = self.places = self.places.to(images.device)
-        count, passed = self.asked.places, self.layout.passage()
+        count, passed = self.asked.sampled_locations, self.layout.passage()
         rows, columns = where.corners.to(images.device).T
         predicted = guess[:, :, rows, columns]
         noise = torch.rand(len(images), count, len(where), generator=draw).to(images.device)

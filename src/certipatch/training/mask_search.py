@@ -101,7 +101,6 @@ class MaskHierarchy:
         losses: Callable[[Int64[Tensor, " n"], Bool[Tensor, "n H W"]], Float[Tensor, " n"]],
         batch: int,
         step: int,
-        tried: Callable[[Bool[Tensor, "B H W"]], Int64[Tensor, "B c"]] | None = None,
     ) -> Int64[Tensor, "B 2"]:
         """The mask of largest loss, and with it laid, the second mask of largest loss.
 
@@ -111,16 +110,13 @@ class MaskHierarchy:
             losses: of pictures (n,) under masks (n, H, W).
             batch: B, the pictures.
             step: pairs of a picture and a mask that are looked at together.
-            tried: the masks of the finest level that are looked at where some pixels are hidden already; None for all.
         """
-        levels = self.levels if tried is None else self.levels[-1:]
         hidden = torch.zeros_like(self.levels[0][:1]).repeat(batch, 1, 1)
         device, pair = hidden.device, []
         for _ in range(2):
-            every = torch.arange(len(levels[0]), device=device).expand(batch, -1)
-            candidates = every if tried is None else tried(hidden)
+            candidates = torch.arange(len(self.levels[0]), device=device).expand(batch, -1)
             worst = candidates[:, 0]
-            for level, masks in enumerate(levels):
+            for level, masks in enumerate(self.levels):
                 picture = torch.arange(batch, device=device).repeat_interleave(candidates.shape[1])
                 chosen = candidates.flatten()
                 of_parts = [
@@ -129,7 +125,7 @@ class MaskHierarchy:
                 ]
                 best = torch.cat(of_parts).view(candidates.shape).argmax(1, keepdim=True)
                 worst = candidates.gather(1, best)[:, 0]
-                if level + 1 < len(levels):
+                if level + 1 < len(self.levels):
                     candidates = self.children[level][worst]
             hidden = hidden | self.levels[-1][worst]
             pair.append(worst)

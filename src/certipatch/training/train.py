@@ -89,13 +89,13 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         network = network.to(memory_format=layout)  # type: ignore[call-overload]
         bounded = None if recipe.interval is None else _bounded(recipe.interval, blank, network)
     trained = network if bounded is None else bounded
-    if recipe.start is not None:
-        start.start_from(recipe.start, network, blank.classes)
+    if recipe.init_from is not None:
+        start.start_from(recipe.init_from, network, blank.classes)
     start.freeze(recipe.frozen, network)
     optimizer = _optimizer(recipe, trained)
     train_count = len(every) - recipe.holdout
-    sets = [] if recipe.masking is None else masks_of(blank.build(network), size)
-    climbing = recipe.masking is not None and recipe.masking.strategy == "climbing"
+    sets = [] if recipe.mask_training is None else masks_of(blank.build(network), size)
+    climbing = recipe.mask_training is not None and recipe.mask_training.strategy == "hill-climbing"
     memory = MaskMemory(train_count, sets[0]) if climbing else None
     remembered = None if memory is None else memory.centres
     first = checkpoint.load(out / "checkpoint.safetensors", trained, optimizer, identity, remembered)
@@ -126,11 +126,11 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
         chosen = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
         draw = _generator(recipe.seed, step, 2)
         share = step / total
-        augment = recipe.augment if share < recipe.plain_from else recipe.augment.plain
+        augment = recipe.augment if share < recipe.strong_augment_end else recipe.augment.plain
         changes = draw_changes(len(chosen), size, augment, draw)
         images = changes.of(every[chosen]).float().div_(255)
-        if augment.colour:
-            images = recoloured(images, augment.colour, draw)
+        if augment.colour_jitter:
+            images = recoloured(images, augment.colour_jitter, draw)
         chunk, weight = share_of_batch(len(chosen), fabric.global_rank, fabric.world_size)
         if memory is not None:
             memory.set_batch(chosen, changes, chunk)
@@ -168,7 +168,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
     card = blank
     if fabric.global_rank == 0:
         spent = seconds + time.monotonic() - started
-        digest = save_weights(out, network, recipe.weights)
+        digest = save_weights(out, network, recipe.weight_dtype)
         training = {
             "identity": identity,
             "seconds": round(spent, 1),
@@ -206,11 +206,11 @@ def _check_same_start(fabric: Fabric, first: int, out: Path) -> None:
 
 def _identity(recipe: Recipe, pictures: Pictures) -> str:
     values = {
-        "recipe": recipe.model_dump(mode="json", exclude={"data", "start"}, exclude_defaults=True),
+        "recipe": recipe.model_dump(mode="json", exclude={"data", "init_from"}, exclude_defaults=True),
         "data": pictures.fingerprint(),
     }
-    if recipe.start is not None:
-        values["start"] = start.identity(recipe.start)
+    if recipe.init_from is not None:
+        values["start"] = start.identity(recipe.init_from)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -238,10 +238,10 @@ def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
 
 def _rate(recipe: Recipe, share: float) -> float:
     """Learning rate relative to its peak."""
-    if recipe.halving is None:
-        return _schedule(share, recipe.warmup)
+    if recipe.halving_interval is None:
+        return _schedule(share, recipe.warmup_fraction)
     assert recipe.interval is not None
-    return 0.5 ** max(0, math.floor((share - recipe.interval.ramp_until) / recipe.halving))
+    return 0.5 ** max(0, math.floor((share - recipe.interval.ramp_end) / recipe.halving_interval))
 
 
 def _schedule(share: float, warmup: float) -> float:
@@ -261,17 +261,13 @@ def _masked(
     classes: int,
 ) -> MaskLoss:
     """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
-    asked, settings, finest = recipe.masking, recipe.settings, sets[0]
+    asked, settings, finest = recipe.mask_training, recipe.settings, sets[0]
     assert asked is not None
     threat, (height, width) = PatchThreat(settings["patch"]), finest.shape[1:]
-    levels = [*(mask_set([threat], (height, width), (k, k)) for k in asked.coarse), finest]
-    if (asked.tries or 0) > len(finest):
-        raise InputError(
-            f"masking.tries: {asked.tries} of {len(finest)} masks cannot be tried; leave it out to try all"
-        )
+    levels = [*(mask_set([threat], (height, width), (k, k)) for k in asked.coarse_grids), finest]
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
-    masks, until, smaller = MaskHierarchy(levels, fabric.device), recipe.plain_from, []
-    if asked.finer:
+    masks, until, smaller = MaskHierarchy(levels, fabric.device), recipe.strong_augment_end, []
+    if asked.small_mask_fraction:
         smaller = [MaskHierarchy([*levels, *sets[1 : n + 1]], fabric.device) for n in range(1, len(sets))]
     return MaskLoss(network, module, masks, asked, fill, fabric.autocast, memory, classes, until, smaller)

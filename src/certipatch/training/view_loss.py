@@ -36,13 +36,13 @@ def view_loss(
         network.train()
     relation = windows = None
     families: list[tuple[Tensor, Tensor]] = []
-    if asked.vote_margin:
+    if asked.vote_margin_weight:
         assert views is not None
         relation = _undominated(views, threat, image_size).to(device)
-    if asked.masked_cross_entropy:
+    if asked.masked_cross_entropy_weight:
         assert views is not None
         windows = malicious_windows(views, threat, image_size).members.to(device)
-    if asked.mask_margin:
+    if asked.mask_margin_weight:
         assert views is not None
         for part in views.parts if isinstance(views, Cross) else [views]:
             reached = _undominated(part, threat, image_size).to(device)
@@ -84,25 +84,31 @@ def view_loss(
     def loss(images: Tensor, targets: Tensor, share: float, draw: torch.Generator) -> Tensor:
         index = indices(draw) if drawn is None and views is not None else torch.empty(0)
         logits = logits_of(images, index, draw)
-        terms = [asked.cross_entropy * objectives.cross_entropy(logits, targets)] if asked.cross_entropy else []
-        if asked.pooled_cross_entropy:
-            terms.append(asked.pooled_cross_entropy * cross_entropy(logits.mean(1), targets))
-        if asked.masked_cross_entropy:
+        terms = (
+            [asked.cross_entropy_weight * objectives.cross_entropy(logits, targets)]
+            if asked.cross_entropy_weight
+            else []
+        )
+        if asked.pooled_cross_entropy_weight:
+            terms.append(asked.pooled_cross_entropy_weight * cross_entropy(logits.mean(1), targets))
+        if asked.masked_cross_entropy_weight:
             assert windows is not None
             rest = objectives.without_heaviest_window(logits, targets, windows)
-            terms.append(asked.masked_cross_entropy * cross_entropy(rest, targets))
-        if share >= asked.margin_from or not terms:
+            terms.append(asked.masked_cross_entropy_weight * cross_entropy(rest, targets))
+        if share >= asked.margin_start or not terms:
             if relation is not None:
                 threshold = recipe.settings.get("threshold")
                 found = objectives.vote_margin_loss(
                     logits, targets, relation, threshold, asked.vote_width, asked.temperature
                 )
-                terms.append(asked.vote_margin * found)
+                terms.append(asked.vote_margin_weight * found)
             if families:
                 scores = logits.sigmoid() if recipe.settings.get("evidence") == "sigmoid" else logits.softmax(-1)
                 parts = shown_of(index)
-                found = objectives.mask_margin_loss(scores, targets, parts, asked.mask_temperature, asked.mask_scale)
-                terms.append(asked.mask_margin * found)
+                found = objectives.mask_margin_loss(
+                    scores, targets, parts, asked.margin_temperature, asked.margin_scale
+                )
+                terms.append(asked.mask_margin_weight * found)
         return torch.stack(terms).sum()
 
     return loss
