@@ -170,7 +170,7 @@ def test_a_broken_certificate_is_exit_code_1_and_saved(certipatch, tmp_path, mon
     "options",
     [
         ("--defense", "lgs", "--model", "plain", "--patch", "3", "--where", "corners"),
-        ("--defense", "dw", "--model", "plain", "--patch", "3", "--plain", "--set", "share=0.2"),
+        ("--defense", "dw", "--model", "plain", "--patch", "3", "--plain", "--set", "pixel_fraction=0.2"),
         ("--defense", "patchguard", "--model", "model", "--patch", "1", "--set", "threshold=0.5"),
         ("--defense", "patchguard-plus-plus", "--model", "model", "--patch", "1"),
         ("--defense", "patchcleanser", "--model", "plain", "--patch", "2", "--set", "masks=3"),
@@ -248,7 +248,8 @@ def test_a_network_without_gradients_is_told_what_fits_and_falls_to_it(certipatc
 
 def test_threats_that_a_defense_was_not_built_for(certipatch, tmp_path):
     more = ("--data", "stripes", "--limit", "6", "--starts", "2", "--steps", "4", "--json")
-    fixed = ("--defense", "patchguard", "--model", "model", "--set", "patch=1", "--set", "fixed=true", "--patch", "6")
+    fixed = ("--defense", "patchguard", "--model", "model", "--set", "patch=1", "--set", "ignore_threat=true",
+             "--patch", "6")  # fmt: skip
     masks = (
         "--defense",
         "patchcleanser",

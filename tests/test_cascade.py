@@ -183,8 +183,8 @@ def test_logits_of_a_cascade_are_no_evidence():
     network = CascadeSettings(members=MEMBERS).build(columns, 3, 4, (12, 12)).eval()
     images = torch.rand(2, 3, 12, 12)
     with pytest.raises(InputError, match="a cascade's confidences are bounded"):
-        cp.PatchGuard(network, THREAT, columns, evidence="logits").certify(images, THREAT)
-    assert cp.PatchGuard(network, THREAT, columns, evidence="confidence").certify(images, THREAT).label.shape == (2,)
+        cp.PatchGuard(network, THREAT, columns, score_type="logits").certify(images, THREAT)
+    assert cp.PatchGuard(network, THREAT, columns, score_type="confidence").certify(images, THREAT).label.shape == (2,)
 
 
 def test_settings_are_kept():

@@ -147,7 +147,7 @@ def test_one_thing_in_full(certipatch):
     assert code == 0
     assert "Double masking" in out
     assert "    --set patch=5\n" in out
-    assert json.loads(certipatch("list", "defenses", "dw", "--json")[1])["settings"]["neighbours"] == 0.4
+    assert json.loads(certipatch("list", "defenses", "dw", "--json")[1])["settings"]["neighbour_fraction"] == 0.4
     assert "epochs: " in certipatch("list", "recipes", "mnist-columns")[1]
     assert "Gradient" in certipatch("list", "attacks", "patch-pgd")[1]
     assert "certified" in certipatch("list", "models", "mnist-ibp-5")[1]

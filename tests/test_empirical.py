@@ -64,7 +64,7 @@ def test_lgs_leaves_a_flat_picture_and_is_differentiable():
 
 
 def test_dw_masks_the_dense_salient_region_and_paints_it_over():
-    defense = DigitalWatermarking(Region().eval(), share=0.06)
+    defense = DigitalWatermarking(Region().eval(), pixel_fraction=0.06)
     images = torch.full((2, 1, 28, 28), 0.2)
     images[0, :, 8:14, 8:14] = 0.9
     mask = defense.mask(images)
@@ -103,6 +103,6 @@ def test_settings_that_make_no_sense():
     with pytest.raises(InputError, match="threshold"):
         LocalGradientsSmoothing(Region(), threshold=2)
     with pytest.raises(InputError, match="odd"):
-        DigitalWatermarking(Region(), size=4)
-    with pytest.raises(InputError, match="share"):
-        DigitalWatermarking(Region(), share=0)
+        DigitalWatermarking(Region(), window_size=4)
+    with pytest.raises(InputError, match="pixel_fraction"):
+        DigitalWatermarking(Region(), pixel_fraction=0)

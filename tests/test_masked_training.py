@@ -495,7 +495,7 @@ def test_frozen_parts_stay_as_they_were(tmp_path):
 
 def test_recipes_that_make_no_sense_are_refused_and_others_keep_their_identity():
     fields = {"name": "n", "data": "d", "epochs": 1, "model": {"name": "conv"}, "defense": "patchcleanser"}
-    assert "masking" not in Recipe(**fields).model_dump(exclude_defaults=True)
+    assert "mask_training" not in Recipe(**fields).model_dump(exclude_defaults=True)
     for changes, message in (({"defense": "undefended", "mask_training": {}}, "training under masks is for patchcleanser"),
                              ({"mask_training": {}, "objective": {"patch": 3}}, "mask_training stands instead of objective"),
                              ({"mask_training": {"coarse_grids": [3]}}, "belongs to strategy: greedy"),

@@ -71,13 +71,13 @@ COLUMNS, CROSS = vw.Columns(2), vw.Cross(2)
 DEFENSES = {
     "Mask-BN logits": lambda: PatchGuard(bagnet(), BUILT),
     "Mask-BN clipped": lambda: PatchGuard(bagnet(), BUILT, clip=4.0),
-    "Mask-BN T=0.3": lambda: PatchGuard(bagnet(), BUILT, evidence="confidence", threshold=0.3, clip=1.0),
+    "Mask-BN T=0.3": lambda: PatchGuard(bagnet(), BUILT, score_type="confidence", threshold=0.3, clip=1.0),
     "Mask-DS": lambda: PatchGuard(strip(COLUMNS), BUILT, COLUMNS),
-    "Mask-DS predictions": lambda: PatchGuard(strip(COLUMNS), BUILT, COLUMNS, evidence="prediction"),
+    "Mask-DS predictions": lambda: PatchGuard(strip(COLUMNS), BUILT, COLUMNS, score_type="prediction"),
     "Mask-DS strided": lambda: PatchGuard(strip(vw.Columns(3, 4)), BUILT, vw.Columns(3, 4)),
     "Mask-DS rows": lambda: PatchGuard(strip(vw.Rows(2, wrap=False)), BUILT, vw.Rows(2, wrap=False)),
     "Mask-DS blocks": lambda: PatchGuard(strip(vw.Blocks(4, 2)), BUILT, vw.Blocks(4, 2)),
-    "Mask-DS cross": lambda: PatchGuard(cross(), BUILT, CROSS, evidence="sigmoid", fixed=True),
+    "Mask-DS cross": lambda: PatchGuard(cross(), BUILT, CROSS, score_type="sigmoid", ignore_threat=True),
     "clipped BagNet": lambda: ClippedBagNet(bagnet(), scale=1.0, shift=0.0),
     "clipped DS": lambda: ClippedBagNet(strip(COLUMNS), COLUMNS, scale=1.0, shift=0.0),
     "BagCert": lambda: BagCert(bagnet(), threshold=0.5),
@@ -127,12 +127,12 @@ def test_a_cross_shows_columns_and_rows():
 
 def test_fixed_windows_give_a_largest_patch():
     network, images = cross(), pictures(20)
-    fixed = PatchGuard(network, BUILT, CROSS, evidence="sigmoid", fixed=True)
+    fixed = PatchGuard(network, BUILT, CROSS, score_type="sigmoid", ignore_threat=True)
     largest = fixed.largest_patch(fixed.evidence(images))
     for side in (1, 2, 3, 4):
         assert torch.equal(fixed.certify(images, PatchThreat(side)).certified, largest >= side)
     assert largest.max() >= 1
-    free = PatchGuard(network, BUILT, CROSS, evidence="sigmoid")
+    free = PatchGuard(network, BUILT, CROSS, score_type="sigmoid")
     assert free.largest_patch(free.evidence(images)) is None
 
 
@@ -173,9 +173,9 @@ def test_logits_are_checked_without_centring():
             return bands[..., None] * torch.tensor([1.0, -1.0]) * self.scale + x.mean((1, 2, 3))[:, None, None]
 
     views = vw.Columns(2, wrap=False)
-    assert PatchGuard(Leaks().eval(), BUILT, views, evidence="confidence").certify(pictures(), BUILT) is not None
+    assert PatchGuard(Leaks().eval(), BUILT, views, score_type="confidence").certify(pictures(), BUILT) is not None
     for defense in (
-        PatchGuard(Leaks().eval(), BUILT, views, evidence="logits"),
+        PatchGuard(Leaks().eval(), BUILT, views, score_type="logits"),
         ClippedBagNet(Leaks().eval(), views),
         PatchGuardPlusPlus(Leaks().eval(), BUILT, views),
     ):
@@ -187,7 +187,7 @@ def test_settings_that_do_not_fit():
     for make in (
         lambda: PatchGuard(bagnet(), SparseThreat(2)),
         lambda: PatchGuardPlusPlus(bagnet(), SparseThreat(2)),
-        lambda: PatchGuard(bagnet(), BUILT, evidence="votes"),
+        lambda: PatchGuard(bagnet(), BUILT, score_type="votes"),
         lambda: PatchGuard(bagnet(), BUILT, threshold=2.0),
         lambda: PatchGuard(bagnet(), BUILT, clip=-1.0),
         lambda: ClippedBagNet(bagnet(), scale=0),
@@ -232,7 +232,7 @@ def home(tmp_path_factory):
         "views": None,
         "defense": "patchguard",
     }
-    bag["settings"] = {"evidence": "confidence", "patch": 2}
+    bag["settings"] = {"score_type": "confidence", "patch": 2}
     bag["objective"] = {"views_per_step": "all", "cross_entropy_weight": 0.5, "mask_margin_weight": 1.0,
                         "masked_cross_entropy_weight": 0.2, "pooled_cross_entropy_weight": 0.5, "patch": 2}  # fmt: skip
     plain = {"model": {"name": "conv", "widths": [8, 8]}, "views": None, "defense": "undefended", "objective": {}}

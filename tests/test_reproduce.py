@@ -99,7 +99,7 @@ def models(tmp_path_factory):
         folder / "bagnet.yaml",
         name="bagnet",
         defense="patchguard",
-        settings={"evidence": "confidence", "patch": 2},
+        settings={"score_type": "confidence", "patch": 2},
         views=None,
         model={"name": "small-bagnet", "receptive_field": 10, "widths": [4, 4, 8, 8]},
         objective={"views_per_step": "all", "cross_entropy_weight": 1.0, "mask_margin_weight": 1.0, "patch": 2},

@@ -114,7 +114,7 @@ def world(tmp_path_factory):
     plain = {"views": None, "defense": "undefended", "objective": {}}
     bagnet = {
         "defense": "patchguard",
-        "settings": {"evidence": "logits", "patch": 2},
+        "settings": {"score_type": "logits", "patch": 2},
         "views": None,
         "model": {"name": "small-bagnet", "receptive_field": 10, "widths": [4, 4, 8, 8]},
         "objective": {"views_per_step": "all"},

@@ -187,7 +187,7 @@ def test_a_cross_trains_with_the_mask_margin(tmp_path, data):
         tmp_path / "r.yaml",
         data=str(data),
         defense="patchguard",
-        settings={"evidence": "sigmoid", "patch": 2, "fixed": True},
+        settings={"score_type": "sigmoid", "patch": 2, "ignore_threat": True},
         views={"name": "cross", "width": 3},
         objective=objective,
     )
@@ -395,7 +395,7 @@ def test_foreign_scales_are_refused(change, tmp_path, data):
 LOCAL = {
     "defense": "patchguard",
     "views": None,
-    "settings": {"evidence": "logits", "patch": 4},
+    "settings": {"score_type": "logits", "patch": 4},
     "model": {"name": "bagnet", "receptive_field": 9, "widths": [4, 4, 4, 4], "depths": [1, 1, 1, 1]},
     "objective": {
         "views_per_step": "all",

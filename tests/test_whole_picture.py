@@ -233,3 +233,12 @@ def test_an_earlier_name_of_a_setting_is_refused_with_its_new_one(old, new):
         message = f"{old} has a new name: use {re.escape(new)}" if known else "Extra inputs"
         with pytest.raises(ValueError, match=message):
             settings.model_validate({old: 0.5})
+
+
+@pytest.mark.parametrize("defense", ["patchguard", "dw"])
+def test_an_earlier_name_of_a_setting_of_other_defenses_is_refused_too(defense):
+    settings = METHODS[defense].settings_class
+    for old, new in settings.renamed.items():
+        assert new in settings.model_fields
+        with pytest.raises(ValueError, match=f"{old} has a new name: use {new}"):
+            settings.model_validate({old: 0.5})

@@ -17,9 +17,15 @@ from certipatch.rules.soft import lead_of
 class WatermarkSettings(DefenseSettings):
     """Shares of pixels, and the side of the neighbourhood."""
 
-    share: float = Field(default=0.1, gt=0, lt=1)
-    neighbours: float = Field(default=0.4, ge=0, le=1)
-    size: int | None = Field(default=None, ge=1, le=4095)
+    renamed: ClassVar[dict[str, str]] = {
+        "share": "pixel_fraction",
+        "neighbours": "neighbour_fraction",
+        "size": "window_size",
+    }
+
+    pixel_fraction: float = Field(default=0.1, gt=0, lt=1)
+    neighbour_fraction: float = Field(default=0.4, ge=0, le=1)
+    window_size: int | None = Field(default=None, ge=1, le=4095)
 
 
 DEFAULT = WatermarkSettings()
@@ -35,9 +41,10 @@ class DigitalWatermarking(EmpiricalDefense):
 
     Args:
         model: a plain network in eval mode.
-        share: of all pixels, how many count as salient.
-        neighbours: of the ``size`` x ``size`` pixels around a salient one, the share that must be salient too.
-        size: side of the neighbourhood in pixels; None for 1/8 of the image, at least 3.
+        pixel_fraction: of all pixels, how many count as salient.
+        neighbour_fraction: of the ``window_size`` x ``window_size`` pixels around a salient one, the share that must be
+            salient too.
+        window_size: side of the neighbourhood in pixels; None for 1/8 of the image, at least 3.
         batch_size: images per forward pass.
 
     Departs from the paper: the plain gradient stands for guided backpropagation, which needs networks made of ReLU layers;
@@ -51,16 +58,18 @@ class DigitalWatermarking(EmpiricalDefense):
     def __init__(
         self,
         model: nn.Module,
-        share: float = DEFAULT.share,
-        neighbours: float = DEFAULT.neighbours,
-        size: int | None = DEFAULT.size,
+        pixel_fraction: float = DEFAULT.pixel_fraction,
+        neighbour_fraction: float = DEFAULT.neighbour_fraction,
+        window_size: int | None = DEFAULT.window_size,
         batch_size: int | None = None,
     ):
         super().__init__(model, batch_size)
-        self.options = WatermarkSettings.checked(share=share, neighbours=neighbours, size=size)
-        if size is not None and size % 2 == 0:
-            raise InputError(f"size is an odd number of pixels, not {size}")
-        self.share, self.neighbours, self.size = share, neighbours, size
+        self.options = WatermarkSettings.checked(
+            pixel_fraction=pixel_fraction, neighbour_fraction=neighbour_fraction, window_size=window_size
+        )
+        if window_size is not None and window_size % 2 == 0:
+            raise InputError(f"window_size is an odd number of pixels, not {window_size}")
+        self.pixel_fraction, self.neighbour_fraction, self.window_size = pixel_fraction, neighbour_fraction, window_size
 
     def leads(self, images: Float[Tensor, "N C H W"], generator: Generator) -> Float[Tensor, "N K"]:
         """BPDA: the network sees the masked image, the gradient comes back as if nothing had been masked."""
@@ -74,13 +83,13 @@ class DigitalWatermarking(EmpiricalDefense):
 
     def mask(self, images: Float[Tensor, "N C H W"]) -> Bool[Tensor, "N H W"]:
         """True on the pixels that are painted over; depends on the image alone, not on its neighbours in a batch."""
-        size = self.size or max(3, min(images.shape[2:]) // 8 | 1)
+        size = self.window_size or max(3, min(images.shape[2:]) // 8 | 1)
         saliency = self.saliency(images.detach())
-        number = max(1, round(self.share * saliency[0].numel()))
+        number = max(1, round(self.pixel_fraction * saliency[0].numel()))
         limit = saliency.flatten(1).topk(number, 1).values[:, -1, None, None]
         salient = ((saliency >= limit) & (saliency > 0)).float()[:, None]
         around = F.avg_pool2d(salient, size, 1, size // 2, count_include_pad=False)
-        dense = salient * (around >= self.neighbours)
+        dense = salient * (around >= self.neighbour_fraction)
         eroded = -F.max_pool2d(-F.max_pool2d(dense, 3, 1, 1), 3, 1, 1)  # closed: holes between salient pixels
         eroded = -F.max_pool2d(-eroded, 2, 1, 0)  # what is one pixel thin goes
         kept = F.max_pool2d(F.pad(eroded, (1, 1, 1, 1)), 2, 1, 0)

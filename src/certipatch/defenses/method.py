@@ -58,14 +58,14 @@ class Method(ABC):
 
         Args:
             threat: the patch that it is built for, if it is built for one; otherwise the patch in its settings, also if
-                the settings say ``fixed``. For a sparse threat too, which is then never certified more.
+                the settings say ``ignore_threat``. For a sparse threat too, which is then never certified more.
             views: the views of a network that does not read whole images, or None for its receptive fields.
         """
         construct: Any = cls  # every constructor takes the network, then settings by name
         values: dict[str, Any] = settings.model_dump(mode="json")
         if cls.built_for_patch():
             patch = values.pop("patch")
-            given = isinstance(threat, PatchThreat) and not values.get("fixed")
+            given = isinstance(threat, PatchThreat) and not values.get("ignore_threat")
             values["threat"] = threat if given else PatchThreat(patch)
         if not cls.reads_whole_images:
             values["views"] = views

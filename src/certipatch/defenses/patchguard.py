@@ -19,13 +19,15 @@ Kind = Literal["logits", "confidence", "sigmoid", "prediction"]
 
 
 class PatchGuardSettings(DefenseSettings):
-    """T, the kind of evidence and its limit, and the patch that it is built for: ``fixed``, whatever the threat."""
+    """T, the kind of evidence and its limit, and the patch that it is built for: whatever the threat with ``ignore_threat``."""
 
-    evidence: Kind | None = None
+    renamed: ClassVar[dict[str, str]] = {"evidence": "score_type", "fixed": "ignore_threat"}
+
+    score_type: Kind | None = None
     threshold: float = Field(default=0.0, ge=0, le=1)
     clip: float | None = Field(default=None, gt=0)
     patch: Side = 5
-    fixed: bool = False
+    ignore_threat: bool = False
 
 
 DEFAULT = PatchGuardSettings()
@@ -61,11 +63,11 @@ class PatchGuard(ViewDefense):
         model: a network of local logits (Mask-BN), or one that reads bands or blocks (Mask-DS).
         threat: the patch that it is built for: masking, and so the answer, depends on it.
         views: for Mask-DS the bands or blocks; None for a network of local logits.
-        evidence: ``logits``, ``confidence`` (softmax), ``sigmoid`` (each class on its own, so that a view may speak for
+        score_type: ``logits``, ``confidence`` (softmax), ``sigmoid`` (each class on its own, so that a view may speak for
             several or none) or ``prediction`` (one vote for the top class).
         threshold: T in [0, 1]; 0 always masks, 1 never.
         clip: largest logit that counts, None for no limit; all other evidence ends at 1. Negative evidence counts as 0.
-        fixed: it stays built for ``threat`` whatever it is evaluated against, so that one answer has certificates for
+        ignore_threat: it stays built for ``threat`` whatever it is evaluated against, so that one answer has certificates for
             all sizes, and a largest certified patch.
         batch_size: images or rendered views per forward pass.
 
@@ -85,29 +87,32 @@ class PatchGuard(ViewDefense):
         model: nn.Module,
         threat: PatchThreat,
         views: Views | None = None,
-        evidence: Kind | None = DEFAULT.evidence,
+        score_type: Kind | None = DEFAULT.score_type,
         threshold: float = DEFAULT.threshold,
         clip: float | None = DEFAULT.clip,
-        fixed: bool = DEFAULT.fixed,
+        ignore_threat: bool = DEFAULT.ignore_threat,
         batch_size: int | None = None,
     ):
         super().__init__(model, views, batch_size)
         if not isinstance(threat, PatchThreat):
             raise ValueError(f"PatchGuard is built for a patch, not for {threat}")
         self.threat = threat
-        self.kind: Kind = evidence or ("confidence" if isinstance(views, Bands | Blocks | Cross) else "logits")
+        self.kind: Kind = score_type or ("confidence" if isinstance(views, Bands | Blocks | Cross) else "logits")
         largest = math.inf if clip is None else clip
         self.clip = largest if self.kind == "logits" else min(largest, 1.0)
         self.options = PatchGuardSettings.checked(
-            evidence=self.kind, threshold=threshold, clip=None if math.isinf(self.clip) else self.clip, fixed=fixed
+            score_type=self.kind,
+            threshold=threshold,
+            clip=None if math.isinf(self.clip) else self.clip,
+            ignore_threat=ignore_threat,
         )
-        self.threshold, self.fixed = threshold, fixed
+        self.threshold, self.ignore_threat = threshold, ignore_threat
         self.raw = self.kind in ("logits", "sigmoid")  # type: ignore[misc]
         self._rules: dict[tuple[int, int], RobustMask] = {}
         self.theorem = RobustMask(Windows.runs(1, 1), threshold, self.clip).theorem
 
     def largest_patch(self, evidence: Evidence) -> Int64[Tensor, " B"] | None:
-        return self._largest_patch(evidence) if self.fixed else None
+        return self._largest_patch(evidence) if self.ignore_threat else None
 
     def rule(self, image_size: tuple[int, int]) -> RobustMask:
         if image_size not in self._rules:

@@ -137,7 +137,7 @@ def format_words(plan: Plan, row: RowSpec, slot: ModelSlot, text: str | None = N
         values["patch"] = patch_words(plan.study.patch)
     if (folder := plan.context.folder(slot)) is not None:
         card = read_card(folder)
-        values |= {"card": card.name, "evidence": str(card.settings.get("evidence") or "logits")}
+        values |= {"card": card.name, "evidence": str(card.settings.get("score_type") or "logits")}
         if any(name in text for name in ("{size}", "{grid}", "{cells}")):
             values |= _describe_cells(plan, slot)
     try:

@@ -103,7 +103,7 @@ def view_loss(
                 )
                 terms.append(asked.vote_margin_weight * found)
             if families:
-                scores = logits.sigmoid() if recipe.settings.get("evidence") == "sigmoid" else logits.softmax(-1)
+                scores = logits.sigmoid() if recipe.settings.get("score_type") == "sigmoid" else logits.softmax(-1)
                 parts = shown_of(index)
                 found = objectives.mask_margin_loss(
                     scores, targets, parts, asked.margin_temperature, asked.margin_scale
