@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, LiteralString, cast
 
-from pydantic import Field, ValidationError, WrapValidator, model_serializer, model_validator
+from pydantic import Field, ValidationError, WrapValidator, model_serializer
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from torch import nn
 
@@ -53,16 +53,14 @@ class NetworkSettings(Settings):
         """All settings but ``name`` and ``members``, as keywords of the network's class."""
         return {key: value for key, value in self if key not in ("name", "members")}
 
-    @model_validator(mode="before")
     @classmethod
-    def _refuse_old_keys(cls, values: Any) -> Any:
-        """Other unknown keys too, with the known ones of this network."""
-        super()._refuse_old_keys(values)
+    def check_keys(cls, values: dict[str, Any]) -> None:
+        """Other unknown keys are refused too, with the known ones of this network."""
+        super().check_keys(values)
         known = cls.model_fields
-        for key in (key for key in values if key not in known) if isinstance(values, dict) else ():
+        for key in (key for key in values if key not in known):
             words = {"name": known["name"].default, "key": repr(key)[:80], "known": ", ".join(known)}
             raise PydanticCustomError("unknown_setting", "the {name} network has no {key}; it has {known}", words)
-        return values
 
     @model_serializer(mode="wrap")
     def _without_nulls(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

@@ -16,9 +16,14 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_old_keys(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
+    def _check_given_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            cls.check_keys(values)
+        return values
+
+    @classmethod
+    def check_keys(cls, values: dict[str, Any]) -> None:
+        """PydanticCustomError on an old key, or on an old value of a key."""
         fields = cls.model_fields
         given = {*values, *(f"{key}: {value}" for key, value in values.items() if isinstance(value, str))}
         for old, new in cls.renamed.items():
@@ -26,4 +31,3 @@ class Settings(BaseModel):
                 raise PydanticCustomError(
                     "unknown_setting", "{old} has a new name: use {new}", {"old": old, "new": new}
                 )
-        return values
