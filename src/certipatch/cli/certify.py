@@ -72,7 +72,7 @@ def certify(
 
 
 def line_of(result: dict[str, Any], threat: "Threat") -> str:
-    """What is said of one picture."""
+    """One line: the prediction and the certificate of one image."""
     state = "certified" if result["certified"] else "NOT certified"
     if "alarm" in result:
         state += ", ALARM" if result["alarm"] else ""

@@ -168,7 +168,7 @@ def hub_class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[st
 
 
 def _check_shards(files: list[str], called: str, split: str) -> None:
-    """Of `SPLIT-00000-of-00005.parquet` all five have to be there."""
+    """Raise InputError unless all five shards of `SPLIT-00000-of-00005.parquet` are there."""
     shards = [match for path in files if (match := _SHARD.fullmatch(os.path.basename(path).removesuffix(".parquet")))]
     if shards and {int(match[2]) for match in shards} != {len(files)}:
         raise InputError(

@@ -92,7 +92,7 @@ def sha256(path: Path) -> str:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what a killed write left behind."""
+    """Return True if a killed write left the file behind."""
     return path.name.endswith(".part")
 
 

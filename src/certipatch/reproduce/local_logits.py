@@ -118,7 +118,7 @@ def map_of(defense: Any, name: str) -> nn.Module:
 
 
 def answers(network: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B ..."]:
-    """What a network says of pictures, in full batches."""
+    """The logits of a network on images, in full batches."""
     batch = batch_size_for(images[0, 0].numel())
     with torch.inference_mode():
         return torch.cat([network(part) for part in images.split(batch)])
