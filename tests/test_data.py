@@ -237,7 +237,7 @@ def test_shards(tmp_path):
     assert data.labels.tolist() == [0, 0, 0, 1, 1]
     assert np.array_equal(data.pixels([4])[0, :, :, 0], GREY[4])
     (root / "test-00001-of-00002.parquet").unlink()
-    fails("1 parquet files for 'test' where 00002", load, str(root))
+    fails("1 of 00002 parquet files for 'test'", load, str(root))
 
 
 def test_other_columns_and_class_names(tmp_path):

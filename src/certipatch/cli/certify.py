@@ -59,14 +59,14 @@ def certify(
     from certipatch.saved import DefenseRef
 
     page = None if out is None else CertifyPage()
-    found = certify_files(images, DefenseRef(defense, model, changes_from(settings)), threat, out, page)
+    report = certify_files(images, DefenseRef(defense, model, changes_from(settings)), threat, out, page)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(report, ensure_ascii=False, allow_nan=False))
         return
-    for result in found["results"]:
+    for result in report["results"]:
         typer.echo(line_of(result, threat))
-    if "confidence" in found:
-        typer.echo(f"sampled: each certificate holds with confidence {found['confidence']:g}")
+    if "confidence" in report:
+        typer.echo(f"sampled: each certificate holds with confidence {report['confidence']:g}")
     if out is not None:
         typer.echo(f"report: {out / 'report.html'}")
 

@@ -49,8 +49,8 @@ def _photographs(out: Path) -> None:
     """Certify scikit-image's photographs, where the extra is installed; once."""
     import json
 
-    found = photographs()
-    if not found:
+    paths = photographs()
+    if not paths:
         typer.echo("photographs: pip install certipatch[photos], then certipatch demo again")
         return
     from certipatch.report import CertifyPage
@@ -62,8 +62,8 @@ def _photographs(out: Path) -> None:
     if not (out / "results.json").exists() or not (out / "report.html").exists():
         for name in ("config.yaml", "results.json", "summary.json", "report.html"):  # of a killed start
             (out / name).unlink(missing_ok=True)
-        typer.echo(f"{len(found)} photographs, PatchCleanser around imagenet-lite (half a minute) …")
-        certify_files(found, DefenseRef("patchcleanser", "imagenet-lite", {"masks": 3}), threat, out, CertifyPage())
+        typer.echo(f"{len(paths)} photographs, PatchCleanser around imagenet-lite (half a minute) …")
+        certify_files(paths, DefenseRef("patchcleanser", "imagenet-lite", {"masks": 3}), threat, out, CertifyPage())
     for result in json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]:
         state = "certified" if result["certified"] else "not certified"
         typer.echo(f"  {Path(result['image']).stem}: {result['name']}, {state} against {threat}")

@@ -41,18 +41,18 @@ def train(
         raise InputError(_unknown(recipe))
     if data is not None:
         changes = [*(changes or []), f"data={data}"]
-    asked = read(path, changes)
-    folder = out or Path("models") / asked.name
+    settings = read(path, changes)
+    folder = out or Path("models") / settings.name
 
     from certipatch.plumbing import devices
     from certipatch.training.train import train as run
 
     devices.keep_freed_memory()
-    with progress_bar(f"train {asked.name}") as progress:
-        card = run(asked, folder, progress)
+    with progress_bar(f"train {settings.name}") as progress:
+        card = run(settings, folder, progress)
     if distributed.rank() != 0:
         return
-    held = f"  certify a picture:  certipatch certify PICTURE --defense {folder} {_typed(asked.threat)}"
+    held = f"  certify a picture:  certipatch certify PICTURE --defense {folder} {_typed(settings.threat)}"
     typer.echo(
         f"{card.name} is in {folder} ({card.training['parameters']:,} parameters, {card.training['seconds']:.0f} s)"
     )

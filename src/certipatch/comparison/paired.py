@@ -40,7 +40,7 @@ class Paired:
 
     @property
     def p_value(self) -> float:
-        """Of McNemar's exact test."""
+        """The p-value of McNemar's exact test."""
         return mcnemar(self.second_only, self.first_only)
 
 

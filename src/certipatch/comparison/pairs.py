@@ -114,7 +114,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
 
 
 def same_attacker(a: Run, b: Run) -> bool:
-    """Whether two runs have one threat, on images of one size; ``2%`` may be ``4x4``."""
+    """Return True if two runs have one threat on images of one size; ``2%`` may be ``4x4``."""
     if a.image_size != b.image_size or a.threat == b.threat:
         return a.image_size == b.image_size
     one, other = a.threat, b.threat

@@ -68,7 +68,7 @@ def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> F
         )
     split = choose_split(counted, split, root)
     class_names = tuple(sorted({label for classes in counted.values() for label in classes}))
-    files = [(label, file) for label, found in counted[split].items() for file in found]
+    files = [(label, file) for label, paths in counted[split].items() for file in paths]
     files.sort(key=lambda pair: _shuffle_key(seed, *pair))
     files = files[:limit]
     index = {label: i for i, label in enumerate(class_names)}

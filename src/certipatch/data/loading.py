@@ -46,22 +46,22 @@ def load(
     own = _own_folder(data)
     name, source = data, data
     if own is not None:
-        found = _folder(own, split, limit, seed, data)
+        raw = _folder(own, split, limit, seed, data)
     elif data in KNOWN:
         source = KNOWN[data].hub
-        found = _hub(source, split, limit)
+        raw = _hub(source, split, limit)
     elif os.path.isdir(data):
         name = os.path.basename(os.path.abspath(data)) or "root"
-        found = _folder(data, split, limit, seed, data)
+        raw = _folder(data, split, limit, seed, data)
     elif os.path.exists(data):
         raise InputError(f"{data!r} is a file; give the folder that holds the dataset, or a dataset name")
     elif _HUB_ID.fullmatch(data):
         name = canonical(data)
-        found = _hub(data, split, limit)
+        raw = _hub(data, split, limit)
     else:
         raise InputError(_unknown(data))
-    names, note = _class_names(found, name), _note(found, name)
-    return Pictures(name, found.split, source, found.labels, names, note, found.store, size, channels)
+    names, note = _class_names(raw, name), _note(raw, name)
+    return Pictures(name, raw.split, source, raw.labels, names, note, raw.store, size, channels)
 
 
 def _check(split: str | None, limit: int | None, seed: int) -> None:
@@ -102,20 +102,20 @@ def _hub(hub: str, split: str | None, limit: int | None) -> Found:
     return read_hub(hub, split, limit)
 
 
-def _class_names(found: Found, name: str) -> tuple[str, ...]:
+def _class_names(raw: Found, name: str) -> tuple[str, ...]:
     """Class folders' own names; else the known ones; else those in the data's metadata; else the indices."""
     from certipatch.data.folder import FileStore
 
-    known = None if isinstance(found.store, FileStore) else known_classes(name)
-    for candidate in (known, found.class_names):
-        if candidate is not None and len(candidate) >= found.classes:
+    known = None if isinstance(raw.store, FileStore) else known_classes(name)
+    for candidate in (known, raw.class_names):
+        if candidate is not None and len(candidate) >= raw.classes:
             return candidate
-    return tuple(str(i) for i in range(found.classes))
+    return tuple(str(i) for i in range(raw.classes))
 
 
-def _note(found: Found, name: str) -> str | None:
+def _note(raw: Found, name: str) -> str | None:
     """A remark if a dataset that is lossless by origin is there as JPEG."""
-    if name in KNOWN and KNOWN[name].lossless and found.store.encoded(0).startswith(b"\xff\xd8\xff"):
+    if name in KNOWN and KNOWN[name].lossless and raw.store.encoded(0).startswith(b"\xff\xd8\xff"):
         return "JPEG-recompressed copy"
     return None
 

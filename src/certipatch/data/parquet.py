@@ -159,11 +159,11 @@ def hub_class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[st
     """The class names that `datasets` writes in the metadata of a parquet schema; None if they are not there."""
     try:
         info: Any = from_json((metadata or {})[b"huggingface"])
-        found = info["info"]["features"][label]["names"]
+        names = info["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
         return None
-    if isinstance(found, list) and found and all(isinstance(name, str) for name in found):
-        return tuple(found)
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return tuple(names)
     return None
 
 
@@ -171,9 +171,7 @@ def _check_shards(files: list[str], called: str, split: str) -> None:
     """Raise InputError unless all five shards of `SPLIT-00000-of-00005.parquet` are there."""
     shards = [match for path in files if (match := _SHARD.fullmatch(os.path.basename(path).removesuffix(".parquet")))]
     if shards and {int(match[2]) for match in shards} != {len(files)}:
-        raise InputError(
-            f"{called!r} has {len(files)} parquet files for {split!r} where {shards[-1][2]} are said to be; fetch all"
-        )
+        raise InputError(f"{called!r} has {len(files)} of {shards[-1][2]} parquet files for {split!r}; fetch all")
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

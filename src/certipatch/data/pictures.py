@@ -1,4 +1,4 @@
-"""Labelled pictures that stay encoded until they are asked for."""
+"""Labelled images that stay encoded until someone reads their pixels."""
 
 import hashlib
 import os
@@ -33,13 +33,13 @@ class Store(Protocol):
         ...
 
     def where(self, i: int) -> str:
-        """What errors call picture i, such as its file."""
+        """The name of image i in errors, such as its file."""
         ...
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a reader found: one split's pictures, labels int64 (N,), and class names if the data has them.
+    """One split as a reader returns it: images, labels int64 (N,), and class names if the data has them.
 
     `classes` is the number of classes that the data shows by itself, also beyond a limit.
     """
@@ -54,7 +54,7 @@ class Found:
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Pictures:
-    """N labelled pictures of one split of a dataset. Nothing is decoded before it is asked for.
+    """N labelled images of one split of a dataset, decoded on demand.
 
     name: the dataset's known name, or the folder's own name (never a path). split: the split's name.
     source: the path or Hub id as it was given. labels: int64 (N,). class_names: one per class.

@@ -89,13 +89,13 @@ class AsGraph(nn.Module):
         answer_of = rule.graph(number, classes)
 
         def answer(images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
-            found = scores(images)
+            view_scores = scores(images)
             if isinstance(rule, DoubleMask):  # it has no use for errors
-                table = merge_sizes(ev.scores(found), [(ev.scores(of(images)), masks) for of, masks in larger])
+                table = merge_sizes(ev.scores(view_scores), [(ev.scores(of(images)), masks) for of, masks in larger])
                 if unmasked is not None:
                     table = torch.cat([table, ev.scores(unmasked(images))], 1)
                 return answer_of(table, None)
-            values, _, error = defense.values(found, tolerance)
+            values, _, error = defense.values(view_scores, tolerance)
             return answer_of(values, error)
 
         self.answer = answer
@@ -159,7 +159,7 @@ def _metadata(defense: Defense, card: Card | ClassifierInfo) -> dict[str, str]:
 
 
 def _agrees(path: Path, defense: Defense, images: Tensor) -> int:
-    """How many pictures onnxruntime gave the defense's label and alarm, all of them."""
+    """Compare onnxruntime's labels and alarms with the defense's; gives the number of images. InputError if one differs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -176,7 +176,9 @@ def _agrees(path: Path, defense: Defense, images: Tensor) -> int:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"the network as ONNX does not run on {len(images)} pictures: {reason}; not written") from None
     for answer, own in zip(answers, expected, strict=True):
-        found = torch.from_numpy(answer)
-        if not torch.equal(found, own):
-            raise InputError(f"onnxruntime answers {found.tolist()} where the defense says {own.tolist()}; not written")
+        computed = torch.from_numpy(answer)
+        if not torch.equal(computed, own):
+            raise InputError(
+                f"onnxruntime answers {computed.tolist()} where the defense says {own.tolist()}; not written"
+            )
     return len(images)

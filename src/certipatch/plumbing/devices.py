@@ -1,4 +1,4 @@
-"""Where networks run, unless the caller says."""
+"""Devices: networks run on the default one unless the caller names another."""
 
 import atexit
 import ctypes
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 def default() -> torch.device:
     """The accelerator that torch sees, if it knows float64, which margins need; else the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None or found.type == "mps" else found
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
 
 
 @contextmanager
@@ -69,9 +69,9 @@ def fabric(precision: Any = "32-true") -> "Fabric":
         raise InputError(f"{total} processes are not {here} on each host; give the same --nproc-per-node everywhere")
     if total > 1:
         _meet(kind)
-    found = Fabric(accelerator=kind, devices=here, num_nodes=total // here, precision=precision)
-    found.launch()
-    return found
+    launched = Fabric(accelerator=kind, devices=here, num_nodes=total // here, precision=precision)
+    launched.launch()
+    return launched
 
 
 def _meet(kind: str) -> None:
@@ -91,8 +91,8 @@ def worker() -> tuple[torch.device, distributed.Workers]:
     """The device of this process, and its place among the workers: alone on the default one, or as torchrun says."""
     if distributed.count() == 1:
         return default(), distributed.Workers()
-    found = fabric()
-    return found.device, distributed.join(found.broadcast(secrets.token_hex(8)))
+    own_fabric = fabric()
+    return own_fabric.device, distributed.join(own_fabric.broadcast(secrets.token_hex(8)))
 
 
 def training_layout(network: nn.Module) -> torch.memory_format:

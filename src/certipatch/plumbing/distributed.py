@@ -47,11 +47,11 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this is the worker that prepares, merges, shows and writes what all have in common."""
+        """True for the worker that prepares, merges, shows and writes the common results."""
         return self.rank == 0
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives in the first worker, for all of them, who share as often as it; plain JSON values.
+        """The value of ``make`` in the first worker, for all workers: plain JSON. Every worker calls this equally often.
 
         Errors: InputError and OSError of ``make`` in the first worker, InputError with the same words in the others.
         """
@@ -85,7 +85,7 @@ class Workers:
             yield ticket
 
     def claim_error_report(self) -> bool:
-        """Whether this worker is the first to ask. Of an error that several workers meet, one line is enough."""
+        """Return True if this worker asks first. Several workers meet an error, but one line is enough."""
         return self._store is None or self._store.add("said", 1) == 1
 
 
@@ -108,7 +108,7 @@ def shared_store(name: str, connect: timedelta = CONNECT) -> "Store":
 
 
 def should_report_error() -> bool:
-    """Whether this process shall tell an error: of those that meet it, the one that asks first."""
+    """Return True if this process shall report an error: the first process that asks reports it."""
     if count() == 1:
         return True
     try:

@@ -37,7 +37,7 @@ def read_config(out: Path) -> dict[str, Any]:
 
 
 def _fits(values: Any) -> bool:
-    """Whether values, written out in full, stay below MAX_BYTES; YAML can name one value again and again."""
+    """Return True if values, written out in full, stay below MAX_BYTES; YAML can name one value again and again."""
     stack, left = [values], MAX_BYTES
     while stack:
         value = stack.pop()

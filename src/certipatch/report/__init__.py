@@ -1,4 +1,4 @@
-"""Reports: what a run found, as one self-contained HTML page."""
+"""Reports: the results of a run as one self-contained HTML page."""
 
 from certipatch.report.assemble import of_run, shown_pictures
 from certipatch.report.attack_page import of_attack

@@ -40,14 +40,14 @@ def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
     first = 0
     while first < len(chosen):
         part = chosen[first : first + step]
-        found, behind = stored_certificate(job, evidence.take(part), part) or _certify_again(job, part)
+        certificate, behind = stored_certificate(job, evidence.take(part), part) or _certify_again(job, part)
         if first == 0:
-            where = places(job.defense, found, job.image_size, job.class_names)
-            step = max(1, min(250, NUMBERS // found.margin.shape[1]))
+            where = places(job.defense, certificate, job.image_size, job.class_names)
+            step = max(1, min(250, NUMBERS // certificate.margin.shape[1]))
         shown += shown_pictures(
             job.pictures.pixels(part),
             [f"picture {index}" for index in part],
-            found,
+            certificate,
             behind,
             where,
             job.class_names,
@@ -60,7 +60,7 @@ def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
 
 
 def outcomes(records: pa.Table) -> dict[str, int]:
-    """How many pictures of a run ended in each of the states that ``Shown.state`` names."""
+    """The number of images of a run in each state of ``Shown.state``."""
     alarm, certified = (np.asarray(records[name]) for name in ("alarm", "certified"))
     right = np.asarray(records["label"]) == np.asarray(records["target"])
     state = np.select([alarm, ~right, certified], [3, 2, 0], 1)
@@ -70,7 +70,7 @@ def outcomes(records: pa.Table) -> dict[str, int]:
 def shown_pictures(
     images: np.ndarray,
     titles: Sequence[str],
-    found: Certificate,
+    certificate: Certificate,
     evidence: Evidence | None,
     where: Places | None,
     classes: tuple[str, ...],
@@ -82,26 +82,26 @@ def shown_pictures(
     Args:
         images: uint8 (B, H, W, C).
         titles: what they are called.
-        found: their certificates.
+        certificate: the certificates of the images.
         evidence: what the explorer shows; None leaves them out of it.
         where: the places of the threat, from ``places``, or None.
         classes: names of the classes.
         largest: side of the largest certified square of each, or None.
         targets: true classes; None for the user's own pictures.
     """
-    single = found.sees is not None and found.sees.choices.shape[1] == 1
+    single = certificate.sees is not None and certificate.sees.choices.shape[1] == 1
     rows = counted = unsure = None
     if where is not None and evidence is not None:
-        margin = found.margin.cpu()
+        margin = certificate.margin.cpu()
         rows = margin[:, where.first]
         if not torch.equal(rows[:, where.relation.row_of], margin):
             raise RuntimeError("margins differ between places that the same views see; this is a bug, please report it")
         rows = rows.numpy()
         counted = where.counted(evidence.values)
         unsure = None if evidence.unsure is None else evidence.unsure.cpu().numpy()
-    certified, shown = found.certified.tolist(), []
-    for i, weakest in enumerate(found.weakest.tolist()):
-        answer, target = int(found.label[i]), None if targets is None else targets[i]
+    certified, shown = certificate.certified.tolist(), []
+    for i, weakest in enumerate(certificate.weakest.tolist()):
+        answer, target = int(certificate.label[i]), None if targets is None else targets[i]
         explored = None
         if rows is not None and counted is not None:
             explored = Explored(answer, target, rows[i], counted[i], None if unsure is None else unsure[i])
@@ -112,11 +112,11 @@ def shown_pictures(
                 target=None if target is None else classes[target],
                 label=classes[answer],
                 certified=certified[i],
-                margin=found.margin[i, weakest].item(),
-                weakest=found.box(weakest),
+                margin=certificate.margin[i, weakest].item(),
+                weakest=certificate.box(weakest),
                 largest_patch=largest[i],
-                map=found.map(i).numpy() if single else None,
-                alarm=found.alarm is not None and bool(found.alarm[i]),
+                map=certificate.map(i).numpy() if single else None,
+                alarm=certificate.alarm is not None and bool(certificate.alarm[i]),
                 explored=explored,
             )
         )

@@ -29,7 +29,7 @@ def colours(margins: np.ndarray, scale: float) -> np.ndarray:
 
 def common_scale(maps: Iterable[np.ndarray]) -> float:
     """The largest finite |margin| of some maps, so that their colours can be compared; 1 if all are zero."""
-    largest = [float(np.abs(found[np.isfinite(found)]).max(initial=0)) for found in maps]
+    largest = [float(np.abs(margins[np.isfinite(margins)]).max(initial=0)) for margins in maps]
     return max(largest, default=0.0) or 1.0
 
 

@@ -40,7 +40,7 @@ def page(
 
     Args:
         config: settings of the run; ``config["command"] == "certify"`` for the user's own pictures.
-        summary: what the run found; accuracies, or ``certified``, the number of certified answers.
+        summary: results of the run; accuracies, or ``certified``, the number of certified predictions.
         timing: speed of the machine, or None.
         shown: pictures, in the order of the data. Where they do not fit, an even sample of them.
         places: the places of the threat, for the explorer.
@@ -146,16 +146,16 @@ def _shares(summary: dict[str, Any], outcomes: dict[str, int] | None) -> list[di
 
 def _choices(shown: Sequence[Shown], own: bool, notion: str) -> list[tuple[str, str]]:
     """The outcomes by which the gallery can be filtered."""
-    found = [
+    choices = [
         ("all", "all"),
         ("certified", "✓ certified"),
         ("open", "○ not certified" if own else "○ right, not certified"),
     ]
     if not own:
-        found.append(("wrong", "✕ wrong"))
+        choices.append(("wrong", "✕ wrong"))
     if notion == "detection" or any(one.alarm for one in shown):
-        found.append(("alarm", "! false alarm"))
-    return found
+        choices.append(("alarm", "! false alarm"))
+    return choices
 
 
 def _chart(summary: dict[str, Any]) -> Chart | None:

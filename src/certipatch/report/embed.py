@@ -98,7 +98,7 @@ def _tiled(shown: list[Shown], scale: float) -> dict[str, Any]:
         maps = [colours(_steps(one.map, scale), scale) for one in part if one.map is not None]
         drawn = None
         if len(maps) == len(part):
-            drawn = _sheet([_fitted(found, tile, Image.Resampling.NEAREST) for found in maps], pitch, columns)
+            drawn = _sheet([_fitted(map_image, tile, Image.Resampling.NEAREST) for map_image in maps], pitch, columns)
         sheets.append({"pictures": data_uri(pictures, photo=photo), "maps": drawn and _palette(drawn)})
     return {"size": [height, width], "tile": tile, "pitch": pitch, "columns": columns, "per": per, "sheets": sheets}
 
@@ -134,7 +134,7 @@ def _palette(sheet: Image.Image) -> str:
 
 
 def _places(places: Places, example: Shown) -> dict[str, Any]:
-    """What the explorer needs once: places, rows of ``sees``, and how views are drawn."""
+    """The explorer's data for the entire page: locations, rows of ``sees``, and the layout of the views."""
     locations = places.relation.locations
     assert example.explored is not None
     return {
@@ -156,25 +156,25 @@ def _places(places: Places, example: Shown) -> dict[str, Any]:
 
 
 def _explored(shown: Sequence[Shown], places: Places, index: list[int]) -> dict[str, Any]:
-    """What the explorer needs of each picture. Margins are whole numbers for votes counted by ``Vote``, else float32."""
-    found = [one.explored for one in shown if one.explored is not None]
-    margins = np.stack([one.margins for one in found])
+    """The explorer's data per image. Margins are whole numbers if ``Vote`` counted them, else float32."""
+    explored = [one.explored for one in shown if one.explored is not None]
+    margins = np.stack([one.margins for one in explored])
     whole = bool((margins == np.clip(margins.round(), -(2**15), 2**15 - 1)).all())
     data: dict[str, Any] = {
         "index": packed(index, "<i4"),
         "margins": packed(margins if whole else _signed(margins), "<i2" if whole else "<f4"),
         "whole": whole,
     }
-    if found[0].evidence.dtype == bool:
-        data["votes"] = packed([np.packbits(one.evidence.reshape(-1)) for one in found], "u1")
+    if explored[0].evidence.dtype == bool:
+        data["votes"] = packed([np.packbits(one.evidence.reshape(-1)) for one in explored], "u1")
     else:
-        kept = np.stack([_kept(one) for one in found])
-        scores = np.stack([one.evidence[:, classes] for one, classes in zip(found, kept, strict=True)])
+        kept = np.stack([_kept(one) for one in explored])
+        scores = np.stack([one.evidence[:, classes] for one, classes in zip(explored, kept, strict=True)])
         data |= {"scores": packed(scores, "<f4"), "kept": packed(kept, "<i4"), "scored": kept.shape[1]}
-    if any(one.unsure is not None and one.unsure.any() for one in found):
+    if any(one.unsure is not None and one.unsure.any() for one in explored):
         views = places.relation.number_of_views
         nobody = np.zeros(views, bool)
-        data["unsure"] = packed([np.packbits(nobody if one.unsure is None else one.unsure) for one in found], "u1")
+        data["unsure"] = packed([np.packbits(nobody if one.unsure is None else one.unsure) for one in explored], "u1")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Where the patch of a threat can lie, which views see it there, and how those views are drawn."""
+"""Patch locations of a threat, the views that see the patch at each, and the layout in which the views are drawn."""
 
 import math
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ class Places:
     def first(self) -> Tensor:
         """int64 (R,): a place of each distinct row."""
         row_of = self.relation.row_of
-        found = torch.full((self.relation.number_of_rows,), len(row_of))
-        return found.scatter_reduce_(0, row_of, torch.arange(len(row_of)), "amin")
+        first = torch.full((self.relation.number_of_rows,), len(row_of))
+        return first.scatter_reduce_(0, row_of, torch.arange(len(row_of)), "amin")
 
     def counted(self, values: Tensor) -> np.ndarray:
         """Evidence as the rule counts it: bool votes as they are, scores clipped, in float32."""
@@ -52,19 +52,19 @@ class Places:
 
 
 def places(
-    defense: Defense, found: Certificate, image_size: tuple[int, int], classes: tuple[str, ...]
+    defense: Defense, certificate: Certificate, image_size: tuple[int, int], classes: tuple[str, ...]
 ) -> Places | None:
-    """The places of the threat of ``found``.
+    """The places of the threat of ``certificate``.
 
     None where there is nothing to explore: a threat without single places (sparse, several patches), a defense whose
     margins do not come from the views that see a place, or more places than a page holds.
     """
-    relation = found.sees
+    relation = certificate.sees
     if (
         not isinstance(defense, ViewDefense)
         or relation is None
         or relation.choices.shape[1] != 1
-        or found.margin.shape[1] != len(relation.row_of)
+        or certificate.margin.shape[1] != len(relation.row_of)
     ):
         return None
     if relation.packed.nbytes > MAX_BYTES or 4 * len(relation.row_of) > MAX_BYTES:
@@ -76,7 +76,7 @@ def places(
 
 
 def layout(views: Views, image_size: tuple[int, int]) -> dict[str, Any]:
-    """How views are drawn: bands along the picture's edge, others as cells of a grid; and in words."""
+    """The layout of views, with a description: bands along the image's edge, other views as cells of a grid."""
     number = views.number(image_size)
     if isinstance(views, Bands) and views.count == 1:
         kind = _BANDS[isinstance(views, Columns)]

@@ -11,7 +11,7 @@ STATES = ("certified", "open", "wrong", "alarm")
 @final
 @dataclass(frozen=True, eq=False)
 class Explored:
-    """What the explorer needs to know of one picture, R rows of ``sees``, V views and K classes.
+    """The explorer's data of one image, for R rows of ``sees``, V views and K classes.
 
     answer: the answer's class. target: the true class, if it is known. margins: float64 (R,), the margin of the places of
     each row. evidence: (V, K), bool votes or float32 scores as the rule counts them. unsure: bool (V,), views that belong

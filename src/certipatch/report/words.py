@@ -45,7 +45,7 @@ def margin(value: float) -> str:
 
 
 def attack(threat: dict[str, Any]) -> str:
-    """What the attacker cannot do, as the subject of a sentence: "no 5×5-pixel patch, placed anywhere and …"."""
+    """The excluded attack as the subject of a sentence: "no 5×5-pixel patch, placed anywhere and …"."""
     if threat["kind"] == "sparse":
         return f"no repainting of any {_count(threat['pixels'], 'pixel')}, wherever they lie,"
     one, count = _patch(threat["size"], threat["shape"]), threat["count"]
@@ -55,11 +55,11 @@ def attack(threat: dict[str, Any]) -> str:
 
 def rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Settings as (name, value) in plain words; a setting within a setting is named "outer · inner"."""
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for key, value in values.items():
         name = prefix + str(key).replace("_", " ")
-        found += rows(value, name + " · ") if isinstance(value, dict) else [(name, _value(value))]
-    return found
+        pairs += rows(value, name + " · ") if isinstance(value, dict) else [(name, _value(value))]
+    return pairs
 
 
 def _patch(size: Any, shape: str | None) -> str:

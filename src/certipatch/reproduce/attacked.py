@@ -158,8 +158,8 @@ def attacked(context: ReproductionContext, victim: Target, threat: Threat | None
         batch=rows,
     )
     config = yaml_round_trip(job.config(context.fingerprint(victim.card)))
-    asked = {key: value for key, value in config.items() if key not in IGNORED_KEYS | {"versions", "dataset_note"}}
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    identity = {key: value for key, value in config.items() if key not in IGNORED_KEYS | {"versions", "dataset_note"}}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = context.out / "attacks" / f"{victim.name.replace(':', '-').replace('/', '-')}-{attack.name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     about = f"{victim.name}, {attack.name}{'' if strength.adaptive else ' plain'}"

@@ -105,7 +105,7 @@ class Row:
 @final
 @dataclass(frozen=True)
 class Table:
-    """What ``certipatch reproduce`` prints and writes."""
+    """A table that ``certipatch reproduce`` prints and writes."""
 
     columns: list[str]
     rows: list[Row]

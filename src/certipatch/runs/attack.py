@@ -44,7 +44,7 @@ LEARNED_FROM = 200  # pictures that a universal patch is learned from
 @final
 @dataclass(frozen=True)
 class AttackJob:
-    """What is attacked, with which attack; fields as of ``run.Job`` and ``attacks.Task``."""
+    """A defense, images and an attack; the fields are those of ``run.Job`` and ``attacks.Task``."""
 
     defense: Any
     defense_name: str
@@ -160,15 +160,15 @@ def _process_shard(
     victim, targets = Victim(job.defense, job.adaptive, job.bf16), job.pictures.labels[indices.start : indices.stop]
     if job.attack.prepare is not Attack.prepare and not job.learned:
         job.learned.append(_learned(job, victim))
-    found = job.defense.certify(images, job.threat) if certifies(job.defense) and job.threat is not None else None
-    answer = victim.answer(images) if found is None else None
-    label = (found.label if found is not None else answer.label).cpu()  # type: ignore[union-attr]
+    certificate = job.defense.certify(images, job.threat) if certifies(job.defense) and job.threat is not None else None
+    answer = victim.answer(images) if certificate is None else None
+    label = (certificate.label if certificate is not None else answer.label).cpu()  # type: ignore[union-attr]
     alarm = torch.zeros_like(label, dtype=torch.bool)
-    if found is not None and found.alarm is not None:
-        alarm = found.alarm.cpu()
+    if certificate is not None and certificate.alarm is not None:
+        alarm = certificate.alarm.cpu()
     elif answer is not None:
         alarm = answer.alarm.cpu()
-    margins = None if found is None else found.margin.cpu()
+    margins = None if certificate is None else certificate.margin.cpu()
     worth = (label == targets) & ~alarm
     if margins is not None:  # a certificate of a wrong answer, or of one place, is a claim too
         worth |= (margins > 0).any(1) & ~alarm
@@ -184,7 +184,7 @@ def _process_shard(
         )
         skipped = len(indices) - len(chosen)
         outcome = job.attack.run(victim, task, lambda done: notify(done + skipped))
-    rows = attack_rows(job, indices, images.cpu(), label, alarm, found, chosen.tolist(), outcome)
+    rows = attack_rows(job, indices, images.cpu(), label, alarm, certificate, chosen.tolist(), outcome)
     records = pa.table({name: [row[name] for row in rows] for name in ATTACK_RECORD.names}, ATTACK_RECORD)
     evidence = pa.table({name: [row[name] for row in rows] for name in ATTACK_EVIDENCE.names}, ATTACK_EVIDENCE)
     for i, row in enumerate(rows):
@@ -195,7 +195,7 @@ def _process_shard(
 
 
 def _learned(job: AttackJob, victim: Victim) -> Tensor | None:
-    """What an attack learns from the run's first pictures, once for all parts."""
+    """The tensor that an attack learns from the run's first images, once for all shards."""
     number = min(LEARNED_FROM, len(job.pictures))
     images = job.pictures.images(range(number)).to(job.device)
     label = victim.answer(images).label
@@ -203,7 +203,7 @@ def _learned(job: AttackJob, victim: Victim) -> Tensor | None:
 
 
 def sampled(defense: Any) -> bool:
-    """Whether a defense's certificates hold with a probability only, so that its answer may change by chance."""
+    """Return True if certificates hold with a probability only, so that a prediction may change by chance."""
     return getattr(defense, "confidence", 1.0) < 1
 
 

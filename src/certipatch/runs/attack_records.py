@@ -26,7 +26,7 @@ def attack_rows(
     images: Tensor,
     label: Tensor,
     alarm: Tensor,
-    found: Certificate | None,
+    certificate: Certificate | None,
     chosen: list[int],
     outcome: Outcome | None,
 ) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def attack_rows(
     locations = job.threat.locations(job.image_size) if isinstance(job.threat, PatchThreat) else None
     rows = []
     for i, index in enumerate(indices):
-        margins = None if found is None else found.margin[i].cpu()
+        margins = None if certificate is None else certificate.margin[i].cpu()
         row: dict[str, Any] = {
             "index": index,
             "sha256": job.pictures.sha256(index),

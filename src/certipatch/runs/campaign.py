@@ -56,8 +56,11 @@ class Cell:
 @final
 @dataclass(frozen=True)
 class Claim:
-    """What a defense says of pictures: labels (B,), margins (B, L) where it certifies, which pictures raise no alarm, and the
-    seconds that labels alone took."""
+    """The predictions of a defense on B images.
+
+    label: (B,). margins: (B, L), or None if the defense certifies nothing. usable: bool (B,), images without an alarm.
+    seconds: the time that the labels alone took.
+    """
 
     label: Tensor
     margins: Tensor | None
@@ -150,12 +153,12 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
             share = seconds / max(1, len(ready))
             pace = rows[i]["seconds"] / max(1, rows[i]["pictures"])
             size = LARGE if rows[i]["rounds"] and (share >= 20 or 2 * LARGE * pace <= share) else SMALL
-            found = attack_round(cells[i], out, seed, rows[i]["rounds"], share, claims, size)
+            counts = attack_round(cells[i], out, seed, rows[i]["rounds"], share, claims, size)
         except InputError as error:
             rows[i]["skipped"] = str(error)
-            found = dict.fromkeys(COUNTS, 0)
+            counts = dict.fromkeys(COUNTS, 0)
         for key in COUNTS:
-            rows[i][key] += found[key]
+            rows[i][key] += counts[key]
         spent = time.monotonic() - started
         rows[i]["rounds"] += 1
         rows[i]["seconds"] = round(rows[i]["seconds"] + spent, 3)
@@ -167,15 +170,15 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
 
 
 def claimed(defense: Any, images: Tensor, threat: Threat) -> Claim:
-    """What a defense says of pictures."""
+    """The labels, margins and alarms of a defense on images."""
     started = time.monotonic()
     label, margins = Victim(defense).answer(images).label, None
     seconds = time.monotonic() - started
     usable = torch.ones_like(label, dtype=torch.bool)
     if certifies(defense):
-        found = defense.certify(images, threat)
-        label, margins = found.label, found.margin.cpu()
-        usable = usable if found.alarm is None else ~found.alarm
+        certificate = defense.certify(images, threat)
+        label, margins = certificate.label, certificate.margin.cpu()
+        usable = usable if certificate.alarm is None else ~certificate.alarm
     return Claim(label, margins, usable.cpu(), seconds)
 
 
@@ -278,11 +281,11 @@ def _stored(out: Path, cell: Cell) -> dict[str, Any]:
     empty = {"defense": cell.name, "attack": cell.attack.name, "threat": str(cell.threat), "rounds": 0, "seconds": 0.0}
     empty |= dict.fromkeys(COUNTS, 0)
     try:
-        found = read_json(_path(out, cell))
+        stored = read_json(_path(out, cell))
     except InputError:
         return empty
-    whole = all(isinstance(found.get(key), int | float) and found[key] >= 0 for key in (*COUNTS, "rounds", "seconds"))
-    return found if whole and found.keys() >= empty.keys() else empty
+    whole = all(isinstance(stored.get(key), int | float) and stored[key] >= 0 for key in (*COUNTS, "rounds", "seconds"))
+    return stored if whole and stored.keys() >= empty.keys() else empty
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:

@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @final
 @dataclass(frozen=True)
 class Job:
-    """What is evaluated: a defense with its identity, pictures, and a threat."""
+    """A defense with its identity, the images to certify, and a threat."""
 
     defense: Defense
     defense_name: str
@@ -42,7 +42,7 @@ class Job:
     seed: int = 0
     device: torch.device = CPU
     opened: str | None = None
-    """What the user called the model: a zoo name or a folder."""
+    """The user's name for the model: a zoo name or a folder."""
     part: int = field(default_factory=lambda: run.PART)
     """Pictures per record file."""
     engine: str | None = None
@@ -147,9 +147,9 @@ def _process_shard(job: Job, out: Path, config: dict[str, Any], first: int, noti
     """Evaluate a part, and write it."""
     indices, images = part_of(job, config, first)
     evidence = job.defense.evidence(images)
-    found, largest = job.defense.certificate(evidence, job.threat), job.defense.largest_patch(evidence)
+    certificate, largest = job.defense.certificate(evidence, job.threat), job.defense.largest_patch(evidence)
     return store(
-        job, out, config, indices, evidence, found, [None] * len(indices) if largest is None else largest.tolist()
+        job, out, config, indices, evidence, certificate, [None] * len(indices) if largest is None else largest.tolist()
     )
 
 
@@ -159,28 +159,28 @@ def store(
     config: dict[str, Any],
     indices: range,
     evidence: Evidence,
-    found: Certificate,
+    certificate: Certificate,
     largest: list[int | None],
 ) -> pa.Table:
     """Write a part; gives its records."""
-    records = _records(job, indices, found, evidence)
+    records = _records(job, indices, certificate, evidence)
     write_part(out, config, records, evidence_rows(list(indices), evidence, largest))
     return records
 
 
-def _records(job: Job, indices: range, found: Certificate, evidence: Evidence) -> pa.Table:
-    weakest = found.weakest.tolist()
-    boxes = [found.box(location) or (None,) * 4 for location in weakest]
+def _records(job: Job, indices: range, certificate: Certificate, evidence: Evidence) -> pa.Table:
+    weakest = certificate.weakest.tolist()
+    boxes = [certificate.box(location) or (None,) * 4 for location in weakest]
     n = len(indices)
     return pa.table(
         {
             "index": list(indices),
             "sha256": [job.pictures.sha256(i) for i in indices],
             "target": job.pictures.labels[indices.start : indices.stop].tolist(),
-            "label": found.label.tolist(),
-            "alarm": [False] * n if found.alarm is None else found.alarm.tolist(),
-            "certified": found.certified.tolist(),
-            "margin": found.margin.amin(1).tolist(),
+            "label": certificate.label.tolist(),
+            "alarm": [False] * n if certificate.alarm is None else certificate.alarm.tolist(),
+            "certified": certificate.certified.tolist(),
+            "margin": certificate.margin.amin(1).tolist(),
             **{
                 f"weakest_{side}": [box[i] for box in boxes]
                 for i, side in enumerate(("top", "left", "height", "width"))

@@ -11,7 +11,7 @@ from certipatch.plumbing.files import is_leftover, read_config, read_json, write
 from certipatch.runs.records import read_part
 
 IGNORED_KEYS = {"source", "model"}
-"""Settings that may differ between starts, and between hosts: where the same things are found."""
+"""Settings that may differ between starts and between hosts: paths of the same data and models."""
 
 
 def prepare_run_folder(config: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def reopen_evaluation(out: Path, data: str | None = None, model: str | None = No
 
     Args:
         out: the run folder.
-        data, model: where the pictures and the model are, if not where the run found them.
+        data, model: the places of the images and the model; the run's own by default.
 
     Errors: InputError for an unfinished or foreign folder, and where data or model are missing or have changed.
     """
@@ -148,14 +148,14 @@ def _reopen_defense(
     if is_adapter(place) and not Path(place).is_dir():
         return _reopen_wrapped(out, config, threat, model, place)
     try:
-        found = read_card(locate(place))
-        if found.sha256 == wanted and (wrapped or found.defense == method):
+        card = read_card(locate(place))
+        if card.sha256 == wanted and (wrapped or card.defense == method):
             ref = DefenseRef(method, place, settings) if wrapped else DefenseRef(place, None, settings)
             return open_named(ref, threat)[:2]
     except InputError as error:
         raise InputError(f"the model of {out} cannot be opened: {error}; name its place with --model") from None
     raise InputError(
-        f"{place} is not the model of {out}: it is {found.defense} with the weights {found.sha256[:12]}…, the run's was "
+        f"{place} is not the model of {out}: it is {card.defense} with the weights {card.sha256[:12]}…, the run's was "
         f"{method[:40]} with {wanted[:12]}…; name the right one with --model"
     )
 

@@ -24,7 +24,7 @@ from certipatch.threats import Threat
 
 
 class DefenseSpec(BaseModel):
-    """What recipes and cards both say: a defense with its settings, its views, and its network."""
+    """The common part of recipes and cards: a defense with its settings, its views, and its network."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -78,7 +78,7 @@ class DefenseSpec(BaseModel):
 
 
 class Card(DefenseSpec):
-    """What a trained defense is and where it comes from."""
+    """The description of a trained defense, and its origin."""
 
     name: str = Field(max_length=100)
     image_size: tuple[Side, Side]
@@ -87,7 +87,7 @@ class Card(DefenseSpec):
     resize: bool = False
     """Pictures of another size are resized and centre-cropped first; the attacker paints on what comes out."""
     sha256: str
-    """Of ``weights.safetensors``."""
+    """The hash of ``weights.safetensors``."""
     data: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
     seed: int = 0
@@ -110,8 +110,8 @@ def build_defense(
     views: view_sets.Views | view_sets.RandomViews | None = None,
 ) -> Any:
     """The defense ``method`` around ``network``, with settings as a card stores them. As ``Method.from_settings``."""
-    found = METHODS[method]
-    return found.from_settings(network, found.settings_class.model_validate(settings), threat, views)
+    defense_class = METHODS[method]
+    return defense_class.from_settings(network, defense_class.settings_class.model_validate(settings), threat, views)
 
 
 def read(folder: Path) -> Card:
@@ -161,12 +161,12 @@ def read_weights(folder: Path, card: Card) -> dict[str, torch.Tensor]:
             network = card.network()
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             for name, shape in list(expected.items()):
-                if len(shape) > 1 and name + SCALE in found:
+                if len(shape) > 1 and name + SCALE in shapes:
                     expected[name + SCALE] = shape[:1]
-            if found != expected:
-                names = sorted(set(found.items()) ^ set(expected.items()))
+            if shapes != expected:
+                names = sorted(set(shapes.items()) ^ set(expected.items()))
                 raise InputError(f"{path} does not hold the weights of {card.model.name}: {names[0][0]} differs")
             return restored({name: file.get_tensor(name) for name in expected})
     except OSError as error:

@@ -33,7 +33,7 @@ class DefenseRef:
 
     @property
     def network(self) -> str:
-        """The name under which the network is found."""
+        """The name that opens the network."""
         return self.model or self.name
 
 
@@ -48,7 +48,7 @@ class ClassifierInfo:
     channels: int
     classes: tuple[str, ...]
     sha256: str
-    """Of its weights and preprocessing, or of its file; not of its code."""
+    """The hash of the weights and the preprocessing, or of the file; the code is not part of it."""
     resize: bool
     """Pictures of another size are resized and centre-cropped first; the attacker paints on what comes out."""
     seed: int = 0
@@ -82,8 +82,8 @@ def locate_model(name: str) -> Path:
     try:
         return locate(name)
     except InputError as error:
-        said = str(error).replace("unknown defense", "unknown model", 1)
-        raise InputError(f"{said}; or somebody else's classifier: {FORMS}") from None
+        message = str(error).replace("unknown defense", "unknown model", 1)
+        raise InputError(f"{message}; or somebody else's classifier: {FORMS}") from None
 
 
 def load(name: str, threat: Threat | None = None) -> Defense:
@@ -147,7 +147,7 @@ def open_named(
 def open_certified(
     ref: DefenseRef, threat: Threat, probe: DatasetProbe = lambda: ((), None)
 ) -> tuple[Defense, Card | ClassifierInfo, str]:
-    """As ``open_named``. InputError for an empirical defense, which proves nothing."""
+    """Open a certified defense as ``open_named`` does. InputError for an empirical defense, which proves nothing."""
     defense, card, name = open_named(ref, threat, probe)
     if not isinstance(defense, Defense):
         raise InputError(f"{name} is an empirical defense, it certifies nothing; attack it: certipatch attack")

@@ -42,13 +42,13 @@ def save_weights(folder: Path, network: nn.Module, stored: str) -> str:
 
 
 def restored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What ``save_weights`` wrote, floating-point weights in float32."""
-    found = {n: w.float() if w.is_floating_point() else w for n, w in tensors.items() if not n.endswith(SCALE)}
+    """The weights that ``save_weights`` wrote, floating-point ones in float32."""
+    weights = {n: w.float() if w.is_floating_point() else w for n, w in tensors.items() if not n.endswith(SCALE)}
     for name, scale in tensors.items():
         if name.endswith(SCALE):
-            whole = found[name.removesuffix(SCALE)].float()
-            found[name.removesuffix(SCALE)] = whole * _along(scale.float(), whole)
-    return found
+            whole = weights[name.removesuffix(SCALE)].float()
+            weights[name.removesuffix(SCALE)] = whole * _along(scale.float(), whole)
+    return weights
 
 
 def _along(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
