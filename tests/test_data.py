@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from certipatch.data import Pictures, decode, decoding, load, names, parquet, pictures, read_picture
+from certipatch.data import Pictures, dataset_names, decode, decoding, load, parquet, pictures, read_picture
 from certipatch.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -374,8 +374,8 @@ def test_sample():
     assert data.labels[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]  # as Fashion-MNIST's test split begins
     assert data.images(range(10)).shape == (10, 1, 28, 28)
     assert data.note is None
-    assert next(iter(names())) == "fashion-sample"
-    assert {"mnist", "cifar10", "imagenette", "fashion-mnist"} < set(names())
+    assert next(iter(dataset_names())) == "fashion-sample"
+    assert {"mnist", "cifar10", "imagenette", "fashion-mnist"} < set(dataset_names())
     fails("^'fashion-sample' has no split 'train'", load, "fashion-sample", "train")
 
 

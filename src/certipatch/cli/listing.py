@@ -59,9 +59,9 @@ def list_(
 def _rows(kind: str) -> dict[str, str]:
     """Names and one line about each."""
     if kind == "datasets":
-        from certipatch.data import names
+        from certipatch.data import dataset_names
 
-        return names()
+        return dataset_names()
     if kind == "attacks":
         from certipatch.attacks import ATTACKS
 

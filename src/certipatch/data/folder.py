@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from certipatch.data.decoding import read_bytes
-from certipatch.data.pictures import Found, choose_split
+from certipatch.data.pictures import SplitContents, choose_split
 from certipatch.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -34,7 +34,7 @@ class FileStore:
         return self.paths[i]
 
 
-def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> Found:
+def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> SplitContents:
     """The pictures of one split of a folder of class folders, in an order that is random but fixed by `seed`.
 
     If folders right under ROOT hold pictures, these are the classes and the only split is called `all`. Else folders
@@ -74,7 +74,7 @@ def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> F
     index = {label: i for i, label in enumerate(class_names)}
     labels = np.array([index[label] for label, _ in files], np.int64)
     store = FileStore([os.path.join(bases[split], label, file) for label, file in files])
-    return Found(split, store, labels, class_names, len(class_names))
+    return SplitContents(split, store, labels, class_names, len(class_names))
 
 
 def _folders(root: str) -> list[str]:

@@ -7,11 +7,11 @@ import pyarrow as pa
 
 from certipatch.data.known import KNOWN, canonical
 from certipatch.data.parquet import ArrowStore, bytes_column, find_columns, label_array
-from certipatch.data.pictures import Found, choose_split
+from certipatch.data.pictures import SplitContents, choose_split
 from certipatch.errors import InputError
 
 
-def read_hub(hub: str, split: str | None, limit: int | None) -> Found:
+def read_hub(hub: str, split: str | None, limit: int | None) -> SplitContents:
     """The pictures and labels of one split of a Hub dataset, downloaded on first use, memory-mapped from then on.
 
     Raises InputError, naming the Hub dataset, for any failure such as no network.
@@ -29,7 +29,7 @@ def read_hub(hub: str, split: str | None, limit: int | None) -> Found:
         ) from None
 
 
-def _read(hub: str, config: str | None, split: str | None, limit: int | None) -> Found:
+def _read(hub: str, config: str | None, split: str | None, limit: int | None) -> SplitContents:
     import datasets
 
     for name in ("huggingface_hub", "datasets"):  # they would tell of every retry without a network
@@ -49,4 +49,6 @@ def _read(hub: str, config: str | None, split: str | None, limit: int | None) ->
     column = bytes_column(table.column(image).slice(0, taken), hub).cast(pa.large_binary())
     class_names = getattr(data.features[label], "names", None)
     store = ArrowStore(column, hub, split)
-    return Found(split, store, labels[:taken], tuple(class_names) if class_names else None, int(labels.max()) + 1)
+    return SplitContents(
+        split, store, labels[:taken], tuple(class_names) if class_names else None, int(labels.max()) + 1
+    )

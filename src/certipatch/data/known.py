@@ -7,7 +7,7 @@ SAMPLE = "fashion-sample"
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownDataset:
     """A known dataset: its Hub id and configuration, one line about it, its class names, and if it is lossless."""
 
     hub: str
@@ -44,10 +44,12 @@ _IMAGENETTE = (
 )
 
 KNOWN = {
-    "mnist": Known("ylecun/mnist", "handwritten digits, 28x28 grey, 10 classes", tuple("0123456789")),
-    "fashion-mnist": Known("zalando-datasets/fashion_mnist", "pictures of clothes, 28x28 grey, 10 classes", _FASHION),
-    "cifar10": Known("uoft-cs/cifar10", "small photographs, 32x32 colour, 10 classes", _CIFAR10),
-    "imagenette": Known(
+    "mnist": KnownDataset("ylecun/mnist", "handwritten digits, 28x28 grey, 10 classes", tuple("0123456789")),
+    "fashion-mnist": KnownDataset(
+        "zalando-datasets/fashion_mnist", "pictures of clothes, 28x28 grey, 10 classes", _FASHION
+    ),
+    "cifar10": KnownDataset("uoft-cs/cifar10", "small photographs, 32x32 colour, 10 classes", _CIFAR10),
+    "imagenette": KnownDataset(
         "frgfm/imagenette",
         "ten ImageNet classes, photographs of many sizes (give a size)",
         _IMAGENETTE,
@@ -55,10 +57,10 @@ KNOWN = {
         config="320px",
     ),
 }
-"""Known dataset name -> what is known of it."""
+"""Known datasets by name."""
 
 
-def names() -> dict[str, str]:
+def dataset_names() -> dict[str, str]:
     """Every dataset name that `load` takes, with one line about it. The sample comes first: it needs no network."""
     sample = "1,000 Fashion-MNIST test pictures that ship with certipatch, 28x28 grey, 10 classes"
     return {SAMPLE: sample} | {name: f"{known.about} (Hub: {known.hub})" for name, known in KNOWN.items()}

@@ -5,8 +5,8 @@ import re
 import sys
 
 from certipatch.data.decoding import check_size
-from certipatch.data.known import KNOWN, SAMPLE, canonical, known_classes, names
-from certipatch.data.pictures import Found, Pictures
+from certipatch.data.known import KNOWN, SAMPLE, canonical, dataset_names, known_classes
+from certipatch.data.pictures import Pictures, SplitContents
 from certipatch.errors import InputError, suggestion
 
 DATA_VARIABLE = "CERTIPATCH_DATA"
@@ -26,7 +26,7 @@ def load(
 ) -> Pictures:
     """The labelled pictures of one split of a dataset.
 
-    data: a name of `names()`, a folder, or a Hub id `owner/name`. A known name is read from the folder of that name
+    data: a name of `dataset_names()`, a folder, or a Hub id `owner/name`. A known name is read from the folder of that name
     in the folder $CERTIPATCH_DATA if it is there, else from the Hub; write `./mnist` for a folder called as a known
     dataset. A folder holds either `SPLIT-*.parquet` files in the Hub's layout, or class folders `SPLIT/CLASS/*.png`
     or `CLASS/*.png`; the last has one split, `all`.
@@ -82,7 +82,7 @@ def _own_folder(name: str) -> str | None:
     return folder if os.path.isdir(folder) else None
 
 
-def _folder(root: str, split: str | None, limit: int | None, seed: int, called: str) -> Found:
+def _folder(root: str, split: str | None, limit: int | None, seed: int, called: str) -> SplitContents:
     try:
         parquet = any(name.endswith(".parquet") for name in os.listdir(root))
     except OSError as error:
@@ -96,13 +96,13 @@ def _folder(root: str, split: str | None, limit: int | None, seed: int, called: 
     return read_folder(root, split, limit, seed)
 
 
-def _hub(hub: str, split: str | None, limit: int | None) -> Found:
+def _hub(hub: str, split: str | None, limit: int | None) -> SplitContents:
     from certipatch.data.hub import read_hub
 
     return read_hub(hub, split, limit)
 
 
-def _class_names(raw: Found, name: str) -> tuple[str, ...]:
+def _class_names(raw: SplitContents, name: str) -> tuple[str, ...]:
     """Class folders' own names; else the known ones; else those in the data's metadata; else the indices."""
     from certipatch.data.folder import FileStore
 
@@ -113,7 +113,7 @@ def _class_names(raw: Found, name: str) -> tuple[str, ...]:
     return tuple(str(i) for i in range(raw.classes))
 
 
-def _note(raw: Found, name: str) -> str | None:
+def _note(raw: SplitContents, name: str) -> str | None:
     """A remark if a dataset that is lossless by origin is there as JPEG."""
     if name in KNOWN and KNOWN[name].lossless and raw.store.encoded(0).startswith(b"\xff\xd8\xff"):
         return "JPEG-recompressed copy"
@@ -123,5 +123,5 @@ def _note(raw: Found, name: str) -> str | None:
 def _unknown(data: str) -> str:
     if "/" in data or os.sep in data:
         return f"there is no folder {data!r}; check the path, or give a dataset name such as {SAMPLE}"
-    hint = suggestion(data.lower(), names(), cutoff=0.5)
+    hint = suggestion(data.lower(), dataset_names(), cutoff=0.5)
     return f"there is no dataset or folder {data!r}, and it is no Hub id owner/name; {hint}"

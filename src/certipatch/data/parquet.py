@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from certipatch.data.pictures import Found, check_labels, choose_split, listed
+from certipatch.data.pictures import SplitContents, check_labels, choose_split, listed
 from certipatch.errors import InputError
 from certipatch.plumbing.parsing import from_json
 
@@ -57,7 +57,7 @@ def parquet_splits(root: str) -> dict[str, list[str]]:
     return splits
 
 
-def read_parquet(root: str, split: str | None, limit: int | None, called: str | None = None) -> Found:
+def read_parquet(root: str, split: str | None, limit: int | None, called: str | None = None) -> SplitContents:
     """The pictures and labels of one split of a folder of parquet files. The pictures stay encoded.
 
     `called` is what errors call the folder; default: its path.
@@ -119,7 +119,7 @@ def bytes_column(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
     return encoded
 
 
-def _read(files: list[str], called: str, split: str, limit: int | None) -> Found:
+def _read(files: list[str], called: str, split: str, limit: int | None) -> SplitContents:
     label_parts, image_parts, taken, size, rows = [], [], 0, 0, 0
     class_names = None
     for path in files:
@@ -152,7 +152,7 @@ def _read(files: list[str], called: str, split: str, limit: int | None) -> Found
         )
     column = pa.chunked_array([part.cast(pa.large_binary()) for part in image_parts])
     source = os.path.basename(os.path.abspath(called))
-    return Found(split, ArrowStore(column, source, split), labels[:taken], class_names, int(labels.max()) + 1)
+    return SplitContents(split, ArrowStore(column, source, split), labels[:taken], class_names, int(labels.max()) + 1)
 
 
 def hub_class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:

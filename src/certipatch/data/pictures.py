@@ -38,7 +38,7 @@ class Store(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class SplitContents:
     """One split as a reader returns it: images, labels int64 (N,), and class names if the data has them.
 
     `classes` is the number of classes that the data shows by itself, also beyond a limit.

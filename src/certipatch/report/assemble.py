@@ -12,8 +12,8 @@ from certipatch.certificate import Certificate
 from certipatch.defenses import Evidence
 from certipatch.plumbing.files import read_config, read_json
 from certipatch.report.document import page
+from certipatch.report.images import STATES, ExplorerData, ReportImage, evenly
 from certipatch.report.places import Places, places
-from certipatch.report.shown import STATES, Explored, Shown, evenly
 from certipatch.runs.evaluate import Job
 from certipatch.runs.records import read_evidence, read_records
 from certipatch.runs.verify import check_certificates, stored_certificate
@@ -60,7 +60,7 @@ def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
 
 
 def outcomes(records: pa.Table) -> dict[str, int]:
-    """The number of images of a run in each state of ``Shown.state``."""
+    """The number of images of a run in each state of ``ReportImage.state``."""
     alarm, certified = (np.asarray(records[name]) for name in ("alarm", "certified"))
     right = np.asarray(records["label"]) == np.asarray(records["target"])
     state = np.select([alarm, ~right, certified], [3, 2, 0], 1)
@@ -76,7 +76,7 @@ def shown_pictures(
     classes: tuple[str, ...],
     largest: Sequence[int | None],
     targets: Sequence[int] | None,
-) -> list[Shown]:
+) -> list[ReportImage]:
     """Pictures of a report, in the order of the certificate.
 
     Args:
@@ -104,9 +104,9 @@ def shown_pictures(
         answer, target = int(certificate.label[i]), None if targets is None else targets[i]
         explored = None
         if rows is not None and counted is not None:
-            explored = Explored(answer, target, rows[i], counted[i], None if unsure is None else unsure[i])
+            explored = ExplorerData(answer, target, rows[i], counted[i], None if unsure is None else unsure[i])
         shown.append(
-            Shown(
+            ReportImage(
                 image=images[i],
                 title=titles[i],
                 target=None if target is None else classes[target],

@@ -10,9 +10,9 @@ import pyarrow as pa
 from certipatch.data import Pictures
 from certipatch.errors import InputError
 from certipatch.plumbing.files import read_config, read_json
-from certipatch.report import words
+from certipatch.report import formatting
 from certipatch.report.colours import picture, png
-from certipatch.report.shown import evenly
+from certipatch.report.images import evenly
 from certipatch.runs.attack_records import attacked_picture
 from certipatch.runs.records import read_evidence, read_records
 from certipatch.threats import PatchThreat, threat_from_dict
@@ -46,9 +46,9 @@ def of_attack(pictures: Pictures, out: Path, summary: dict[str, Any]) -> str:
         "cards": cards,
         "pixelated": max(config["image_size"]) <= 160,
         "tables": [
-            ("Settings", words.rows({key: value for key, value in config.items() if key != "versions"})),
-            ("Speed of this machine", words.rows(timing)),
-            ("Versions", words.rows(summary["versions"])),
+            ("Settings", formatting.rows({key: value for key, value in config.items() if key != "versions"})),
+            ("Speed of this machine", formatting.rows(timing)),
+            ("Versions", formatting.rows(summary["versions"])),
         ],
     }
     environment = jinja2.Environment(
@@ -80,8 +80,8 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "name": f"{kind} accuracy",
-            "value": words.percent(summary[f"{kind}_accuracy"], images),
-            "interval": words.interval(summary[f"{kind}_ci95"], images),
+            "value": formatting.percent(summary[f"{kind}_accuracy"], images),
+            "interval": formatting.interval(summary[f"{kind}_ci95"], images),
             "what": text,
             "width": round(WIDTH * summary[f"{kind}_accuracy"], 2),
             "low": round(WIDTH * summary[f"{kind}_ci95"][0], 2),
@@ -117,7 +117,11 @@ def _heat(config: dict[str, Any], records: pa.Table, evidence: pa.Table) -> dict
     strength = np.nan_to_num(share / most)[..., None]
     ramp = np.array([250, 245, 240]) * (1 - strength) + np.array([150, 10, 25]) * strength
     colours = np.where(np.isnan(share)[..., None], 150, ramp).round().astype(np.uint8)
-    return {"image": png(colours, smooth=False), "most": words.percent(most, 1), "missing": bool(np.isnan(share).any())}
+    return {
+        "image": png(colours, smooth=False),
+        "most": formatting.percent(most, 1),
+        "missing": bool(np.isnan(share).any()),
+    }
 
 
 def _cards(

@@ -4,8 +4,8 @@ from typing import Any, final
 
 from certipatch.report.assemble import shown_pictures
 from certipatch.report.document import page
+from certipatch.report.images import ReportImage
 from certipatch.report.places import Places, places
-from certipatch.report.shown import Shown
 from certipatch.runs.certify import CertifiedBatch
 
 MAX_SHOWN = 400  # pictures in the report of certify
@@ -16,7 +16,7 @@ class CertifyPage:
     """Up to MAX_SHOWN certified pictures, and the places of the threat."""
 
     def __init__(self) -> None:
-        self.shown: list[Shown] = []
+        self.shown: list[ReportImage] = []
         self.places: Places | None = None
 
     def add(self, batch: CertifiedBatch) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from certipatch.report.colours import LOSSLESS, colours, data_uri
+from certipatch.report.images import STATES, ExplorerData, ReportImage, evenly
 from certipatch.report.places import Places
-from certipatch.report.shown import STATES, Explored, Shown, evenly
 
 TILE = 224  # pixels of a side; larger pictures are made smaller
 SHEET_PIXELS = 2**22
@@ -19,7 +19,7 @@ SCORED = 5  # classes whose scores are embedded; votes are embedded for all
 SHADES = 24  # steps of a map's colours
 
 
-def embed(shown: Sequence[Shown], places: Places | None, scale: float, room: int) -> tuple[str, int, int]:
+def embed(shown: Sequence[ReportImage], places: Places | None, scale: float, room: int) -> tuple[str, int, int]:
     """JSON of at most about ``room`` bytes; the number of pictures in it, and of those in the explorer.
 
     Where not all fit, they are taken evenly from ``shown``. Less-than signs and ampersands are escaped, so that no name
@@ -72,7 +72,7 @@ def _json(data: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _sheets(shown: Sequence[Shown], scale: float, room: int) -> tuple[list[Shown], dict[str, Any]]:
+def _sheets(shown: Sequence[ReportImage], scale: float, room: int) -> tuple[list[ReportImage], dict[str, Any]]:
     """Pictures and maps as sheets of tiles, evenly thinned until they fit."""
     shown = list(shown)
     while True:
@@ -83,7 +83,7 @@ def _sheets(shown: Sequence[Shown], scale: float, room: int) -> tuple[list[Shown
         shown = [shown[i] for i in evenly(len(shown), max(1, int(0.97 * len(shown) * room / size)))]
 
 
-def _tiled(shown: list[Shown], scale: float) -> dict[str, Any]:
+def _tiled(shown: list[ReportImage], scale: float) -> dict[str, Any]:
     height, width = shown[0].image.shape[:2] if shown else (1, 1)
     shrink = min(1.0, TILE / max(height, width))
     tile = (max(1, round(height * shrink)), max(1, round(width * shrink)))
@@ -133,7 +133,7 @@ def _palette(sheet: Image.Image) -> str:
     return data_uri(small)
 
 
-def _places(places: Places, example: Shown) -> dict[str, Any]:
+def _places(places: Places, example: ReportImage) -> dict[str, Any]:
     """The explorer's data for the entire page: locations, rows of ``sees``, and the layout of the views."""
     locations = places.relation.locations
     assert example.explored is not None
@@ -155,7 +155,7 @@ def _places(places: Places, example: Shown) -> dict[str, Any]:
     }
 
 
-def _explored(shown: Sequence[Shown], places: Places, index: list[int]) -> dict[str, Any]:
+def _explored(shown: Sequence[ReportImage], places: Places, index: list[int]) -> dict[str, Any]:
     """The explorer's data per image. Margins are whole numbers if ``Vote`` counted them, else float32."""
     explored = [one.explored for one in shown if one.explored is not None]
     margins = np.stack([one.margins for one in explored])
@@ -178,7 +178,7 @@ def _explored(shown: Sequence[Shown], places: Places, index: list[int]) -> dict[
     return data
 
 
-def _kept(one: Explored) -> np.ndarray:
+def _kept(one: ExplorerData) -> np.ndarray:
     """The answer, the true class, and the classes of largest sums."""
     order = np.argsort(-one.evidence.sum(0, dtype=np.float64), kind="stable").tolist()
     first = [one.answer] if one.target is None else [one.answer, one.target]

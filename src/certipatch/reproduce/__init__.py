@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from certipatch.data import Pictures, load
-from certipatch.data.known import KNOWN, canonical, known_classes, names
+from certipatch.data.known import KNOWN, canonical, dataset_names, known_classes
 from certipatch.errors import InputError, unknown
 from certipatch.reproduce import interval_models, smoothing
 from certipatch.reproduce.context import ReproductionContext, is_local
@@ -83,7 +83,7 @@ def find_study(pictures: Pictures, studies: dict[str, Study]) -> str:
     name = canonical(pictures.name)
     if name in by_name:
         return by_name[name]
-    if name not in names() and name not in KNOWN:
+    if name not in dataset_names() and name not in KNOWN:
         size = pictures.pixels([0]).shape[1:3]
         for key, study in studies.items():
             if pictures.class_names == known_classes(study.data) and size == study.image_size:

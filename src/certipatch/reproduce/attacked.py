@@ -54,7 +54,7 @@ class Target:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Attacked:
+class AttackResult:
     """The three numbers of a finished attack run, and the run."""
 
     clean: Share
@@ -126,7 +126,7 @@ def pictures_of(context: ReproductionContext, victim: Target) -> Pictures:
     return pictures
 
 
-def attacked(context: ReproductionContext, victim: Target, threat: Threat | None, strength: Strength) -> Attacked:
+def attacked(context: ReproductionContext, victim: Target, threat: Threat | None, strength: Strength) -> AttackResult:
     """Attack every picture, or read the results of an earlier run of the same. A broken certificate goes to ``context.broken``.
 
     Args:
@@ -173,7 +173,7 @@ def attacked(context: ReproductionContext, victim: Target, threat: Threat | None
         Share(round(n * summary[f"{kind}_accuracy"]), n) for kind in ("clean", "attacked", "certified")
     )
     proven = threat is not None and not summary["theorem"].startswith("none")
-    return Attacked(clean, standing, certified if proven else UNCERTIFIED, victim, pictures, folder, summary)
+    return AttackResult(clean, standing, certified if proven else UNCERTIFIED, victim, pictures, folder, summary)
 
 
 def outcome(
@@ -183,7 +183,7 @@ def outcome(
     strength: Strength,
     method: str | None = None,
     **settings: Any,
-) -> Attacked | NotRun:
+) -> AttackResult | NotRun:
     """``attacked`` of a ``target``."""
     victim = target(context, slot, threat, method, **settings)
     return victim if isinstance(victim, NotRun) else attacked(context, victim, threat, strength)

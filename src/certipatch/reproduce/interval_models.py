@@ -52,7 +52,7 @@ MODELS = Models.model_validate(yaml.safe_load(Path(__file__).with_suffix(".yaml"
 
 @final
 @dataclass(frozen=True)
-class Trained:
+class IntervalModel:
     """A model of the paper."""
 
     data: str
@@ -147,10 +147,10 @@ class Trained:
         return f"certipatch train {self.base} " + " ".join(f"--set {change}" for change in quoted)
 
 
-def trained(data: str, network: str, strategy: str, size: int) -> Trained:
+def trained(data: str, network: str, strategy: str, size: int) -> IntervalModel:
     """The model of one of the paper's strategies by its name there, or ``sparse``."""
     entry = MODELS.strategies[strategy]
-    return Trained(data, network, entry.name, size, entry.count)
+    return IntervalModel(data, network, entry.name, size, entry.count)
 
 
 def slots(data: str) -> list[ModelSlot]:

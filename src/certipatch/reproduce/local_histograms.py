@@ -35,7 +35,7 @@ BINS = 40
 
 
 @final
-class Patient:
+class AlwaysAlarming:
     """A network under an attack that nothing ends before its last step; its worst picture is then kept.
 
     It is a detector that always raises an alarm, so that no attack succeeds.
@@ -58,7 +58,7 @@ class Patient:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Maxima:
+class LargestLogits:
     """The largest of every cell's local logits, of N pictures as they are and attacked; and which global answers are right."""
 
     clean: Float[Tensor, "N V"]
@@ -93,7 +93,9 @@ def draw_histograms(plan: Plan) -> Table:
     return Table(list(plan.columns), rows, figures={"figure.png": figure})
 
 
-def largest_logits(context: ReproductionContext, victim: Target, threat: PatchThreat, strength: Strength) -> Maxima:
+def largest_logits(
+    context: ReproductionContext, victim: Target, threat: PatchThreat, strength: Strength
+) -> LargestLogits:
     """Local logits of all pictures before and after an attack on the global answer; a part that is kept is not made again."""
     pictures, device = pictures_of(context, victim), devices.default()
     network = local_logits.map_of(victim.defense, victim.name).to(device)
@@ -114,7 +116,7 @@ def largest_logits(context: ReproductionContext, victim: Target, threat: PatchTh
             keep_tensors(path, part)
         parts.append(part)
         context.progress(numbers[-1] + 1, len(pictures), f"local logits of {card.name}, attacked")
-    return Maxima(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return LargestLogits(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _attacked(
@@ -126,7 +128,7 @@ def _attacked(
     threat: PatchThreat,
     strength: Strength,
 ) -> dict[str, Tensor]:
-    """The fields of ``Maxima`` for some pictures."""
+    """The fields of ``LargestLogits`` for some pictures."""
     starts, steps = strength.rounds
     task = Task(
         images=images,
@@ -139,7 +141,7 @@ def _attacked(
         search=strength.search,
         batch=min(256, batch_size_for(images[0, 0].numel())),
     )
-    attacked = attacks.find(strength.attack).run(Victim(Patient(whole)), task).attacked
+    attacked = attacks.find(strength.attack).run(Victim(AlwaysAlarming(whole)), task).attacked
     results = {}
     for name, answer, shown in (("clean", "right", images), ("attacked", "standing", attacked)):
         results[name] = local_logits.answers(network, shown).amax(2).cpu()

@@ -19,7 +19,7 @@ from certipatch.errors import InputError
 from certipatch.models import receptive_fields
 from certipatch.reproduce import interval_models, masking
 from certipatch.reproduce.aggregation import aggregated
-from certipatch.reproduce.attacked import Attacked, attacked, target
+from certipatch.reproduce.attacked import AttackResult, attacked, target
 from certipatch.reproduce.context import Outcomes, ReproductionContext, evidence_of, missing
 from certipatch.reproduce.schema import Ablation, Measurement, ModelSlot, Paper, Strength, Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Share
@@ -115,7 +115,7 @@ def attack(context: ReproductionContext, paper: Paper, study: Study, cell: Measu
         victim = aggregated(victim, cell.aggregation, threat)
         if victim is None:
             return NotRun("it has a defense")
-    result: Attacked = attacked(context, victim, threat, strength_of(paper, cell))
+    result: AttackResult = attacked(context, victim, threat, strength_of(paper, cell))
     return {"clean": result.clean, "attacked": result.attacked, "certified": result.certified}
 
 
@@ -237,13 +237,13 @@ def single_views(context: ReproductionContext, paper: Paper, study: Study, cell:
     """Pixels that a view shows, Δ (the chance that it meets the patch where that is largest), and accuracy of single views."""
     slot = slot_of(study, cell)
     assert isinstance(slot, Ablation)
-    pixels, delta = shown_and_met(slot, study)
+    pixels, delta = visible_and_touched(slot, study)
     accuracy = accuracy_of_views(context, slot)
     shown: Cell = accuracy if isinstance(accuracy, NotRun) else Number(100 * accuracy, " %")
     return {"pixels shown": Number(pixels, digits=0), "Δ": Number(delta, digits=3), "accuracy of single views": shown}
 
 
-def shown_and_met(ablation: Ablation, study: Study) -> tuple[int, float]:
+def visible_and_touched(ablation: Ablation, study: Study) -> tuple[int, float]:
     """Pixels that a view shows, and Δ."""
     size, side = study.image_size, study.patch
     assert size is not None

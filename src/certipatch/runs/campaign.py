@@ -22,7 +22,7 @@ from certipatch import attacks
 from certipatch.attacks import Attack, Task, Victim, certifies
 from certipatch.attacks.universal import Universal
 from certipatch.data import Pictures, load
-from certipatch.data.known import SAMPLE, names
+from certipatch.data.known import SAMPLE, dataset_names
 from certipatch.data.loading import DATA_VARIABLE
 from certipatch.errors import InputError
 from certipatch.plumbing.files import read_json, write_json, write_text
@@ -128,7 +128,9 @@ def _open_shipped(name: str, card: Card, threat: Threat) -> tuple[Any, Pictures]
     """A shipped model, and pictures that fit it."""
     defense = open_named(DefenseRef(name), threat)[0]
     own = str(card.data.get("name"))
-    here = own in names() and Path(os.environ.get(DATA_VARIABLE, ""), own).is_dir() and DATA_VARIABLE in os.environ
+    here = (
+        own in dataset_names() and Path(os.environ.get(DATA_VARIABLE, ""), own).is_dir() and DATA_VARIABLE in os.environ
+    )
     return defense, load(own if here else SAMPLE, size=card.image_size, channels=card.channels)
 
 

@@ -105,29 +105,29 @@ def run_shards(
     config, missing = plan["config"], plan["missing"]
     if not workers.first:
         _same_job(job.config(config["dataset_sha256"]), config, workers)
-    tally = _Tally(job, run_type, out, config, progress)
+    shard_progress = _ShardProgress(job, run_type, out, config, progress)
     if workers.first:
-        tally.show_progress(0)
+        shard_progress.show_progress(0)
     job.defense.check(job.pictures.images(range(1)).to(job.device))  # tolerances from the same picture everywhere
     if workers.first:
-        tally.count_new_shards()
+        shard_progress.count_new_shards()
     started, longest = time.monotonic(), 0.0
     for ticket in workers.tickets(len(missing)):
         began = time.monotonic()
-        records = run_type.process_shard(job, out, config, missing[ticket], tally.show_progress)
+        records = run_type.process_shard(job, out, config, missing[ticket], shard_progress.show_progress)
         longest = max(longest, time.monotonic() - began)
         if workers.first:
-            tally.add(missing[ticket], records)
+            shard_progress.add(missing[ticket], records)
             if workers.count > 1:
-                tally.count_new_shards()
+                shard_progress.count_new_shards()
     if not workers.first:
         return {}
     fresh = time.monotonic()
-    while left := [first for first in missing if first not in tally.seen]:
-        if tally.count_new_shards():
+    while left := [first for first in missing if first not in shard_progress.seen]:
+        if shard_progress.count_new_shards():
             longest, fresh = max(longest, time.monotonic() - fresh), time.monotonic()
         elif time.monotonic() - fresh > max(PATIENCE, 4 * longest):
-            tally.add(left[0], run_type.process_shard(job, out, config, left[0], tally.show_progress))
+            shard_progress.add(left[0], run_type.process_shard(job, out, config, left[0], shard_progress.show_progress))
         else:
             time.sleep(0.05)
     seconds = time.monotonic() - started
@@ -166,7 +166,7 @@ def _indices(config: dict[str, Any], first: int) -> range:
 
 
 @final
-class _Tally:
+class _ShardProgress:
     """The parts that are there, and the outcomes of their pictures."""
 
     def __init__(self, job: Any, run_type: RunType, out: Path, config: dict[str, Any], progress: Progress):

@@ -10,7 +10,7 @@ STATES = ("certified", "open", "wrong", "alarm")
 
 @final
 @dataclass(frozen=True, eq=False)
-class Explored:
+class ExplorerData:
     """The explorer's data of one image, for R rows of ``sees``, V views and K classes.
 
     answer: the answer's class. target: the true class, if it is known. margins: float64 (R,), the margin of the places of
@@ -27,7 +27,7 @@ class Explored:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Shown:
+class ReportImage:
     """One picture, the answer to it, and where a patch could change that answer.
 
     image: uint8 (H, W, C), C = 1 or 3. title: "picture 17" or a file name. target: the true class's name; None for the
@@ -47,7 +47,7 @@ class Shown:
     largest_patch: int | None = None
     map: np.ndarray | None = None
     alarm: bool = False
-    explored: Explored | None = None
+    explored: ExplorerData | None = None
 
     def __post_init__(self):
         if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[2] not in (1, 3):
