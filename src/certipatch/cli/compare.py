@@ -23,13 +23,13 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Where the runs' pictures are, if they have moved; for the page's gallery."),
+        typer.Option("--data", help="The folder of the runs' pictures, if they have moved; for the page's gallery."),
     ] = None,
 ) -> None:
-    """Compare finished runs: accuracies, cost, and paired differences on the same pictures.
+    """Compare finished runs: accuracies, cost, and paired differences on the same images.
 
-    The first run is what the others are compared with; up to four runs, every pair is. With --out also a page with
-    figures (comparison.html), tables in Markdown, CSV and LaTeX, and the pictures on which the runs differ.
+    The others are compared with the first run; of up to four runs, every pair is compared. --out also writes a page with
+    figures (comparison.html), tables in Markdown, CSV and LaTeX, and the images on which the runs differ.
 
     Examples:
 

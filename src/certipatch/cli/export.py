@@ -18,10 +18,10 @@ def export(
     settings: SetOption = None,
     patch: PatchOption = None,
 ) -> None:
-    """Write a defense as one ONNX file: views, network and rule in one graph, pictures in, labels out.
+    """Write a defense as one ONNX file: views, network and rule in one graph, images in, labels out.
 
-    --patch is for defenses whose answers depend on the patch; somebody else's classifier needs it always. With onnxruntime
-    there, the file is tried out before it is kept.
+    --patch is for defenses whose predictions depend on the patch; somebody else's classifier always needs it. If onnxruntime
+    is installed, it checks the file before the file is kept.
 
     Examples:
 

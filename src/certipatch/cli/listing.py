@@ -1,4 +1,4 @@
-"""``certipatch list``: what there is."""
+"""``certipatch list``: the defenses, models, attacks, datasets and recipes."""
 
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ KINDS = ("defenses", "models", "attacks", "datasets", "recipes")
 
 def list_(
     what: Annotated[str | None, typer.Argument(help=" | ".join(KINDS), metavar="[KIND]")] = None,
-    name: Annotated[str | None, typer.Argument(help="One of them, in full: a defense with its settings.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One entry in full: a defense with its settings.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """List defenses, shipped models, attacks, datasets and recipes.

@@ -11,7 +11,7 @@ from certipatch.errors import InputError
 
 def reproduce(
     table: Annotated[str, typer.Argument(help="Its name, such as pg-table5; `certipatch reproduce list` shows all.")],
-    data: Annotated[str | None, typer.Option("--data", help="Other data than the paper's, or where they are.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Other data than the paper's, or their folder.")] = None,
     split: SplitOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N pictures.", metavar="N")] = None,
     models: Annotated[
@@ -19,10 +19,10 @@ def reproduce(
         typer.Option("--model", help="A model in one of the table's roles (repeatable).", metavar="ROLE=NAME"),
     ] = None,
     starts: Annotated[
-        int | None, typer.Option("--starts", help="Of attacks: restarts. Default: the paper's.", min=1, metavar="N")
+        int | None, typer.Option("--starts", help="Restarts of the attacks. Default: the paper's.", min=1, metavar="N")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Of attacks: iterations. Default: the paper's.", min=1, metavar="N")
+        int | None, typer.Option("--steps", help="Iterations of the attacks. Default: the paper's.", min=1, metavar="N")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the table; kept counts are used again.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,

@@ -18,7 +18,7 @@ def train(
         list[str] | None, typer.Option("--set", help="Change a field: epochs=3, views.width=4.", metavar="KEY=VALUE")
     ] = None,
 ) -> None:
-    """Train a certified defense. Ctrl-C or kill it: the same command goes on where it stopped.
+    """Train a certified defense. Stops and resumes: after Ctrl-C or a kill, the same command continues.
 
     Examples:
 

@@ -31,9 +31,9 @@ class Pair:
     second: int
     n: int
     clean: Paired | None = None
-    """None where the runs share no image."""
+    """None if the runs share no image."""
     certified: Paired | None = None
-    """None where certified accuracies are ``incomparable``."""
+    """None if certified accuracies are ``incomparable``."""
     incomparable: Literal["pictures", "notion", "threat"] | None = None
     """The difference that keeps certified accuracies from being compared."""
     reason: str | None = None

@@ -1,4 +1,4 @@
-"""Pictures and their labels: known datasets, folders of parquet files, class folders, single picture files."""
+"""Images and their labels: known datasets, folders of parquet files, class folders, single image files."""
 
 from certipatch.data.decoding import decode, read_picture
 from certipatch.data.known import dataset_names

@@ -11,14 +11,14 @@ from certipatch.data.pictures import SplitContents, choose_split
 from certipatch.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-"""Files that end so (in any case) are pictures; other files and hidden ones are passed over."""
+"""Files that end so (in any case) are images; other files and hidden ones are passed over."""
 ALL = "all"
 """The name of the only split of a folder that has no split folders."""
 
 
 @dataclass(frozen=True)
 class FileStore:
-    """Encoded pictures in files."""
+    """Encoded images in files."""
 
     paths: list[str]
 
@@ -35,13 +35,13 @@ class FileStore:
 
 
 def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> SplitContents:
-    """The pictures of one split of a folder of class folders, in an order that is random but fixed by `seed`.
+    """The images of one split of a folder of class folders, in an order that is random but fixed by `seed`.
 
-    If folders right under ROOT hold pictures, these are the classes and the only split is called `all`. Else folders
+    If folders right under ROOT hold images, these are the classes and the only split is called `all`. Else folders
     right under ROOT are splits and the folders in them classes. A class's index is its place among the sorted names
     of the class folders, taken over all splits, so that a class that a split lacks moves no other.
 
-    Raises InputError for a folder without pictures and for a split that is not there.
+    Raises InputError for a folder without images and for a split that is not there.
     """
     try:
         top = _folders(root)

@@ -12,7 +12,7 @@ from certipatch.errors import InputError
 
 
 def read_hub(hub: str, split: str | None, limit: int | None) -> SplitContents:
-    """The pictures and labels of one split of a Hub dataset, downloaded on first use, memory-mapped from then on.
+    """The images and labels of one split of a Hub dataset, downloaded on first use, memory-mapped from then on.
 
     Raises InputError, naming the Hub dataset, for any failure such as no network.
     """

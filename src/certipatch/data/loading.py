@@ -1,4 +1,4 @@
-"""From what a user calls a dataset to its pictures."""
+"""From what a user calls a dataset to its images."""
 
 import os
 import re
@@ -24,18 +24,18 @@ def load(
     limit: int | None = None,
     seed: int = 0,
 ) -> Pictures:
-    """The labelled pictures of one split of a dataset.
+    """The labelled images of one split of a dataset.
 
     data: a name of `dataset_names()`, a folder, or a Hub id `owner/name`. A known name is read from the folder of that name
     in the folder $CERTIPATCH_DATA if it is there, else from the Hub; write `./mnist` for a folder called as a known
     dataset. A folder holds either `SPLIT-*.parquet` files in the Hub's layout, or class folders `SPLIT/CLASS/*.png`
     or `CLASS/*.png`; the last has one split, `all`.
     split: default is `test`, else `validation`, else the only split.
-    size: (H, W) in pixels that each picture is resized and centre-cropped to; default: as they are.
-    channels: 3 turns grey pictures into colour ones, 1 refuses colour; by default pictures are as they are, but for grey
+    size: (H, W) in pixels that each image is resized and centre-cropped to; default: as they are.
+    channels: 3 turns grey images into colour ones, 1 refuses colour; by default images are as they are, but for grey
     ones among colour ones.
-    limit: take only the first so many pictures.
-    seed: the order of the pictures of class folders; data of other kinds keep their own order.
+    limit: take only the first so many images.
+    seed: the order of the images of class folders; data of other kinds keep their own order.
 
     Raises InputError for all that is not so, or cannot be read.
     """

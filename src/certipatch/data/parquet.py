@@ -1,4 +1,4 @@
-"""Hub-layout folders: `SPLIT-00000-of-00001.parquet`, with a column of encoded pictures and one of labels."""
+"""Hub-layout folders: `SPLIT-00000-of-00001.parquet`, with a column of encoded images and one of labels."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from certipatch.errors import InputError
 from certipatch.plumbing.parsing import from_json
 
 IMAGE_COLUMNS = ("image", "img")
-"""Names of the column of pictures, first match wins."""
+"""Names of the column of images, first match wins."""
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 """Names of the column of labels, first match wins."""
 MAX_ENCODED = 8 * 2**30
@@ -29,7 +29,7 @@ _BATCH = 64  # rows at a time, so that the byte budget is checked often
 
 @dataclass(frozen=True)
 class ArrowStore:
-    """Encoded pictures in an Arrow column of bytes; `source` and `split` name them in errors."""
+    """Encoded images in an Arrow column of bytes; `source` and `split` name them in errors."""
 
     column: pa.ChunkedArray
     source: str
@@ -39,11 +39,11 @@ class ArrowStore:
         return len(self.column)
 
     def encoded(self, i: int) -> bytes:
-        """The encoded bytes of picture i."""
+        """The encoded bytes of image i."""
         return self.column[i].as_py()
 
     def where(self, i: int) -> str:
-        """Dataset, split and row of picture i."""
+        """Dataset, split and row of image i."""
         return f"{self.source} {self.split} picture {i}"
 
 
@@ -58,7 +58,7 @@ def parquet_splits(root: str) -> dict[str, list[str]]:
 
 
 def read_parquet(root: str, split: str | None, limit: int | None, called: str | None = None) -> SplitContents:
-    """The pictures and labels of one split of a folder of parquet files. The pictures stay encoded.
+    """The images and labels of one split of a folder of parquet files. The images stay encoded.
 
     `called` is what errors call the folder; default: its path.
 
@@ -82,7 +82,7 @@ def read_parquet(root: str, split: str | None, limit: int | None, called: str | 
 
 
 def find_columns(schema: pa.Schema, source: str) -> tuple[str, str]:
-    """The names of the picture and label columns. Raises InputError, naming the columns, if there are none."""
+    """The names of the image and label columns. Raises InputError, naming the columns, if there are none."""
     image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
     if image is None or label is None:
@@ -112,7 +112,7 @@ def label_array(column: pa.ChunkedArray, source: str) -> np.ndarray:
 
 
 def bytes_column(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
-    """The `bytes` of a column of picture structs. Raises InputError for rows without bytes (such as mere paths)."""
+    """The `bytes` of a column of image structs. Raises InputError for rows without bytes (such as mere paths)."""
     encoded = column.flatten()[column.type.get_field_index("bytes")]  # null where the struct is
     if encoded.null_count:
         raise InputError(f"{source!r} has rows without the picture's bytes; save the pictures inside the parquet files")

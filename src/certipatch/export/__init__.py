@@ -1,4 +1,4 @@
-"""A defense as one ONNX file: views, network and rule in one graph, pictures in, labels out."""
+"""A defense as one ONNX file: views, network and rule in one graph, images in, labels out."""
 
 import copy
 import json
@@ -32,17 +32,17 @@ from certipatch.views import PixelSets
 __all__ = ["AsGraph", "to_onnx"]
 
 MAX_PIXELS = 2**23  # of all views of one picture: 8,192 views of 32x32, 167 of 224x224
-PROBES = 4  # random pictures on which the written file must answer as the defense does
+PROBES = 4  # random images on which the written file must answer as the defense does
 INSTALL = "pip install 'certipatch[onnx]'"
 
 
 class AsGraph(nn.Module):
-    """A defense for pictures of one size, as a graph: pictures (B, C, H, W) float32 in [0, 1] → its answers.
+    """A defense for images of one size, as a graph: images (B, C, H, W) float32 in [0, 1] → its answers.
 
     The first answer is the label (B,), int64; a defense that detects has an alarm (B,), bool, for a second one. Views are
     constants. Nothing stops early: double masking looks at every pair of masks.
 
-    Errors: InputError where the answer cannot be one graph.
+    Errors: InputError if the answer cannot be one graph.
     """
 
     def __init__(self, defense: Defense, image_size: tuple[int, int], channels: int):
@@ -72,7 +72,7 @@ class AsGraph(nn.Module):
         if any(isinstance(module, SharedViT | Cascade) for module in self.modules()):
             self.model, self.unmasked = copy.deepcopy((self.model, self.unmasked))
             for module in self.modules():
-                if isinstance(module, SharedViT):  # what either skips depends on the picture; the answers are the same
+                if isinstance(module, SharedViT):  # what either skips depends on the image; the answers are the same
                     module.skip_hidden = False
                 elif isinstance(module, Cascade):
                     module.early_exit = False
@@ -105,12 +105,12 @@ class AsGraph(nn.Module):
 
 
 def to_onnx(defense: Defense, card: Card | ClassifierInfo, path: Path) -> dict[str, Any]:
-    """Write ``path``; gives ``{inputs, outputs, bytes, checked}``, the last the pictures on which onnxruntime agreed.
+    """Write ``path``; gives ``{inputs, outputs, bytes, checked}``, the last the images on which onnxruntime agreed.
 
-    The file is for pictures of the card's size and any number of them; its metadata name the defense, its settings, its
+    The file is for images of the card's size and any number of them; its metadata name the defense, its settings, its
     classes and the digest of its weights.
 
-    Errors: InputError where a package is missing, the defense has no graph, or onnxruntime answers otherwise.
+    Errors: InputError if a package is missing, the defense has no graph, or onnxruntime answers otherwise.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:

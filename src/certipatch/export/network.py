@@ -1,4 +1,4 @@
-"""Views and network as a graph: pictures → logits of every view. What a view shows is a constant of the graph."""
+"""Views and network as a graph: images → logits of every view. What a view shows is a constant of the graph."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from certipatch.views import Bands, Blocks, Cross, Views
 from certipatch.views.render import constant, crop, null
 
 Logits = Callable[[Tensor], Tensor]
-"""Pictures (B, C, H, W) → logits (B, V, K)."""
+"""Images (B, C, H, W) → logits (B, V, K)."""
 
 
 def logits(model: nn.Module, views: Views, image_size: tuple[int, int], channels: int) -> Logits:

@@ -28,7 +28,7 @@ def default() -> torch.device:
 @contextmanager
 def no_tf32() -> Iterator[None]:
     """float32 convolutions in float32. On an accelerator torch would let them round to 10 bits (TF32), which changes
-    answers with the number of pictures in a pass by more than a certificate may be off."""
+    answers with the number of images in a pass by more than a certificate may be off."""
     rounded, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -51,7 +51,7 @@ def keep_freed_memory() -> None:
 def fabric(precision: Any = "32-true") -> "Fabric":
     """Fabric, launched: one process on one device, or under torchrun one device for each of its processes.
 
-    Errors: InputError where torchrun started more processes on this host than it has accelerators, or other numbers
+    Errors: InputError if torchrun started more processes on this host than it has accelerators, or other numbers
     on other hosts.
     """
     from lightning.fabric import Fabric

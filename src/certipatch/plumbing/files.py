@@ -75,7 +75,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. InputError where the file holds none."""
+    """A JSON object. InputError if the file holds none."""
     try:
         values = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def from_yaml(text: str) -> Any:
-    """The value that a YAML text stands for; it cannot run code. ValueError where it is none, in one line."""
+    """The value that a YAML text stands for; it cannot run code. ValueError if it is none, in one line."""
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # YAMLError, but also what dates, long numbers, tags and deep nesting lead to
@@ -27,7 +27,7 @@ def from_yaml(text: str) -> Any:
 
 
 def from_json(text: str | bytes) -> Any:
-    """The value that a JSON text stands for. ValueError where it is none, in one line."""
+    """The value that a JSON text stands for. ValueError if it is none, in one line."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

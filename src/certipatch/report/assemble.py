@@ -1,4 +1,4 @@
-"""From certificates and run folders to the pictures and the page of a report."""
+"""From certificates and run folders to the images and the page of a report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,16 @@ from certipatch.runs.evaluate import Job
 from certipatch.runs.records import read_evidence, read_records
 from certipatch.runs.verify import check_certificates, stored_certificate
 
-GALLERY = 1000  # pictures in the report of a run, at most
+GALLERY = 1000  # images in the report of a run, at most
 PIXELS = 2**24  # of all of them together
-RECOMPUTED = 60  # pictures where evidence was too large to be stored and needs the network again
+RECOMPUTED = 60  # images if evidence was too large to be stored and needs the network again
 NUMBERS = 2**22  # margins that are held at once
 
 
 def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
-    """The page of a finished run, with up to GALLERY pictures taken evenly from it.
+    """The page of a finished run, with up to GALLERY images taken evenly from it.
 
-    Errors: InputError where records and evidence of the run do not belong together.
+    Errors: InputError if records and evidence of the run do not belong together.
     """
     check_certificates(job, out)
     records, evidence = read_records(out), read_evidence(out)
@@ -77,7 +77,7 @@ def shown_pictures(
     largest: Sequence[int | None],
     targets: Sequence[int] | None,
 ) -> list[ReportImage]:
-    """Pictures of a report, in the order of the certificate.
+    """Images of a report, in the order of the certificate.
 
     Args:
         images: uint8 (B, H, W, C).
@@ -87,7 +87,7 @@ def shown_pictures(
         where: the places of the threat, from ``places``, or None.
         classes: names of the classes.
         largest: side of the largest certified square of each, or None.
-        targets: true classes; None for the user's own pictures.
+        targets: true classes; None for the user's own images.
     """
     single = certificate.sees is not None and certificate.sees.choices.shape[1] == 1
     rows = counted = unsure = None
@@ -124,6 +124,6 @@ def shown_pictures(
 
 
 def _certify_again(job: Job, index: list[int]) -> tuple[Certificate, Evidence]:
-    """The certificates of some pictures from the network, where evidence was too large to be stored."""
+    """The certificates of some images from the network, if evidence was too large to be stored."""
     evidence = job.defense.evidence(job.pictures.images(index).to(job.device))
     return job.defense.certificate(evidence, job.threat), evidence

@@ -1,4 +1,4 @@
-"""The page of an attack: three numbers, where it succeeded, and the worst patches on their pictures."""
+"""The page of an attack: three numbers, a map of its successes, and the worst patches on their images."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +25,7 @@ WIDTH = 400  # of the bars' drawing
 def of_attack(pictures: Pictures, out: Path, summary: dict[str, Any]) -> str:
     """A self-contained HTML page of less than 5 MB, without a script. The same run gives the same text.
 
-    Errors: InputError where records and evidence of the run do not belong together.
+    Errors: InputError if records and evidence of the run do not belong together.
     """
     import jinja2
     from markupsafe import Markup
@@ -92,7 +92,7 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _heat(config: dict[str, Any], records: pa.Table, evidence: pa.Table) -> dict[str, Any] | None:
-    """Success by place: of the pictures on which a patch was tried over a pixel, the share that it broke there."""
+    """Success by place: of the images on which a patch was tried over a pixel, the share that it broke there."""
     if config["threat"]["kind"] != "patch" or config["threat"]["count"] != 1:
         return None
     threat = threat_from_dict(config["threat"])
@@ -127,7 +127,7 @@ def _heat(config: dict[str, Any], records: pa.Table, evidence: pa.Table) -> dict
 def _cards(
     pictures: Pictures, records: pa.Table, evidence: pa.Table, classes: list[str], images: int
 ) -> list[dict[str, Any]]:
-    """Broken certificates first, then pictures that fell, then some that stood, evenly taken."""
+    """Broken certificates first, then images that fell, then some that stood, evenly taken."""
     rows = records.to_pylist()
     broken = [i for i, row in enumerate(rows) if row["violated"] or (row["broken"] and row["certified"])]
     fell = [i for i, row in enumerate(rows) if row["broken"] and i not in set(broken)]

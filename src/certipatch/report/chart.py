@@ -17,7 +17,7 @@ class Chart:
     y_ticks: tuple[tuple[float, str], ...]
     clean: float
     mark: tuple[float, float, int, float] | None
-    """The point of the evaluated threat, where that is a square placed anywhere."""
+    """The point of the evaluated threat, if it is a square placed anywhere."""
 
     @property
     def line(self) -> str:

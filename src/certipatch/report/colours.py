@@ -1,4 +1,4 @@
-"""Vulnerability maps and pictures as data URIs."""
+"""Vulnerability maps and images as data URIs."""
 
 import base64
 import io
@@ -11,8 +11,8 @@ from PIL import Image
 RED = ((252, 190, 165), (251, 106, 74), (203, 24, 29), (110, 0, 16))
 BLUE = ((200, 221, 240), (107, 174, 214), (33, 113, 181), (8, 48, 107))
 UNREACHED = (150, 150, 150)
-LONGEST = 384  # pixels of a side; larger pictures are made smaller
-LOSSLESS = 64  # pixels of a side up to which a picture keeps its pixels
+LONGEST = 384  # pixels of a side; larger images are made smaller
+LOSSLESS = 64  # pixels of a side up to which an image keeps its pixels
 
 
 def colours(margins: np.ndarray, scale: float) -> np.ndarray:
@@ -46,13 +46,13 @@ def png(pixels: np.ndarray, *, smooth: bool = True) -> str:
 
 
 def picture(pixels: np.ndarray) -> str:
-    """A picture as a data URI: PNG up to LOSSLESS pixels a side, else JPEG, which is a tenth of that."""
+    """An image as a data URI: PNG up to LOSSLESS pixels a side, else JPEG, which is a tenth of that."""
     small = _small(pixels, Image.Resampling.LANCZOS)
     return data_uri(small, photo=max(small.size) > LOSSLESS)
 
 
 def data_uri(image: Image.Image, *, photo: bool = False) -> str:
-    """A picture as a PNG data URI; as JPEG if it is a photo."""
+    """An image as a PNG data URI; as JPEG if it is a photo."""
     file = io.BytesIO()
     if photo:
         image.save(file, "JPEG", quality=85, subsampling=0)

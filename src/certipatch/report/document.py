@@ -17,9 +17,9 @@ from certipatch.threats import threat_from_dict
 if TYPE_CHECKING:
     from jinja2 import Template
 
-PIXELATED = 160  # pixels of a side up to which a picture is shown with its pixels as squares
+PIXELATED = 160  # pixels of a side up to which an image is shown with its pixels as squares
 LIMIT = 4_900_000  # bytes of a page
-CARDS, OWN_CARDS = 24, 100  # pictures that are there without JavaScript
+CARDS, OWN_CARDS = 24, 100  # images that are there without JavaScript
 BADGES = {
     "certified": "✓ certified",
     "open": "○ correct, not certified",
@@ -39,12 +39,12 @@ def page(
     """A self-contained HTML page of less than 5 MB: no network, no other file. The same input gives the same text.
 
     Args:
-        config: settings of the run; ``config["command"] == "certify"`` for the user's own pictures.
+        config: settings of the run; ``config["command"] == "certify"`` for the user's own images.
         summary: results of the run; accuracies, or ``certified``, the number of certified predictions.
         timing: speed of the machine, or None.
-        shown: pictures, in the order of the data. Where they do not fit, an even sample of them.
+        shown: images, in the order of the data. Where they do not fit, an even sample of them.
         places: the places of the threat, for the explorer.
-        outcomes: number of pictures in each state (``ReportImage.state``), over the whole run.
+        outcomes: number of images in each state (``ReportImage.state``), over the whole run.
     """
     from markupsafe import Markup
 
@@ -165,7 +165,7 @@ def _chart(summary: dict[str, Any]) -> Chart | None:
 
 
 def _cards(shown: Sequence[ReportImage], own: bool, scale: float) -> list[dict[str, Any]]:
-    """The pictures that are there without JavaScript: so many that they take no more than a quarter of the page."""
+    """The images that are there without JavaScript: so many that they take no more than a quarter of the page."""
     count = OWN_CARDS if own else CARDS
     while True:
         chosen = [shown[i] for i in evenly(len(shown), count)]

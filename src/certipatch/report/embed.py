@@ -1,4 +1,4 @@
-"""The data of a page's script: pictures as sheets of tiles, numbers as base64, everything in one safe JSON text."""
+"""The data of a page's script: images as sheets of tiles, numbers as base64, everything in one safe JSON text."""
 
 import base64
 import json
@@ -12,15 +12,15 @@ from certipatch.report.colours import LOSSLESS, colours, data_uri
 from certipatch.report.images import STATES, ExplorerData, ReportImage, evenly
 from certipatch.report.places import Places
 
-TILE = 224  # pixels of a side; larger pictures are made smaller
+TILE = 224  # pixels of a side; larger images are made smaller
 SHEET_PIXELS = 2**22
-SHARE = 0.75  # of the room, for pictures and maps, where there is an explorer
+SHARE = 0.75  # of the room, for images and maps, if there is an explorer
 SCORED = 5  # classes whose scores are embedded; votes are embedded for all
 SHADES = 24  # steps of a map's colours
 
 
 def embed(shown: Sequence[ReportImage], places: Places | None, scale: float, room: int) -> tuple[str, int, int]:
-    """JSON of at most about ``room`` bytes; the number of pictures in it, and of those in the explorer.
+    """JSON of at most about ``room`` bytes; the number of images in it, and of those in the explorer.
 
     Where not all fit, they are taken evenly from ``shown``. Less-than signs and ampersands are escaped, so that no name
     can end the script element that holds it.
@@ -73,7 +73,7 @@ def _json(data: Any) -> str:
 
 
 def _sheets(shown: Sequence[ReportImage], scale: float, room: int) -> tuple[list[ReportImage], dict[str, Any]]:
-    """Pictures and maps as sheets of tiles, evenly thinned until they fit."""
+    """Images and maps as sheets of tiles, evenly thinned until they fit."""
     shown = list(shown)
     while True:
         data = _tiled(shown, scale)
@@ -125,7 +125,7 @@ def _sheet(tiles: list[Image.Image], pitch: tuple[int, ...], columns: int) -> Im
 
 
 def _palette(sheet: Image.Image) -> str:
-    """A picture of at most 256 colours as PNG, every colour kept."""
+    """An image of at most 256 colours as PNG, every colour kept."""
     red, green, blue = np.asarray(sheet).astype(np.int32).transpose(2, 0, 1)
     colour, index = np.unique((red << 16) + (green << 8) + blue, return_inverse=True)
     small = Image.fromarray(index.reshape(sheet.size[::-1]).astype(np.uint8))

@@ -20,11 +20,11 @@ def plain(method: str, theorem: str, views: str | None) -> str:
     with suppress(KeyError, InputError):
         if words := METHODS[method].in_words:
             return words.format(views=f"partial pictures ({views})" if views else "partial pictures")
-    return f"It is certified where the theorem holds: {theorem}."
+    return f"It is certified if the theorem holds: {theorem}."
 
 
 def percent(fraction: float, images: int) -> str:
-    """61.3 %, with a second decimal from 10,000 pictures on."""
+    """61.3 %, with a second decimal from 10,000 images on."""
     return f"{100 * fraction:.{2 if images >= 10_000 else 1}f}\u202f%"
 
 
@@ -35,7 +35,7 @@ def interval(bounds: Sequence[float], images: int) -> str:
 
 
 def margin(value: float) -> str:
-    """A margin with its sign: +3, 0, −0.25, −∞; in words where it is too close to zero to be written."""
+    """A margin with its sign: +3, 0, −0.25, −∞; in words if it is too close to zero to be written."""
     if math.isnan(value):
         return "unknown"
     if 0 < abs(value) < 1e-6:

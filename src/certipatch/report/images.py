@@ -1,4 +1,4 @@
-"""One picture of a report."""
+"""One image of a report."""
 
 from dataclasses import dataclass
 from typing import final
@@ -28,13 +28,13 @@ class ExplorerData:
 @final
 @dataclass(frozen=True, eq=False)
 class ReportImage:
-    """One picture, the answer to it, and where a patch could change that answer.
+    """One image, its prediction, and the locations at which a patch could change the prediction.
 
     image: uint8 (H, W, C), C = 1 or 3. title: "picture 17" or a file name. target: the true class's name; None for the
-    user's own pictures. label: the answer. margin: the smallest margin, may be -inf. weakest: (top, left, height,
+    user's own images. label: the answer. margin: the smallest margin, may be -inf. weakest: (top, left, height,
     width) of the location that has it, in pixels. largest_patch: side of the largest certified square in pixels, 0 for
     none. map: float (H, W), for each pixel the smallest margin over the locations that cover it, may hold ±inf.
-    alarm: whether the clean picture raises one. explored: what the explorer needs, if the picture is in it.
+    alarm: whether the clean image raises one. explored: what the explorer needs, if the image is in it.
     """
 
     image: np.ndarray

@@ -25,7 +25,7 @@ class Places:
     """The places of one patch, for the explorer.
 
     relation: L places, R distinct rows, V views. layout: how the views are drawn, see ``layout``. classes: K names.
-    bounds: what an attacker can make of one score where the margin is then a difference of sums, or None.
+    bounds: the range of one score under attack, if the margin is then a difference of sums, or None.
     clip: the range to which the rule clips scores. notion: of the certificates.
     rule: ``vote``, ``sum``, ``mask``, ``detection``, ``masks`` or ``other``.
     """
@@ -56,7 +56,7 @@ def places(
 ) -> Places | None:
     """The places of the threat of ``certificate``.
 
-    None where there is nothing to explore: a threat without single places (sparse, several patches), a defense whose
+    None if there is nothing to explore: a threat without single places (sparse, several patches), a defense whose
     margins do not come from the views that see a place, or more places than a page holds.
     """
     relation = certificate.sees

@@ -78,7 +78,7 @@ def find(name: str) -> Reproduction:
 
 
 def find_study(pictures: Pictures, studies: dict[str, Study]) -> str:
-    """The key of the study that images belong to: by their name, else by classes and size. InputError where none does."""
+    """The key of the study that images belong to: by their name, else by classes and size. InputError if none does."""
     by_name = {study.data: key for key, study in studies.items()}
     name = canonical(pictures.name)
     if name in by_name:

@@ -72,9 +72,9 @@ class AttackResult:
         return [self.clean, self.attacked, self.certified]
 
     def images(self, numbers: Sequence[int]) -> tuple[Float[Tensor, "N C H W"], Float[Tensor, "N C H W"]]:
-        """Some pictures as they were and attacked; a picture without an attack stays as it was.
+        """Some images as they were and attacked; an image without an attack stays as it was.
 
-        Errors: InputError where an attack changed more pixels than are stored.
+        Errors: InputError if an attack changed more pixels than are stored.
         """
         clean = self.pictures.images(list(numbers))
         changed, result = read_evidence(self.folder, ["pixels", "values"]), clean.flatten(2).clone()
@@ -117,7 +117,7 @@ def target(
 
 
 def pictures_of(context: ReproductionContext, victim: Target) -> Pictures:
-    """The context's pictures. InputError where the target does not read such."""
+    """The context's images. InputError if the target does not read such."""
     pictures = context.pictures(victim.card)
     height, width, channels = pictures.pixels([0]).shape[1:]
     if ((height, width), channels) != (victim.card.image_size, victim.card.channels):
@@ -127,12 +127,12 @@ def pictures_of(context: ReproductionContext, victim: Target) -> Pictures:
 
 
 def attacked(context: ReproductionContext, victim: Target, threat: Threat | None, strength: Strength) -> AttackResult:
-    """Attack every picture, or read the results of an earlier run of the same. A broken certificate goes to ``context.broken``.
+    """Attack every image, or read the results of an earlier run of the same. A broken certificate goes to ``context.broken``.
 
     Args:
         threat: None for the L∞ attack of ``strength.epsilon``.
 
-    Errors: InputError where attack, threat and defense do not fit each other, or the pictures the model.
+    Errors: InputError if attack, threat and defense do not fit each other, or the images the model.
     """
     strength, attack = strength.limited_to(context.starts, context.steps), attacks.find(strength.attack)
     device, pictures = devices.default(), pictures_of(context, victim)

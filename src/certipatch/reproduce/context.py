@@ -107,9 +107,9 @@ class ReproductionContext:
         return other
 
     def folder(self, slot: ModelSlot) -> Path | None:
-        """The model's folder: as ``--model`` says, in the zoo, or in ``models/``; None where it is not.
+        """The model's folder: as ``--model`` says, in the zoo, or in ``models/``; None if it is not.
 
-        Errors: InputError where it has other views than its role.
+        Errors: InputError if it has other views than its role.
         """
         trained = Path("models") / slot.name
         if slot.role in self.models:
@@ -309,7 +309,7 @@ def evidence_of(defense: ViewDefense, logits: Tensor, probe: Float[Tensor, "1 C 
 
 
 def read_tensors(path: Path, *names: str) -> list[Tensor] | None:
-    """The tensors of a file; None where it is missing or damaged."""
+    """The tensors of a file; None if it is missing or damaged."""
     try:
         tensors = load_file(path)
         return [tensors[name] for name in names]

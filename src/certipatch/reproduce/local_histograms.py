@@ -36,7 +36,7 @@ BINS = 40
 
 @final
 class AlwaysAlarming:
-    """A network under an attack that nothing ends before its last step; its worst picture is then kept.
+    """A network under an attack that nothing ends before its last step; its worst image is then kept.
 
     It is a detector that always raises an alarm, so that no attack succeeds.
     """
@@ -59,7 +59,7 @@ class AlwaysAlarming:
 @final
 @dataclass(frozen=True, eq=False)
 class LargestLogits:
-    """The largest of every cell's local logits, of N pictures as they are and attacked; and which global answers are right."""
+    """The largest of every cell's local logits, of N images as they are and attacked; and which global answers are right."""
 
     clean: Float[Tensor, "N V"]
     attacked: Float[Tensor, "N V"]
@@ -96,7 +96,7 @@ def draw_histograms(plan: Plan) -> Table:
 def largest_logits(
     context: ReproductionContext, victim: Target, threat: PatchThreat, strength: Strength
 ) -> LargestLogits:
-    """Local logits of all pictures before and after an attack on the global answer; a part that is kept is not made again."""
+    """Local logits of all images before and after an attack on the global answer; a part that is kept is not made again."""
     pictures, device = pictures_of(context, victim), devices.default()
     network = local_logits.map_of(victim.defense, victim.name).to(device)
     whole = victim.defense.model if isinstance(victim.defense, Undefended) else local_logits.MeanOfCells(network)
@@ -128,7 +128,7 @@ def _attacked(
     threat: PatchThreat,
     strength: Strength,
 ) -> dict[str, Tensor]:
-    """The fields of ``LargestLogits`` for some pictures."""
+    """The fields of ``LargestLogits`` for some images."""
     starts, steps = strength.rounds
     task = Task(
         images=images,
@@ -150,7 +150,7 @@ def _attacked(
 
 
 def _kept(path: Path, number: int) -> dict[str, Tensor] | None:
-    """A part of so many pictures; None where it is missing, damaged or foreign."""
+    """A part of so many images; None if it is missing, damaged or foreign."""
     try:
         part = load_file(path)
         cells = part["clean"].shape[1]

@@ -21,9 +21,9 @@ from certipatch.views import Views
 
 @final
 class LocalConv(nn.Module):
-    """A conv network of whole pictures, its last layer on every cell: pictures (B, C, H, W) to local logits (B, V, K).
+    """A conv network of whole images, its last layer on every cell: images (B, C, H, W) to local logits (B, V, K).
 
-    Of the picture as it is, also where the network answers for its mirror image too; divided by its temperature.
+    Of the image as it is, also where the network answers for its mirror image too; divided by its temperature.
     """
 
     encoding = "all-views"
@@ -98,7 +98,7 @@ class Aggregation(ViewDefense):
 def network_of(defense: Any, name: str) -> tuple[nn.Module, Views | None]:
     """A defense's network as one of local logits, or of bands or blocks and these.
 
-    Errors: InputError where the network has no map with a layer that can be put on its cells.
+    Errors: InputError if the network has no map with a layer that can be put on its cells.
     """
     if isinstance(defense, ViewDefense):
         return defense.model, defense.views

@@ -104,7 +104,7 @@ def looks(layers: int, kernel: int = 3) -> Float[Tensor, " r"]:
 
 
 def attention(model: nn.Module, images: Iterable[Float[Tensor, "B C H W"]], cell: int) -> Float[Tensor, "H W"]:
-    """Mean over pictures of |∂ (top local logit of ``cell``) / ∂ pixel|, summed over channels."""
+    """Mean over images of |∂ (top local logit of ``cell``) / ∂ pixel|, summed over channels."""
     total, n = None, 0
     for batch in images:
         batch = batch.clone().requires_grad_(True)

@@ -147,7 +147,7 @@ def format_words(plan: Plan, row: RowSpec, slot: ModelSlot, text: str | None = N
 
 
 def _describe_cells(plan: Plan, slot: ModelSlot) -> dict[str, str]:
-    """The map of local logits in words; none where the network has none, or a layer about which nothing can be claimed."""
+    """The map of local logits in words; none if the network has none, or a layer about which nothing can be claimed."""
     victim = target(plan.context, slot, None)
     assert not isinstance(victim, NotRun)
     try:

@@ -69,7 +69,7 @@ class ModelSlot(Entry):
     role: str
     name: str
     hours: float | None = None
-    """On two CPU cores, by its recipe; None where there is no recipe."""
+    """On two CPU cores, by its recipe; None if there is no recipe."""
     work: str = "training"
     """The slow part."""
     train_command: str | None = None
@@ -184,7 +184,7 @@ class Study(Entry):
         return values | {"models": tuple(models)}
 
     def model(self, role: str) -> ModelSlot:
-        """The model in a role. KeyError where the study has none."""
+        """The model in a role. KeyError if the study has none."""
         return {slot.role: slot for slot in self.models}[role]
 
     @property

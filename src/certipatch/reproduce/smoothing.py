@@ -22,7 +22,7 @@ Key = TypeVar("Key")
 
 
 def choose(candidates: Mapping[Key, Outcomes]) -> Key | None:
-    """The key that certifies most of the validation half; on a tie the first; None where there is nothing."""
+    """The key that certifies most of the validation half; on a tie the first; None if there is nothing."""
     return max(candidates, key=lambda key: int(half(candidates[key], "validation").certified.sum()), default=None)
 
 
@@ -216,7 +216,7 @@ def threshold_words(theta: float | None) -> str:
 
 
 def _line(name: str, cells: Sequence[Cell], colour: str, marker: str) -> list[Series]:
-    """The shares among some cells; none where there are none."""
+    """The shares among some cells; none if there are none."""
     shares = [(x, cell) for x, cell in enumerate(cells) if isinstance(cell, Share)]
     if not shares:
         return []

@@ -14,7 +14,7 @@ from certipatch.runs.metrics import wilson
 @final
 @dataclass(frozen=True)
 class Share:
-    """A measured share of n pictures, with its Wilson 95 % interval."""
+    """A measured share of n images, with its Wilson 95 % interval."""
 
     count: int
     n: int
@@ -37,7 +37,7 @@ class Share:
 @final
 @dataclass(frozen=True)
 class Number:
-    """A measured number that is no share of pictures."""
+    """A measured number that is no share of images."""
 
     value: float
     unit: str = ""
@@ -53,7 +53,7 @@ class Number:
 @final
 @dataclass(frozen=True)
 class Mean:
-    """A mean over n pictures in percent, with half its 95 % interval (normal approximation)."""
+    """A mean over n images in percent, with half its 95 % interval (normal approximation)."""
 
     percent: float
     half: float
@@ -61,7 +61,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Float[np.ndarray, " n"]) -> "Mean":
-        """The mean of one value between −1 and 1 per picture."""
+        """The mean of one value between −1 and 1 per image."""
         n = len(values)
         spread = float(np.std(values, ddof=1)) if n > 1 else 0.0
         return cls(100 * float(np.mean(values)), 100 * 1.96 * spread / n**0.5, n)

@@ -1,10 +1,10 @@
-"""Attacked accuracy: resumable runs in which every picture is attacked, those with a certificate too.
+"""Attacked accuracy: resumable runs in which every image is attacked, those with a certificate too.
 
 A run folder as that of ``evaluate``, with other columns (``records.ATTACK_RECORD``), the attacked pixels and the places
-tried as evidence, and in ``broken/`` every picture and patch that broke a certificate.
+tried as evidence, and in ``broken/`` every image and patch that broke a certificate.
 
-clean ≥ attacked because only pictures with the right answer are counted; attacked ≥ certified because a certificate is
-a proof: certified pictures are attacked like all others, and nothing is clamped.
+clean ≥ attacked because only images with the right answer are counted; attacked ≥ certified because a certificate is
+a proof: certified images are attacked like all others, and nothing is clamped.
 """
 
 import math
@@ -37,8 +37,8 @@ from certipatch.saved import DefenseRef
 from certipatch.threats import PatchThreat, Threat
 
 CPU = torch.device("cpu")
-PART = 50  # pictures per record file; what a killed run loses
-LEARNED_FROM = 200  # pictures that a universal patch is learned from
+PART = 50  # images per record file; what a killed run loses
+LEARNED_FROM = 200  # images that a universal patch is learned from
 
 
 @final
@@ -78,7 +78,7 @@ class AttackJob:
         return configuration("attack", self, dataset_sha256, threat=threat, attack=how)
 
     def task(self, images: Tensor, label: Tensor, margins: Tensor | None, numbers: list[int]) -> Task:
-        """The attack on some pictures."""
+        """The attack on some images."""
         return Task(
             images=images,
             label=label,
@@ -111,7 +111,7 @@ def attack_into(
 
     Args:
         options: fields of ``AttackJob``; those that are None get the attack's or the job's default.
-        report: makes the text of ``report.html`` from the pictures, the run folder and the summary; None for no page.
+        report: makes the text of ``report.html`` from the images, the run folder and the summary; None for no page.
     """
     method = attacks.find(attack_name)
     method.check(threat)
@@ -134,16 +134,16 @@ def attack_into(
 
 
 def default_batch(image_size: tuple[int, int]) -> int:
-    """Attacked pictures that one gradient takes by default."""
+    """Attacked images that one gradient takes by default."""
     return min(256, batch_size_for(math.prod(image_size)))
 
 
 def attack(
     job: AttackJob, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
 ) -> dict[str, Any]:
-    """Attack every picture of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``.
+    """Attack every image of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``.
 
-    Errors: InputError as there, and where the attack does not fit the threat or the defense.
+    Errors: InputError as there, and if the attack does not fit the threat or the defense.
     """
     job.attack.check(job.threat)
     check_search(job.search)

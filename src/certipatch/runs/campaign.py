@@ -1,10 +1,11 @@
 """A soundness campaign: every defense against every attack that fits it, for a given time, looking for one false certificate.
 
-A *cell* is a defense and an attack. Each round attacks some further pictures in two ways: as ``attack`` does, and at
-certified places only, there with few steps at many places or with many steps at few; the universal patch, learned in a few
-steps, is put on up to EVERYWHERE places of a picture. Certificates are claims about any picture and about each place, so a
-picture needs no true label, and one that is open somewhere is attacked where it is not; where time is short, only there. A
-round of a cell is written before the next begins: a campaign stops and resumes.
+A *cell* is a defense and an attack. Each round attacks the next images in two ways. The first is the way of ``attack``.
+The second attacks certified locations only, with few steps at many locations or with many steps at few. The universal
+patch is learned in a few steps and is put on up to EVERYWHERE locations of an image. Certificates are claims about any
+image and about each location, so an image needs no true label. An image that is uncertified at some locations is attacked
+at its certified ones, and only there if time is short. A round of a cell is written before the next begins, so a campaign
+stops and resumes.
 """
 
 import os
@@ -36,8 +37,8 @@ from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views.render import image_size
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
-SMALL, LARGE = 2, 16  # pictures of a round: of the first one, and of slow defenses; of others
-EVERYWHERE = 1024  # places of a picture that the universal patch is put on
+SMALL, LARGE = 2, 16  # images of a round: of the first one, and of slow defenses; of others
+EVERYWHERE = 1024  # places of an image that the universal patch is put on
 SEARCH = 60  # passes forth and back that a search for weak places takes about
 Progress = Callable[[int, int, str], None]
 
@@ -45,7 +46,7 @@ Progress = Callable[[int, int, str], None]
 @final
 @dataclass(frozen=True)
 class Cell:
-    """A defense under an attack. ``open`` gives the defense and its pictures; it is called when the cell's turn comes."""
+    """A defense under an attack. ``open`` gives the defense and its images; it is called when the cell's turn comes."""
 
     name: str
     attack: Attack
@@ -72,11 +73,11 @@ Claims = dict[tuple[str, Threat, range], Claim]
 
 
 def campaign_into(out: Path, minutes: float, seed: int, progress: Progress) -> dict[str, Any]:
-    """Attack every shipped model with every attack that fits; gives the table, and writes it. Stops and resumes, and
-    goes on where more minutes are given than before.
+    """Attack every shipped model with every attack that fits; gives the table, and writes it. Stops and resumes; more
+    minutes continue a finished campaign.
 
-    Pictures are those of the model's own test split where they are at hand ($CERTIPATCH_DATA), else the shipped sample,
-    made to fit: certificates are claims about any picture.
+    Images are those of the model's own test split if $CERTIPATCH_DATA has it, else the shipped sample, made to fit:
+    certificates are claims about any image.
     """
     cards = zoo()
     config = {
@@ -114,7 +115,7 @@ def campaign_into(out: Path, minutes: float, seed: int, progress: Progress) -> d
 
 
 def _fitting_threat(attack: Attack) -> Threat | None:
-    """The threat of a campaign that an attack fits; None for the L∞ attack, against which nothing is certified."""
+    """The first threat of a campaign that the attack fits; None for the L∞ attack: no defense certifies against it."""
     for threat in (PatchThreat(5), SparseThreat(1)):
         try:
             attack.check(threat)
@@ -125,7 +126,7 @@ def _fitting_threat(attack: Attack) -> Threat | None:
 
 
 def _open_shipped(name: str, card: Card, threat: Threat) -> tuple[Any, Pictures]:
-    """A shipped model, and pictures that fit it."""
+    """A shipped model, and images that fit it."""
     defense = open_named(DefenseRef(name), threat)[0]
     own = str(card.data.get("name"))
     here = (
@@ -135,7 +136,7 @@ def _open_shipped(name: str, card: Card, threat: Threat) -> tuple[Any, Pictures]
 
 
 def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: Progress) -> list[dict[str, Any]]:
-    """Attack until the time is used up, all cells in turn, those with least time first; one row per cell.
+    """Attack until the time is used up, always the cell with the least time so far; gives one row per cell.
 
     Each cell gets at least one round. A cell that cannot be attacked at all has ``skipped``, the reason.
     """
@@ -187,9 +188,9 @@ def claimed(defense: Any, images: Tensor, threat: Threat) -> Claim:
 def attack_round(
     cell: Cell, out: Path, seed: int, number: int, share: float, claims: Claims, size: int = SMALL
 ) -> dict[str, int]:
-    """One round of a cell on its next ``size`` pictures; gives its counts. Slow defenses get fewer starts and steps.
+    """One round of a cell on its next ``size`` images; gives its counts. Slow defenses get fewer starts and steps.
 
-    ``claims`` keeps the last pictures' for the other attacks on the same defense.
+    ``claims`` keeps the last images' for the other attacks on the same defense.
     """
     defense, pictures = cell.open()
     cell.attack.check(cell.threat)
@@ -269,7 +270,7 @@ def attack_round(
 
 
 def affordable(starts: int, steps: int, units: float) -> tuple[int, int]:
-    """At most so many starts and steps, of whose product ``units`` are paid for: starts of two steps first."""
+    """Starts and steps, at most the given ones, whose product ``units`` pay for: starts of two steps first."""
     starts = max(1, min(starts, int(units / 2)))
     return starts, max(min(steps, 2), min(steps, int(units / starts)))
 

@@ -1,4 +1,4 @@
-"""Evaluation: a resumable run in which every picture of a dataset is certified."""
+"""Evaluation: a resumable run in which every image of a dataset is certified."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,14 +44,14 @@ class Job:
     opened: str | None = None
     """The user's name for the model: a zoo name or a folder."""
     part: int = field(default_factory=lambda: run.PART)
-    """Pictures per record file."""
+    """Images per record file."""
     engine: str | None = None
-    """In what way the network is run, where the defense has a choice."""
+    """The backend of the network, if the defense has a choice."""
 
     def config(self, dataset_sha256: str | None = None) -> dict[str, Any]:
-        """All settings, as plain values; ``source``, ``model`` and ``versions`` tell where from and with what.
+        """All settings, as plain values; ``source``, ``model`` and ``versions`` name their origin.
 
-        ``dataset_sha256`` is computed from all pictures, unless it is given.
+        ``dataset_sha256`` is computed from all images, unless it is given.
         """
         engine = {} if self.engine is None else {"engine": self.engine}
         return configuration("evaluate", self, dataset_sha256, threat=self.threat.to_dict(), **engine)
@@ -71,7 +71,7 @@ def evaluate_into(
     Under torchrun this process is one of several workers; all but the first give an empty dictionary.
 
     Args:
-        part: pictures per record file; None for ``run.PART``.
+        part: images per record file; None for ``run.PART``.
         report: makes the text of ``report.html`` from the job, the run folder and the summary; None for no page.
     """
     opened = open_experiment(defense, data, threat, certified=True)
@@ -110,7 +110,7 @@ def choose_engine(
 def evaluate(
     job: Job, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
 ) -> dict[str, Any]:
-    """Certify every picture of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``."""
+    """Certify every image of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``."""
     return run_shards(job, EVALUATE, out, progress, workers)
 
 
@@ -215,7 +215,7 @@ def _timing(job: Job, out: Path, images: int, seconds: float) -> dict[str, Any]:
 
 
 def _over_all(timing: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Speed with the mean number of passes over all pictures, where pictures differ in that."""
+    """Speed, with the mean number of passes over all images if images differ in it."""
     mean = float(np.mean(np.asarray(read_records(out)["passes"])))
     if (one := timing["forward_passes_per_image"]) == mean:
         return timing

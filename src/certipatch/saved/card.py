@@ -31,7 +31,7 @@ class DefenseSpec(BaseModel):
     defense: str = "derandomized-smoothing"
     settings: dict[str, Any] = {}
     views: ViewSettings | None = None
-    """None for networks of whole pictures, and for those of local logits: their views are their receptive fields."""
+    """None for networks of whole images, and for those of local logits: their views are their receptive fields."""
     model: ModelSettings
 
     @field_validator("defense")
@@ -85,7 +85,7 @@ class Card(DefenseSpec):
     channels: int = Field(ge=1, le=16)
     classes: tuple[str, ...] = Field(min_length=2, max_length=100_000)
     resize: bool = False
-    """Pictures of another size are resized and centre-cropped first; the attacker paints on what comes out."""
+    """Images of another size are resized and centre-cropped first; the attacker paints on what comes out."""
     sha256: str
     """The hash of ``weights.safetensors``."""
     data: dict[str, Any] = {}
@@ -129,14 +129,14 @@ def read(folder: Path) -> Card:
 def load_defense(
     folder: Path, threat: Threat | None = None, method: str | None = None, changes: dict[str, Any] | None = None
 ) -> tuple[Defense, Card]:
-    """The trained defense in ``folder``, in eval mode, in float32. Its model is checked with the first pictures that it sees.
+    """The trained defense in ``folder``, in eval mode, in float32. Its model is checked with the first images that it sees.
 
     Args:
         threat: what defenses whose answers depend on the patch are built for; None for the one in their card.
         method: another defense to put around the network, with its default settings.
         changes: settings of the defense that differ from the card's, or from the defaults of ``method``.
 
-    Errors: InputError where a file is missing, truncated, foreign or does not match the card.
+    Errors: InputError if a file is missing, truncated, foreign or does not match the card.
     """
     card = read(folder)
     if changes or (method is not None and method != card.defense):

@@ -16,7 +16,7 @@ from certipatch.saved.card import read as read_card
 from certipatch.threats import PatchThreat, Threat
 
 DatasetProbe = Callable[[], tuple[Sequence[tuple[int, int]], tuple[str, ...] | None]]
-"""Looks at a dataset: sizes (H, W) of its pictures, and the names of their classes, if they have any."""
+"""Looks at a dataset: sizes (H, W) of its images, and the names of their classes, if they have any."""
 
 
 @final
@@ -44,13 +44,13 @@ class ClassifierInfo:
 
     name: str
     image_size: tuple[int, int]
-    """(H, W) of the pictures that the attacker paints."""
+    """(H, W) of the images that the attacker paints."""
     channels: int
     classes: tuple[str, ...]
     sha256: str
     """The hash of the weights and the preprocessing, or of the file; the code is not part of it."""
     resize: bool
-    """Pictures of another size are resized and centre-cropped first; the attacker paints on what comes out."""
+    """Images of another size are resized and centre-cropped first; the attacker paints on what comes out."""
     seed: int = 0
 
 
@@ -122,7 +122,7 @@ def open_named(
 ) -> tuple[Any, Card | ClassifierInfo, str]:
     """A defense built for ``threat``, or for that of its card; its card; and its name in results.
 
-    Somebody else's classifier goes by the pictures that ``probe`` looks at; without any, by the size that it reads.
+    Somebody else's classifier goes by the images that ``probe`` looks at; without any, by the size that it reads.
     """
     if ref.model is not None and is_adapter(ref.model) and not Path(ref.model).is_dir():
         check_method(ref.name, ref.model)
@@ -155,10 +155,10 @@ def open_certified(
 
 
 def attacked_image_size(network: Adapted, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(H, W) of the pictures that the attacker paints, from the sizes of those that there are.
+    """(H, W) of the images that the attacker paints, from the sizes of those that there are.
 
-    Pictures of one size stay as they are where the network reads any, or where they are no larger than what it reads:
-    the resize to that is the network's own, after the attacker. Pictures of other sizes are resized to the network's
+    Images of one size stay as they are where the network reads any, or where they are no larger than what it reads:
+    the resize to that is the network's own, after the attacker. Images of other sizes are resized to the network's
     input size before the attack.
     """
     reads = network.image_size
@@ -182,15 +182,15 @@ def wrap_classifier(
     image_size: tuple[int, int],
     classes: tuple[str, ...] | None = None,
 ) -> tuple[Any, ClassifierInfo]:
-    """The defense ``method`` around a classifier, and the facts about it. The first pictures check the model.
+    """The defense ``method`` around a classifier, and the facts about it. The first images check the model.
 
     Args:
         network: the classifier.
-        method: a defense of networks that read whole pictures.
+        method: a defense of networks that read whole images.
         threat: the one that defenses whose answers depend on the patch are built for.
         changes: settings of the defense that differ from its defaults.
-        image_size: (H, W) of the pictures that the attacker paints.
-        classes: names of the pictures' classes. Where the network knows them and others too, it answers with them alone;
+        image_size: (H, W) of the images that the attacker paints.
+        classes: names of the images' classes. Where the network knows them and others too, it answers with them alone;
             where it has no names they are its names.
 
     Errors: InputError for another method, and for settings that it has not.
@@ -216,7 +216,7 @@ def wrap_classifier(
 
 
 def check_threat(threat: Threat, card: Card | ClassifierInfo) -> None:
-    """InputError unless the threat fits the pictures that the defense reads."""
+    """InputError unless the threat fits the images that the defense reads."""
     if isinstance(threat, PatchThreat):
         threat.locations(card.image_size)
     elif threat.pixels > card.image_size[0] * card.image_size[1]:

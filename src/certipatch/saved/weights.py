@@ -56,7 +56,7 @@ def _along(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all. OSError where there is no room or permission."""
+    """Write a safetensors file, whole or not at all. OSError if there is no room or permission."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
     with temporary.open("rb") as file:
