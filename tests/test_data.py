@@ -308,7 +308,7 @@ def test_mixed_shapes(tmp_path):
     assert torch.equal(mixed.images([2, 0])[1], data.images([0])[0].expand(3, -1, -1)), "grey becomes colour"
     assert torch.equal(mixed.decode_all(), torch.from_numpy(mixed.pixels([0, 1, 2])).permute(0, 3, 1, 2))
     assert torch.equal(load(str(tmp_path / "m"), size=(6, 5), channels=3).images([0])[0], mixed.images([2, 0])[1])
-    fails("RGB where grey", load(str(tmp_path / "m"), size=(6, 5), channels=1).images, [0, 2])
+    fails("RGB, but grey", load(str(tmp_path / "m"), size=(6, 5), channels=1).images, [0, 2])
     fails("give a size", data.decode_all)
 
 

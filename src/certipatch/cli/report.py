@@ -13,8 +13,8 @@ def report(
 ) -> None:
     """Write RUN/report.html: numbers, every image's weak places, and a patch that you can move over the images.
 
-    The report of an attack has the accuracy that it leaves, a map of its successes, and the worst patches. One file, no network, below
-    5 MB. The images and the model are opened again, and must be those of the run.
+    The report of an attack has the accuracy that it leaves, a map of its successes, and the worst patches. It is one file
+    below 5 MB and needs no network. The images and the model are opened again, and must be those of the run.
 
     Examples:
 

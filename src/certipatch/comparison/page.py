@@ -33,7 +33,7 @@ def page(comparison: Comparison, figures: dict[str, Any], pictures: GalleryPictu
     Args:
         comparison: the runs and their pairs.
         figures: matplotlib figures by name, of ``figures.figures``.
-        pictures: the pixels of the images of the gallery, as far as they could be had.
+        pictures: the pixels of the gallery's images, without those that could not be read.
     """
     return _template().render(
         title=comparison.title(),

@@ -1,7 +1,7 @@
-"""Two runs over the same pictures: the difference of two accuracies, with an interval and a test that know of the pairing.
+"""Two runs over the same images: the difference of two accuracies, with an interval and a test for paired data.
 
 Of n images, b are right in the second run only and c in the first only. The difference is (b − c)/n; the images on
-which both agree tell nothing of its sign. Two overlapping unpaired intervals are no test of it.
+which both agree do not determine its sign. Two overlapping unpaired intervals are no test of the difference.
 """
 
 import math
@@ -80,7 +80,7 @@ def tango(b: int, c: int, n: int, z: float = Z) -> tuple[float, float]:
 
 
 def _upper(b: int, c: int, n: int, z: float) -> float:
-    """The largest δ with T(δ) ≥ −z: T falls from the estimate to 1, so that halving finds where it crosses."""
+    """The largest δ with T(δ) ≥ −z: T falls from the estimate to 1, so that bisection finds the crossing."""
     inside, outside = (b - c) / n, 1.0
     for _ in range(60):
         delta = (inside + outside) / 2

@@ -37,7 +37,7 @@ class Pair:
     incomparable: Literal["pictures", "notion", "threat"] | None = None
     """The difference that keeps certified accuracies from being compared."""
     reason: str | None = None
-    """The same in a sentence."""
+    """The difference in a sentence."""
 
 
 @final
@@ -64,7 +64,7 @@ class Comparison:
         return zip(self.letters, self.runs, strict=True)
 
     def certified_only_by(self, i: int, j: int) -> np.ndarray:
-        """Rows of the images that run i certifies and run j, which evaluated them too, does not."""
+        """Rows of the images that runs i and j both evaluated and only run i certifies."""
         one, other = self.outcomes[:, i], self.outcomes[:, j]
         return np.flatnonzero((one == CERTIFIED) & (other != CERTIFIED) & (other != NOT_EVALUATED))
 

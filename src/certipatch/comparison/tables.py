@@ -8,7 +8,7 @@ from certipatch.report.table import Table
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """The runs; their differences; how often their certificates agree."""
+    """The tables of the runs, of their differences, and of the agreement of their certificates."""
     agreement = agreement_table(comparison)
     return [runs_table(comparison), differences_table(comparison), *([agreement] if agreement else [])]
 

@@ -1,4 +1,4 @@
-"""Datasets from the Hugging Face Hub, through the `datasets` library, which is imported only here."""
+"""Datasets from the Hugging Face Hub, through the `datasets` library; only this module imports it."""
 
 import logging
 from typing import Any
@@ -32,7 +32,7 @@ def read_hub(hub: str, split: str | None, limit: int | None) -> SplitContents:
 def _read(hub: str, config: str | None, split: str | None, limit: int | None) -> SplitContents:
     import datasets
 
-    for name in ("huggingface_hub", "datasets"):  # they would tell of every retry without a network
+    for name in ("huggingface_hub", "datasets"):  # they would report every retry without a network
         logging.getLogger(name).setLevel(logging.ERROR)
     splits: Any = datasets.load_dataset(hub, config)
     split = choose_split(splits.keys(), split, hub)

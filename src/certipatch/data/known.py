@@ -1,4 +1,4 @@
-"""The datasets known by name: where the Hub has them and what their classes are called."""
+"""The datasets known by name, with their Hub ids and the names of their classes."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ SAMPLE = "fashion-sample"
 
 @dataclass(frozen=True)
 class KnownDataset:
-    """A known dataset: its Hub id and configuration, one line about it, its class names, and if it is lossless."""
+    """A known dataset: its Hub id and configuration, one line about it, its class names, and True if it is lossless."""
 
     hub: str
     about: str
@@ -67,7 +67,7 @@ def dataset_names() -> dict[str, str]:
 
 
 def canonical(name: str) -> str:
-    """The known name of a Hub id (`ylecun/mnist` -> `mnist`); any other name as it is."""
+    """The known name of a Hub id (`ylecun/mnist` -> `mnist`); any other name unchanged."""
     return next((key for key, known in KNOWN.items() if known.hub == name), name)
 
 

@@ -1,4 +1,4 @@
-"""From what a user calls a dataset to its images."""
+"""Load the images of a dataset that the user names."""
 
 import os
 import re
@@ -27,17 +27,17 @@ def load(
     """The labelled images of one split of a dataset.
 
     data: a name of `dataset_names()`, a folder, or a Hub id `owner/name`. A known name is read from the folder of that name
-    in the folder $CERTIPATCH_DATA if it is there, else from the Hub; write `./mnist` for a folder called as a known
+    in the folder $CERTIPATCH_DATA if it is there, else from the Hub; write `./mnist` for a folder with the name of a known
     dataset. A folder holds either `SPLIT-*.parquet` files in the Hub's layout, or class folders `SPLIT/CLASS/*.png`
-    or `CLASS/*.png`; the last has one split, `all`.
+    or `CLASS/*.png`; the last layout has one split, `all`.
     split: default is `test`, else `validation`, else the only split.
-    size: (H, W) in pixels that each image is resized and centre-cropped to; default: as they are.
-    channels: 3 turns grey images into colour ones, 1 refuses colour; by default images are as they are, but for grey
-    ones among colour ones.
-    limit: take only the first so many images.
+    size: (H, W) in pixels that each image is resized and centre-cropped to; default: unchanged.
+    channels: 3 turns grey images into colour ones, 1 refuses colour; by default only grey
+    images among colour ones are changed.
+    limit: the number of images to take, from the beginning.
     seed: the order of the images of class folders; data of other kinds keep their own order.
 
-    Raises InputError for all that is not so, or cannot be read.
+    Raises InputError for other arguments, and for data that cannot be read.
     """
     data = os.fspath(data)
     check_size(size)
@@ -103,7 +103,7 @@ def _hub(hub: str, split: str | None, limit: int | None) -> SplitContents:
 
 
 def _class_names(raw: SplitContents, name: str) -> tuple[str, ...]:
-    """Class folders' own names; else the known ones; else those in the data's metadata; else the indices."""
+    """Class names: of the class folders, else the known names, else the names in the data's metadata, else the indices."""
     from certipatch.data.folder import FileStore
 
     known = None if isinstance(raw.store, FileStore) else known_classes(name)
@@ -114,7 +114,7 @@ def _class_names(raw: SplitContents, name: str) -> tuple[str, ...]:
 
 
 def _note(raw: SplitContents, name: str) -> str | None:
-    """A remark if a dataset that is lossless by origin is there as JPEG."""
+    """A remark if the data is JPEG although the original dataset is lossless."""
     if name in KNOWN and KNOWN[name].lossless and raw.store.encoded(0).startswith(b"\xff\xd8\xff"):
         return "JPEG-recompressed copy"
     return None

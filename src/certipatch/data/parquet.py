@@ -60,9 +60,9 @@ def parquet_splits(root: str) -> dict[str, list[str]]:
 def read_parquet(root: str, split: str | None, limit: int | None, called: str | None = None) -> SplitContents:
     """The images and labels of one split of a folder of parquet files. The images stay encoded.
 
-    `called` is what errors call the folder; default: its path.
+    `called` is the folder's name in errors; default: its path.
 
-    Raises InputError for a split that is not there or misses some of its files, damaged files, columns of other
+    Raises InputError for a split that is missing or incomplete, damaged files, columns of other
     names or types, rows without bytes or label, labels that are no class index, and data that would fill memory.
     """
     splits = parquet_splits(root)
@@ -113,7 +113,7 @@ def label_array(column: pa.ChunkedArray, source: str) -> np.ndarray:
 
 def bytes_column(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
     """The `bytes` of a column of image structs. Raises InputError for rows without bytes (such as mere paths)."""
-    encoded = column.flatten()[column.type.get_field_index("bytes")]  # null where the struct is
+    encoded = column.flatten()[column.type.get_field_index("bytes")]  # null if the struct is null
     if encoded.null_count:
         raise InputError(f"{source!r} has rows without the picture's bytes; save the pictures inside the parquet files")
     return encoded
@@ -168,7 +168,7 @@ def hub_class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[st
 
 
 def _check_shards(files: list[str], called: str, split: str) -> None:
-    """Raise InputError unless all five shards of `SPLIT-00000-of-00005.parquet` are there."""
+    """Raise InputError unless all shards are there, such as five of `SPLIT-00000-of-00005.parquet`."""
     shards = [match for path in files if (match := _SHARD.fullmatch(os.path.basename(path).removesuffix(".parquet")))]
     if shards and {int(match[2]) for match in shards} != {len(files)}:
         raise InputError(f"{called!r} has {len(files)} of {shards[-1][2]} parquet files for {split!r}; fetch all")

@@ -41,7 +41,7 @@ class Store(Protocol):
 class SplitContents:
     """One split as a reader returns it: images, labels int64 (N,), and class names if the data has them.
 
-    `classes` is the number of classes that the data shows by itself, also beyond a limit.
+    `classes` is the number of classes in the data, including images beyond a limit.
     """
 
     split: str
@@ -60,7 +60,7 @@ class Pictures:
     source: the path or Hub id as it was given. labels: int64 (N,). class_names: one per class.
     note: one remark for reports, or None. store: the encoded images. size: (H, W) that each image is resized
     and centre-cropped to, or None. channels: 3 turns grey images into colour ones, and 1 refuses colour; None turns grey
-    ones where both occur together.
+    ones if both occur together.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Pictures:
         return f"Pictures({self.name!r}, {self.split!r}, {len(self)} pictures, {len(self.class_names)} classes)"
 
     def in_order_of(self, classes: Sequence[str]) -> "Pictures":
-        """The same, with classes numbered as in ``classes`` where they have the same names in another order."""
+        """These images with classes numbered as in ``classes``, if the names are the same in another order."""
         order = {name.casefold(): number for number, name in enumerate(classes)}
         own = [name.casefold() for name in self.class_names]
         if len(order) != len(own) or sorted(order) != sorted(own) or list(order) == own:
@@ -99,7 +99,7 @@ class Pictures:
         return hashlib.sha256(self.encoded(i)).hexdigest()
 
     def fingerprint(self) -> str:
-        """64 hex digits that stand for these images, their order and labels (not for `size`).
+        """64 hex digits that identify these images, their order and labels (not `size`).
 
         The SHA-256 over, for each image in turn, the 32 bytes of its SHA-256 and its label as 8 bytes, least first.
         """
@@ -116,7 +116,7 @@ class Pictures:
             raise InputError("no indices were given; give at least one picture index")
         for i, array in zip(indices, arrays, strict=True):
             if self.channels is not None and array.shape[2] > self.channels:
-                raise InputError(f"{self.store.where(i)!r} is RGB where grey pictures are needed; convert it first")
+                raise InputError(f"{self.store.where(i)!r} is RGB, but grey pictures are needed; convert it first")
         if self.channels == 3 or len({array.shape[2] for array in arrays}) > 1:
             arrays = [coloured(array) for array in arrays]
         for i, array in zip(indices, arrays, strict=True):
@@ -140,7 +140,7 @@ class Pictures:
             return replace(self, channels=3)._decode_all(threads)
 
     def _decode_all(self, threads: int | None) -> "torch.Tensor":
-        """Raises _Colour at a colour image if the first one is grey."""
+        """Decode all images. Raises _Colour at a colour image if the first one is grey."""
         import torch
 
         first = self.pixels([0])[0]

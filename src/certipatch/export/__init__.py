@@ -31,18 +31,18 @@ from certipatch.views import PixelSets
 
 __all__ = ["AsGraph", "to_onnx"]
 
-MAX_PIXELS = 2**23  # of all views of one picture: 8,192 views of 32x32, 167 of 224x224
-PROBES = 4  # random images on which the written file must answer as the defense does
+MAX_PIXELS = 2**23  # of all views of one image: 8,192 views of 32x32, 167 of 224x224
+PROBES = 4  # random images on which the written file must predict as the defense does
 INSTALL = "pip install 'certipatch[onnx]'"
 
 
 class AsGraph(nn.Module):
-    """A defense for images of one size, as a graph: images (B, C, H, W) float32 in [0, 1] → its answers.
+    """A defense for images of one size, as a graph: images (B, C, H, W) float32 in [0, 1] → its outputs.
 
-    The first answer is the label (B,), int64; a defense that detects has an alarm (B,), bool, for a second one. Views are
-    constants. Nothing stops early: double masking looks at every pair of masks.
+    The first output is the label (B,), int64; a defense that detects has an alarm (B,), bool, as the second. Views are
+    constants. Nothing stops early: double masking evaluates every pair of masks.
 
-    Errors: InputError if the answer cannot be one graph.
+    Errors: InputError if the defense cannot be one graph.
     """
 
     def __init__(self, defense: Defense, image_size: tuple[int, int], channels: int):
@@ -72,7 +72,7 @@ class AsGraph(nn.Module):
         if any(isinstance(module, SharedViT | Cascade) for module in self.modules()):
             self.model, self.unmasked = copy.deepcopy((self.model, self.unmasked))
             for module in self.modules():
-                if isinstance(module, SharedViT):  # what either skips depends on the image; the answers are the same
+                if isinstance(module, SharedViT):  # the skipped parts depend on the image, the outputs do not
                     module.skip_hidden = False
                 elif isinstance(module, Cascade):
                     module.early_exit = False
@@ -90,7 +90,7 @@ class AsGraph(nn.Module):
 
         def answer(images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
             view_scores = scores(images)
-            if isinstance(rule, DoubleMask):  # it has no use for errors
+            if isinstance(rule, DoubleMask):  # the rule ignores errors
                 table = merge_sizes(ev.scores(view_scores), [(ev.scores(of(images)), masks) for of, masks in larger])
                 if unmasked is not None:
                     table = torch.cat([table, ev.scores(unmasked(images))], 1)
@@ -105,7 +105,7 @@ class AsGraph(nn.Module):
 
 
 def to_onnx(defense: Defense, card: Card | ClassifierInfo, path: Path) -> dict[str, Any]:
-    """Write ``path``; gives ``{inputs, outputs, bytes, checked}``, the last the images on which onnxruntime agreed.
+    """Write ``path``; gives ``{inputs, outputs, bytes, checked}``; ``checked`` counts images on which onnxruntime agrees.
 
     The file is for images of the card's size and any number of them; its metadata name the defense, its settings, its
     classes and the digest of its weights.
@@ -178,7 +178,5 @@ def _agrees(path: Path, defense: Defense, images: Tensor) -> int:
     for answer, own in zip(answers, expected, strict=True):
         computed = torch.from_numpy(answer)
         if not torch.equal(computed, own):
-            raise InputError(
-                f"onnxruntime answers {computed.tolist()} where the defense says {own.tolist()}; not written"
-            )
+            raise InputError(f"onnxruntime gives {computed.tolist()}, but the defense {own.tolist()}; not written")
     return len(images)

@@ -1,4 +1,4 @@
-"""Views and network as a graph: images → logits of every view. What a view shows is a constant of the graph."""
+"""Views and network as a graph: images → logits of every view. The pixels of each view are constants of the graph."""
 
 from collections.abc import Callable
 

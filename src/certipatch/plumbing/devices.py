@@ -27,8 +27,8 @@ def default() -> torch.device:
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """float32 convolutions in float32. On an accelerator torch would let them round to 10 bits (TF32), which changes
-    answers with the number of images in a pass by more than a certificate may be off."""
+    """Run float32 convolutions in float32. On an accelerator torch would round them to 10 bits (TF32). Outputs would then
+    depend on the number of images in a pass by more than a certificate's tolerance."""
     rounded, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -37,7 +37,7 @@ def no_tf32() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees: each step of a training asks for the same again.
+    """Let this process keep freed memory: each step of a training needs the same memory again.
 
     glibc would give large pieces back to the system and take them anew, zeroed page by page: a bf16 step of the conv
     network took 0.92 s so and 0.77 s without (two cores). Elsewhere this does nothing.
@@ -56,7 +56,7 @@ def fabric(precision: Any = "32-true") -> "Fabric":
     """
     from lightning.fabric import Fabric
 
-    for name in ("lightning.fabric", "lightning.pytorch"):  # processes would tell that they have joined
+    for name in ("lightning.fabric", "lightning.pytorch"):  # silences the message of every process that joins
         logging.getLogger(name).setLevel(logging.WARNING)
     kind, total = default().type, distributed.count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if total > 1 else 1
@@ -75,9 +75,9 @@ def fabric(precision: Any = "32-true") -> "Fabric":
 
 
 def _meet(kind: str) -> None:
-    """Join the process group under keys of this attempt, which Fabric would not do.
+    """Join the process group under keys of this attempt; Fabric itself does not.
 
-    torchrun's store outlives a restart, and keeps the addresses of the processes that are gone; whoever reads those
+    torchrun's store outlives a restart and keeps the addresses of processes that are gone; a connection to one of them
     fails ("connection refused", torch 2.13).
     """
     group = torch.distributed

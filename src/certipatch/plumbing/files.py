@@ -1,4 +1,4 @@
-"""Files of a run folder: written whole or not at all, read with errors that say what to do."""
+"""Files of a run folder: written whole or not at all, read with errors that propose a remedy."""
 
 import hashlib
 import json
@@ -98,7 +98,7 @@ def is_leftover(path: Path) -> bool:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file of its own beside ``path`` (others may write the same one), which then takes its place, or goes."""
+    """A temporary file beside ``path``, with a name of its own; it replaces ``path`` at the end, or is removed."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
@@ -106,7 +106,7 @@ def _whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except FileNotFoundError:
-        if not path.exists():  # else another process, at the same run, was faster and has swept up
+        if not path.exists():  # else another process of the same run was faster and has removed the temporary file
             raise
     except BaseException:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Versions of everything that a number depends on."""
+"""Versions of the software behind a result."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version

@@ -81,10 +81,10 @@ def shown_pictures(
 
     Args:
         images: uint8 (B, H, W, C).
-        titles: what they are called.
+        titles: names of the images.
         certificate: the certificates of the images.
-        evidence: what the explorer shows; None leaves them out of it.
-        where: the places of the threat, from ``places``, or None.
+        evidence: the evidence for the explorer; None leaves the images out of it.
+        where: the locations of the threat, from ``places``, or None.
         classes: names of the classes.
         largest: side of the largest certified square of each, or None.
         targets: true classes; None for the user's own images.

@@ -61,7 +61,7 @@ def of_attack(pictures: Pictures, out: Path, summary: dict[str, Any]) -> str:
 
 
 def threat_words(threat: dict[str, Any]) -> str:
-    """A threat in words; that of the L∞ attack too."""
+    """A threat in words, including the threat of the L∞ attack."""
     if threat["kind"] == "linf":
         return f"every value changed by up to {threat['epsilon']:.4g}"
     return str(threat_from_dict(threat))
@@ -92,7 +92,7 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _heat(config: dict[str, Any], records: pa.Table, evidence: pa.Table) -> dict[str, Any] | None:
-    """Success by place: of the images on which a patch was tried over a pixel, the share that it broke there."""
+    """Success per pixel: the share of broken images among those on which a patch was tried over the pixel."""
     if config["threat"]["kind"] != "patch" or config["threat"]["count"] != 1:
         return None
     threat = threat_from_dict(config["threat"])
@@ -127,7 +127,7 @@ def _heat(config: dict[str, Any], records: pa.Table, evidence: pa.Table) -> dict
 def _cards(
     pictures: Pictures, records: pa.Table, evidence: pa.Table, classes: list[str], images: int
 ) -> list[dict[str, Any]]:
-    """Broken certificates first, then images that fell, then some that stood, evenly taken."""
+    """The rows to show: broken certificates first, then images that fell, then an even sample of images that stood."""
     rows = records.to_pylist()
     broken = [i for i, row in enumerate(rows) if row["violated"] or (row["broken"] and row["certified"])]
     fell = [i for i, row in enumerate(rows) if row["broken"] and i not in set(broken)]

@@ -1,4 +1,4 @@
-"""The page of the user's own images, which grows while they are certified."""
+"""The page of the user's own images; it grows while images are certified."""
 
 from typing import Any, final
 

@@ -18,8 +18,8 @@ LOSSLESS = 64  # pixels of a side up to which an image keeps its pixels
 def colours(margins: np.ndarray, scale: float) -> np.ndarray:
     """Colours of a map of margins (H, W), as uint8 (H, W, 3).
 
-    Red where margin ≤ 0 (or NaN): a patch there may change the answer. Blue where margin > 0: none can. The further
-    from zero, the darker, up to ±scale. +inf is grey: no patch reaches this pixel, or none has any effect.
+    Margins ≤ 0 (or NaN) are red: a patch there may change the prediction. Margins > 0 are blue: no patch can. Colours
+    darken away from zero, up to ±scale. +inf is grey: no patch reaches this pixel, or none has any effect.
     """
     strength = np.clip(np.nan_to_num(np.abs(margins) / scale, nan=1.0, posinf=1.0), 0, 1)
     out = np.where((margins > 0)[..., None], _ramp(BLUE, strength), _ramp(RED, strength))
@@ -41,12 +41,12 @@ def gradient() -> str:
 
 
 def png(pixels: np.ndarray, *, smooth: bool = True) -> str:
-    """A uint8 picture (H, W, 1 or 3) as a PNG data URI; above LONGEST pixels a side it is made smaller."""
+    """A uint8 image (H, W, 1 or 3) as a PNG data URI; an image above LONGEST pixels a side is made smaller."""
     return data_uri(_small(pixels, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST))
 
 
 def picture(pixels: np.ndarray) -> str:
-    """An image as a data URI: PNG up to LOSSLESS pixels a side, else JPEG, which is a tenth of that."""
+    """An image as a data URI: PNG up to LOSSLESS pixels a side, else JPEG, which takes a tenth of the bytes."""
     small = _small(pixels, Image.Resampling.LANCZOS)
     return data_uri(small, photo=max(small.size) > LOSSLESS)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PIXELATED = 160  # pixels of a side up to which an image is shown with its pixels as squares
 LIMIT = 4_900_000  # bytes of a page
-CARDS, OWN_CARDS = 24, 100  # images that are there without JavaScript
+CARDS, OWN_CARDS = 24, 100  # images of a page without JavaScript
 BADGES = {
     "certified": "✓ certified",
     "open": "○ correct, not certified",
@@ -42,7 +42,7 @@ def page(
         config: settings of the run; ``config["command"] == "certify"`` for the user's own images.
         summary: results of the run; accuracies, or ``certified``, the number of certified predictions.
         timing: speed of the machine, or None.
-        shown: images, in the order of the data. Where they do not fit, an even sample of them.
+        shown: images, in the order of the data; an even sample if not all fit.
         places: the places of the threat, for the explorer.
         outcomes: number of images in each state (``ReportImage.state``), over the whole run.
     """
@@ -165,7 +165,7 @@ def _chart(summary: dict[str, Any]) -> Chart | None:
 
 
 def _cards(shown: Sequence[ReportImage], own: bool, scale: float) -> list[dict[str, Any]]:
-    """The images that are there without JavaScript: so many that they take no more than a quarter of the page."""
+    """The images of a page without JavaScript; they take at most a quarter of the page."""
     count = OWN_CARDS if own else CARDS
     while True:
         chosen = [shown[i] for i in evenly(len(shown), count)]

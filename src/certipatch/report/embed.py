@@ -20,10 +20,10 @@ SHADES = 24  # steps of a map's colours
 
 
 def embed(shown: Sequence[ReportImage], places: Places | None, scale: float, room: int) -> tuple[str, int, int]:
-    """JSON of at most about ``room`` bytes; the number of images in it, and of those in the explorer.
+    """JSON of at most about ``room`` bytes; the number of its images, and the number of images in the explorer.
 
-    Where not all fit, they are taken evenly from ``shown``. Less-than signs and ampersands are escaped, so that no name
-    can end the script element that holds it.
+    An even sample of ``shown`` is taken if not all fit. Less-than signs and ampersands are escaped, so that no name can end
+    its script element.
     """
     shown, data = _sheets(shown, scale, int((SHARE if places else 0.95) * room))
     names = _Names(places.classes if places else ())
@@ -104,7 +104,7 @@ def _tiled(shown: list[ReportImage], scale: float) -> dict[str, Any]:
 
 
 def _steps(margins: np.ndarray, scale: float) -> np.ndarray:
-    """Margins in so few steps that maps stay small; the sign, and so the colour's meaning, is kept."""
+    """Margins rounded to a few steps, so that maps stay small; the sign, and so the colour's meaning, is kept."""
     with np.errstate(invalid="ignore"):
         steps = np.sign(margins) * np.clip(np.ceil(np.abs(margins) / scale * SHADES), 1, None) * scale / SHADES
     return np.where(np.isfinite(margins), np.where(margins == 0, 0.0, steps), margins)
@@ -186,6 +186,6 @@ def _kept(one: ExplorerData) -> np.ndarray:
 
 
 def _signed(margins: np.ndarray) -> np.ndarray:
-    """Margins in float32 that are positive exactly where they were."""
+    """Margins in float32; positive margins stay positive, others do not become positive."""
     small = margins.astype(np.float32)
     return np.where((margins > 0) & (small <= 0), np.finfo(np.float32).tiny, small)

@@ -16,7 +16,7 @@ NOTIONS = {
 
 
 def plain(method: str, theorem: str, views: str | None) -> str:
-    """The theorem of a defense in plain words; as it is for a defense that has none, or is not known here."""
+    """The theorem of a defense in plain words; the theorem itself if the defense has no such words or is unknown here."""
     with suppress(KeyError, InputError):
         if words := METHODS[method].in_words:
             return words.format(views=f"partial pictures ({views})" if views else "partial pictures")

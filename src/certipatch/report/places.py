@@ -15,16 +15,16 @@ from certipatch.rules import ClippedSum, DoubleMask, MaskedDetection, RobustMask
 from certipatch.views import Bands, Blocks, Columns, Cross, ReceptiveFields, Views
 from certipatch.views.incidence import Incidence
 
-MAX_BYTES = 2**20  # of the relation and of the list of places, each, in a page
+MAX_BYTES = 2**20  # of the relation and of the list of locations, each, in a page
 _BANDS = {True: "column", False: "row"}
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The places of one patch, for the explorer.
+    """The locations of one patch, for the explorer.
 
-    relation: L places, R distinct rows, V views. layout: how the views are drawn, see ``layout``. classes: K names.
+    relation: L locations, R distinct rows, V views. layout: how the views are drawn, see ``layout``. classes: K names.
     bounds: the range of one score under attack, if the margin is then a difference of sums, or None.
     clip: the range to which the rule clips scores. notion: of the certificates.
     rule: ``vote``, ``sum``, ``mask``, ``detection``, ``masks`` or ``other``.
@@ -40,7 +40,7 @@ class Places:
 
     @property
     def first(self) -> Tensor:
-        """int64 (R,): a place of each distinct row."""
+        """int64 (R,): a location of each distinct row."""
         row_of = self.relation.row_of
         first = torch.full((self.relation.number_of_rows,), len(row_of))
         return first.scatter_reduce_(0, row_of, torch.arange(len(row_of)), "amin")
@@ -54,10 +54,10 @@ class Places:
 def places(
     defense: Defense, certificate: Certificate, image_size: tuple[int, int], classes: tuple[str, ...]
 ) -> Places | None:
-    """The places of the threat of ``certificate``.
+    """The locations of the threat of ``certificate``.
 
-    None if there is nothing to explore: a threat without single places (sparse, several patches), a defense whose
-    margins do not come from the views that see a place, or more places than a page holds.
+    None if there is nothing to explore: a threat without single locations (sparse, several patches), a defense whose
+    margins do not come from the views that see a location, or more locations than a page holds.
     """
     relation = certificate.sees
     if (

@@ -1,6 +1,6 @@
-"""Figure 3 of PatchGuard (and 5, 6): what a patch does to local logits.
+"""Figure 3 of PatchGuard (and 5, 6): the effect of a patch on local logits.
 
-There it makes a few of them very large, and their mean believes those.
+The patch makes a few local logits very large, and these dominate the mean.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ BINS = 40
 
 @final
 class AlwaysAlarming:
-    """A network under an attack that nothing ends before its last step; its worst image is then kept.
+    """A network whose attack runs to its last step and keeps its worst image.
 
-    It is a detector that always raises an alarm, so that no attack succeeds.
+    The network is a detector that always raises an alarm, so that no attack succeeds.
     """
 
     notion: ClassVar[str] = "detection"
@@ -59,7 +59,7 @@ class AlwaysAlarming:
 @final
 @dataclass(frozen=True, eq=False)
 class LargestLogits:
-    """The largest of every cell's local logits, of N images as they are and attacked; and which global answers are right."""
+    """The largest local logit of every cell, on N clean and attacked images, and the correctness of global predictions."""
 
     clean: Float[Tensor, "N V"]
     attacked: Float[Tensor, "N V"]
@@ -96,7 +96,7 @@ def draw_histograms(plan: Plan) -> Table:
 def largest_logits(
     context: ReproductionContext, victim: Target, threat: PatchThreat, strength: Strength
 ) -> LargestLogits:
-    """Local logits of all images before and after an attack on the global answer; a part that is kept is not made again."""
+    """Local logits of all images before and after an attack on the global prediction; kept parts are not computed again."""
     pictures, device = pictures_of(context, victim), devices.default()
     network = local_logits.map_of(victim.defense, victim.name).to(device)
     whole = victim.defense.model if isinstance(victim.defense, Undefended) else local_logits.MeanOfCells(network)
@@ -150,7 +150,7 @@ def _attacked(
 
 
 def _kept(path: Path, number: int) -> dict[str, Tensor] | None:
-    """A part of so many images; None if it is missing, damaged or foreign."""
+    """A stored part of ``size`` images; None if it is missing, damaged or foreign."""
     try:
         part = load_file(path)
         cells = part["clean"].shape[1]

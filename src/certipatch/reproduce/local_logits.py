@@ -1,7 +1,7 @@
 """Local logits of any network with a map, undefended ones too; one cell alone, their mean, and other ways to add them up.
 
-The last layer, put on every cell of the last map in place of what pools it, gives local logits (PatchGuard, section II-A).
-Where the network pools by maximum, as our conv networks do, their mean is not its own answer.
+The last layer, applied to every cell of the last map before pooling, gives local logits (PatchGuard, section II-A).
+Our conv networks pool by maximum, so the mean of local logits is not their own prediction.
 """
 
 from typing import Any, ClassVar, final
@@ -23,7 +23,8 @@ from certipatch.views import Views
 class LocalConv(nn.Module):
     """A conv network of whole images, its last layer on every cell: images (B, C, H, W) to local logits (B, V, K).
 
-    Of the image as it is, also where the network answers for its mirror image too; divided by its temperature.
+    The logits are those of the image alone, even if the network averages over its mirror image; they are divided by the
+    network's temperature.
     """
 
     encoding = "all-views"
@@ -55,7 +56,7 @@ class Cell(nn.Module):
 
 @final
 class MeanOfCells(nn.Module):
-    """The mean (B, K) of the local logits: how a BagNet answers without a defense."""
+    """The mean (B, K) of the local logits: the logits of a BagNet without a defense."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -68,7 +69,7 @@ class MeanOfCells(nn.Module):
 
 @final
 class Aggregation(ViewDefense):
-    """Local logits as they are, added up by a rule.
+    """Unclipped local logits, added up by a rule.
 
     Args:
         model: a network of local logits, or one that reads bands or blocks.

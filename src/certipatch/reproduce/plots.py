@@ -22,7 +22,7 @@ class Series:
         intervals: (lowest, highest) y of each point, or none.
         tags: written beside each point, or none.
         joined: drawn as a line.
-        hollow: of somebody else's measurement.
+        hollow: True for somebody else's measurement.
     """
 
     name: str
@@ -41,7 +41,7 @@ def draw(
     limits: tuple[tuple[float, float], tuple[float, float]],
     ticks: Sequence[tuple[float, str]] = (),
 ) -> bytes:
-    """The figure as PNG; where there is no series, an empty one that says so."""
+    """The figure as PNG; without a series, an empty figure with a remark."""
     with style():
         figure = new_figure(7.0, 4.6)
         axes = figure.add_subplot()

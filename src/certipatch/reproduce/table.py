@@ -1,4 +1,4 @@
-"""A table as a paper prints it: rows of ours beside rows of the paper's, in text, Markdown, CSV and JSON."""
+"""A table in the form of a paper: our rows beside the paper's rows, in text, Markdown, CSV and JSON."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ class Share:
     count: int
     n: int
     at: str = ""
-    """The parameters that it was reached with, where they were chosen."""
+    """The parameters of the share, if they were chosen."""
 
     @property
     def percent(self) -> float:
@@ -77,7 +77,7 @@ class Mean:
 @final
 @dataclass(frozen=True)
 class NotRun:
-    """A cell that nobody has measured, and what it takes."""
+    """A cell without a measurement, and the cost of one."""
 
     what: str
 
@@ -110,7 +110,7 @@ class Table:
     columns: list[str]
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
-    """Data, n, what differs from the paper: one line each."""
+    """Notes on data, n and differences from the paper, one line each."""
     figures: dict[str, bytes] = field(default_factory=dict)
     """PNG files by name."""
     name: str = ""

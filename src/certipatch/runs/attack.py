@@ -1,9 +1,9 @@
 """Attacked accuracy: resumable runs in which every image is attacked, those with a certificate too.
 
-A run folder as that of ``evaluate``, with other columns (``records.ATTACK_RECORD``), the attacked pixels and the places
-tried as evidence, and in ``broken/`` every image and patch that broke a certificate.
+The run folder is that of ``evaluate`` with other columns (``records.ATTACK_RECORD``). Its evidence is the attacked pixels
+and the locations that were tried; ``broken/`` holds every image and patch that broke a certificate.
 
-clean ≥ attacked because only images with the right answer are counted; attacked ≥ certified because a certificate is
+Clean ≥ attacked, because only images with the right prediction are counted. Attacked ≥ certified, because a certificate is
 a proof: certified images are attacked like all others, and nothing is clamped.
 """
 
@@ -37,8 +37,8 @@ from certipatch.saved import DefenseRef
 from certipatch.threats import PatchThreat, Threat
 
 CPU = torch.device("cpu")
-PART = 50  # images per record file; what a killed run loses
-LEARNED_FROM = 200  # images that a universal patch is learned from
+PART = 50  # images per record file; a killed run loses at most one file
+LEARNED_FROM = 200  # training images of a universal patch
 
 
 @final
@@ -134,7 +134,7 @@ def attack_into(
 
 
 def default_batch(image_size: tuple[int, int]) -> int:
-    """Attacked images that one gradient takes by default."""
+    """The default number of attacked images per gradient."""
     return min(256, batch_size_for(math.prod(image_size)))
 
 
@@ -170,7 +170,7 @@ def _process_shard(
         alarm = answer.alarm.cpu()
     margins = None if certificate is None else certificate.margin.cpu()
     worth = (label == targets) & ~alarm
-    if margins is not None:  # a certificate of a wrong answer, or of one place, is a claim too
+    if margins is not None:  # a certificate of a wrong prediction, or of one location, is a claim too
         worth |= (margins > 0).any(1) & ~alarm
     if job.target is not None:
         worth &= label != job.target

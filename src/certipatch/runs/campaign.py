@@ -1,4 +1,4 @@
-"""A soundness campaign: every defense against every attack that fits it, for a given time, looking for one false certificate.
+"""A soundness campaign: for a given time, every attack that fits a defense looks for a false certificate of it.
 
 A *cell* is a defense and an attack. Each round attacks the next images in two ways. The first is the way of ``attack``.
 The second attacks certified locations only, with few steps at many locations or with many steps at few. The universal
@@ -37,9 +37,9 @@ from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views.render import image_size
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
-SMALL, LARGE = 2, 16  # images of a round: of the first one, and of slow defenses; of others
-EVERYWHERE = 1024  # places of an image that the universal patch is put on
-SEARCH = 60  # passes forth and back that a search for weak places takes about
+SMALL, LARGE = 2, 16  # images per round: in the first round and for slow defenses; otherwise
+EVERYWHERE = 1024  # locations per image for the universal patch
+SEARCH = 60  # forward and backward passes of a search for weak locations, about
 Progress = Callable[[int, int, str], None]
 
 
@@ -190,7 +190,7 @@ def attack_round(
 ) -> dict[str, int]:
     """One round of a cell on its next ``size`` images; gives its counts. Slow defenses get fewer starts and steps.
 
-    ``claims`` keeps the last images' for the other attacks on the same defense.
+    ``claims`` keeps the predictions on the last images for the other attacks on the same defense.
     """
     defense, pictures = cell.open()
     cell.attack.check(cell.threat)
@@ -202,7 +202,7 @@ def attack_round(
         claims.clear()
         claims[key] = claimed(defense, images, cell.threat)
     label, margins, usable = claims[key].label, claims[key].margins, claims[key].usable
-    units = share / (2 * 3 * max(1e-6, claims[key].seconds))  # a step is about three passes; there are two tasks
+    units = share / (2 * 3 * max(1e-6, claims[key].seconds))  # a step costs about three passes, and there are two tasks
     counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
     many = number % 2 == 1 and size > SMALL
     starts, steps = affordable(2, min(cell.attack.steps, 20), units)
@@ -221,7 +221,7 @@ def attack_round(
     tasks = [base]
     single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1
     if margins is not None and single and bool((margins > 0).any()):
-        if isinstance(cell.attack, Universal):  # its steps are shared; a place takes two passes, not three a step
+        if isinstance(cell.attack, Universal):  # its steps are shared; a location costs two passes in all
             starts, steps = max(1, min(4 if size == SMALL else EVERYWHERE if many else 64, int(1.5 * units))), steps
         else:
             starts, steps = affordable(

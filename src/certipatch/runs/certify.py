@@ -42,7 +42,7 @@ class CertifiedBatch:
 
 
 class Report(Protocol):
-    """A page that sees every batch, and whose text is made of the settings and the summary when the run is done."""
+    """A page that receives every batch; at the end of the run it makes its text from the settings and the summary."""
 
     def add(self, batch: CertifiedBatch) -> None: ...
 
@@ -52,7 +52,7 @@ class Report(Protocol):
 def certify_files(
     paths: list[Path], ref: DefenseRef, threat: Threat, out: Path | None = None, report: Report | None = None
 ) -> dict[str, Any]:
-    """Certify image files; gives what ``certify --json`` prints. With ``out`` also a run folder, with the report."""
+    """Certify image files; gives the object of ``certify --json``. With ``out`` also a run folder, with the report."""
     defense, card, name = open_certified(ref, threat, lambda: (read_all_or_raise(paths, read_size), None))
     if "all_margins" not in (ref.settings or {}):
         defense.compute_all_margins()

@@ -89,7 +89,7 @@ def evaluate_into(
 def choose_engine(
     defense: Defense, pictures: Pictures, out: Path, device: torch.device, workers: Workers
 ) -> str | None:
-    """The way in which all workers run the network: the one that the run began with, else the fastest that there is.
+    """The backend of all workers: the one of an earlier start of this run, else the fastest available one.
 
     Collective: the first worker chooses, the others receive its choice. It measures nothing for a finished run.
     """

@@ -89,7 +89,8 @@ def warn_if_trained_on(pictures: Pictures, card: Card | ClassifierInfo, name: st
     trained = card.data if isinstance(card, Card) else {}
     if (trained.get("name"), trained.get("split")) == (pictures.name, pictures.split) and distributed.rank() == 0:
         print(
-            f"note: {name} was trained on {pictures.name} {pictures.split}; accuracy on its own training data is not meaningful; choose another --split",
+            f"note: {name} was trained on {pictures.name} {pictures.split}; accuracy on its own training data is not "
+            "meaningful; choose another --split",
             file=sys.stderr,
         )
 

@@ -35,7 +35,7 @@ from certipatch.runs.folder import (
 from certipatch.runs.records import part_path, read_part
 from certipatch.runs.verify import check_digests, check_summary
 
-PART = 250  # images per record file; the batch that a killed run loses
+PART = 250  # images per record file; a killed run loses at most one file
 PATIENCE = 120.0  # seconds without a new part, or four times the longest, after which the first worker makes it itself
 Progress = Callable[[int, int, str], None]
 

@@ -1,7 +1,7 @@
-"""A trained defense on disk: ``card.json`` says what it is, ``weights.safetensors`` holds the network's weights.
+"""A trained defense on disk: ``card.json`` describes it, ``weights.safetensors`` holds the network's weights.
 
-Neither can run code. The network is laid out without memory first, and the file's tensors must be exactly its own, so
-that a card cannot ask for more than the weights beside it.
+Neither file can run code. The network is first built without memory, and its tensors must be exactly those of the file,
+so that a card cannot demand more memory than the weights beside it.
 """
 
 import json
@@ -31,7 +31,7 @@ class DefenseSpec(BaseModel):
     defense: str = "derandomized-smoothing"
     settings: dict[str, Any] = {}
     views: ViewSettings | None = None
-    """None for networks of whole images, and for those of local logits: their views are their receptive fields."""
+    """None for networks of whole images, and for networks of local logits: their views are their receptive fields."""
     model: ModelSettings
 
     @field_validator("defense")
@@ -85,7 +85,7 @@ class Card(DefenseSpec):
     channels: int = Field(ge=1, le=16)
     classes: tuple[str, ...] = Field(min_length=2, max_length=100_000)
     resize: bool = False
-    """Images of another size are resized and centre-cropped first; the attacker paints on what comes out."""
+    """Images of another size are resized and centre-cropped first; the attacker paints on the result."""
     sha256: str
     """The hash of ``weights.safetensors``."""
     data: dict[str, Any] = {}
@@ -129,14 +129,14 @@ def read(folder: Path) -> Card:
 def load_defense(
     folder: Path, threat: Threat | None = None, method: str | None = None, changes: dict[str, Any] | None = None
 ) -> tuple[Defense, Card]:
-    """The trained defense in ``folder``, in eval mode, in float32. Its model is checked with the first images that it sees.
+    """The trained defense in ``folder``, in eval mode, in float32. The first images check its model.
 
     Args:
-        threat: what defenses whose answers depend on the patch are built for; None for the one in their card.
+        threat: the threat of defenses whose predictions depend on the patch; None for the card's.
         method: another defense to put around the network, with its default settings.
         changes: settings of the defense that differ from the card's, or from the defaults of ``method``.
 
-    Errors: InputError if a file is missing, truncated, foreign or does not match the card.
+    Errors: InputError if a file is missing, truncated or foreign, or if it does not match the card.
     """
     card = read(folder)
     if changes or (method is not None and method != card.defense):

@@ -25,7 +25,7 @@ class DefenseRef:
     """A defense as the user names it."""
 
     name: str
-    """A zoo name or a folder; with ``model`` a method, which is put around that model's network."""
+    """A zoo name or a folder; with ``model`` a method for that model's network."""
     model: str | None = None
     """A zoo name, a folder, or somebody else's classifier."""
     settings: dict[str, Any] | None = None
@@ -78,7 +78,7 @@ def locate(name: str) -> Path:
 
 
 def locate_model(name: str) -> Path:
-    """The folder of a defense whose network is wanted. InputError that names the other forms of --model."""
+    """The folder of the defense that holds a network. InputError that names the other forms of --model."""
     try:
         return locate(name)
     except InputError as error:
@@ -89,7 +89,7 @@ def locate_model(name: str) -> Path:
 def load(name: str, threat: Threat | None = None) -> Defense:
     """A trained defense, from the zoo or a folder, ready to ``predict`` and ``certify``.
 
-    ``threat`` is the patch that PatchGuard and its kin are built for; without, the one that their card names.
+    ``threat`` is the patch of defenses that are built for one, such as PatchGuard; the card's patch by default.
     """
     return open_defense(name, threat=threat)[0]
 
@@ -101,7 +101,7 @@ def open_defense(
 
     Args:
         name, model, changes: the fields of a ``DefenseRef``; ``model`` is a zoo name or folder.
-        threat: the one that defenses whose answers depend on the patch are built for; None for that of their card.
+        threat: the threat of defenses whose predictions depend on the patch; None for the card's.
     """
     check_method(name, model)
     if model is None:
@@ -110,7 +110,7 @@ def open_defense(
 
 
 def check_method(name: str, model: str | None) -> None:
-    """InputError for a method without a network to go around, and for a network without a method."""
+    """InputError for a method without a network, and for a network without a method."""
     if model is None and name in METHODS:
         raise InputError(f"--defense {name} is a method; name the network it goes around with --model, as a zoo name")
     if model is not None and name not in METHODS:
@@ -120,9 +120,9 @@ def check_method(name: str, model: str | None) -> None:
 def open_named(
     ref: DefenseRef, threat: Threat | None, probe: DatasetProbe = lambda: ((), None)
 ) -> tuple[Any, Card | ClassifierInfo, str]:
-    """A defense built for ``threat``, or for that of its card; its card; and its name in results.
+    """A defense built for ``threat``, or for the threat of its card; its card; and its name in results.
 
-    Somebody else's classifier goes by the images that ``probe`` looks at; without any, by the size that it reads.
+    Somebody else's classifier takes the size of the images that ``probe`` looks at, or its own input size without any.
     """
     if ref.model is not None and is_adapter(ref.model) and not Path(ref.model).is_dir():
         check_method(ref.name, ref.model)
@@ -155,11 +155,10 @@ def open_certified(
 
 
 def attacked_image_size(network: Adapted, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(H, W) of the images that the attacker paints, from the sizes of those that there are.
+    """(H, W) of the images that the attacker paints, from the sizes of the given images.
 
-    Images of one size stay as they are where the network reads any, or where they are no larger than what it reads:
-    the resize to that is the network's own, after the attacker. Images of other sizes are resized to the network's
-    input size before the attack.
+    Images of one size stay unchanged if the network reads any size, or if they are no larger than its input: the network
+    then resizes them itself, after the attack. Other images are resized to the network's input size before the attack.
     """
     reads = network.image_size
     one = sizes[0] if len(set(sizes)) == 1 else None
@@ -187,13 +186,13 @@ def wrap_classifier(
     Args:
         network: the classifier.
         method: a defense of networks that read whole images.
-        threat: the one that defenses whose answers depend on the patch are built for.
+        threat: the threat of defenses whose predictions depend on the patch.
         changes: settings of the defense that differ from its defaults.
         image_size: (H, W) of the images that the attacker paints.
-        classes: names of the images' classes. Where the network knows them and others too, it answers with them alone;
-            where it has no names they are its names.
+        classes: names of the images' classes. A network that knows them among others predicts only them; a network
+            without names takes them as its names.
 
-    Errors: InputError for another method, and for settings that it has not.
+    Errors: InputError for another method, and for unknown settings.
     """
     if not METHODS[method].reads_whole_images:
         known = names_with("reads_whole_images")
@@ -224,7 +223,7 @@ def check_threat(threat: Threat, card: Card | ClassifierInfo) -> None:
 
 
 def check_shape(shape: tuple[int, ...], card: Card | ClassifierInfo, name: str) -> None:
-    """InputError unless pixels (H, W, C) are what the card's network reads."""
+    """InputError unless the card's network reads pixels (H, W, C) of this shape."""
     height, width, channels = shape
     if (height, width) != card.image_size:
         wanted = f"{card.image_size[0]}x{card.image_size[1]}"

@@ -1,4 +1,4 @@
-"""A network's weights on disk, as safetensors: they cannot run code, and nothing is half written."""
+"""A network's weights on disk, as safetensors: they cannot run code, and no file is half written."""
 
 import hashlib
 import os
@@ -21,8 +21,8 @@ def save_weights(folder: Path, network: nn.Module, stored: str) -> str:
     """Write ``weights.safetensors`` with floating-point weights as ``stored``; gives its sha256.
 
     Args:
-        stored: ``float32``, ``float16``, or ``int8``: of each weight of several axes whole numbers of −127 to 127, and
-            beside it, as NAME:scale, what those of each output are multiplied by; vectors stay float32.
+        stored: ``float32``, ``float16``, or ``int8``. With int8, a weight of several axes is stored as whole numbers from −127
+            to 127, and its factor per output as NAME:scale; vectors stay float32.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
