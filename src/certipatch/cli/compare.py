@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from certipatch.cli.options import OutOption
-from certipatch.errors import InputError
+from certipatch.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from rich.table import Table as Drawn
@@ -42,7 +42,7 @@ def compare(
     if as_json and format_ is not None:
         raise InputError("give --json or --format, not both")
     if format_ is not None and format_ not in FORMATS:
-        raise InputError(f"there is no format {format_!r}; use one of {', '.join(FORMATS)}")
+        raise unknown("format", format_, FORMATS)
     if data is not None and out is None:
         raise InputError("--data is for the gallery of the page; give --out too")
     import json

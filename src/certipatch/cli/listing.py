@@ -31,7 +31,7 @@ def list_(
     from rich.table import Table
 
     if what is not None and what not in KINDS:
-        raise InputError(f"there is no list of {what!r}; use one of {', '.join(KINDS)}")
+        raise unknown("list", what, KINDS)
     listed = {kind: _rows(kind) for kind in ([what] if what else KINDS)}
     if what is not None and name is not None:
         if name not in listed[what]:

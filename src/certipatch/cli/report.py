@@ -8,10 +8,10 @@ import typer
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder of evaluate, attack or certify.", metavar="RUN")],
-    data: Annotated[str | None, typer.Option("--data", help="Where the pictures are now, if they moved.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Where the model is now, if it moved.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="The place of the pictures, if they moved.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The place of the model, if it moved.")] = None,
 ) -> None:
-    """Write RUN/report.html: numbers, every image's weak places, and a patch that you can move over the images.
+    """Write RUN/report.html: numbers, every image's weak locations, and a patch that you can move over the images.
 
     The report of an attack has the accuracy that it leaves, a map of its successes, and the worst patches. It is one file
     below 5 MB and needs no network. The images and the model are opened again, and must be those of the run.

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from certipatch.cli.options import OutOption
-from certipatch.errors import InputError, suggestion
+from certipatch.errors import unknown
 from certipatch.plumbing import distributed
 
 
@@ -38,7 +38,8 @@ def train(
     if not path.exists():
         path = resources.find("recipes", f"{recipe.removesuffix('.yaml')}.yaml") or path
     if not path.exists():
-        raise InputError(_unknown(recipe))
+        names = resources.resource_names("recipes", "*.yaml")
+        raise unknown("recipe", recipe, [name.removesuffix(".yaml") for name in names])
     if data is not None:
         changes = [*(changes or []), f"data={data}"]
     settings = read(path, changes)
@@ -63,10 +64,3 @@ def _typed(threat) -> str:
     """A recipe's threat as options of a command."""
     size = threat.to_dict()
     return f"--sparse {size['pixels']}" if size["kind"] == "sparse" else f"--patch {size['size'][0]}x{size['size'][1]}"
-
-
-def _unknown(recipe: str) -> str:
-    from certipatch.plumbing import resources
-
-    known = [name.removesuffix(".yaml") for name in resources.resource_names("recipes", "*.yaml")]
-    return f"no recipe {recipe!r}; {suggestion(recipe, known)}"
