@@ -200,7 +200,7 @@ def test_the_page_of_an_attack_comes_from_its_records(world, tmp_path):
         (config | {"attack": config["attack"] | {"adaptive": False}, "classes": []}, "classes in config.yaml is not"),
         (
             config | {"attack": {"name": "square", "starts": 1, "steps": 1}},
-            "attack in config.yaml is not what the model",
+            "attack in config.yaml does not follow from the model",
         ),
         (config | {"threat": {"kind": "linf"}}, "damaged settings"),
         (config | {"model_sha256": "0" * 64}, "is not the model of"),

@@ -30,7 +30,7 @@ def demo(
     from certipatch.threats import PatchThreat
 
     threat = PatchThreat(5)
-    typer.echo("Three pictures, and what no 5x5 patch can change:")
+    typer.echo("Three pictures, and the predictions that no 5x5 patch can change:")
     for line in certify_sample("fashion-columns", "fashion-sample", threat, range(3)):
         typer.echo(f"  {line}")
     with progress_bar("evaluate") as progress:

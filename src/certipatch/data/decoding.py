@@ -25,7 +25,7 @@ MAX_FILE = 256 * 2**20
 def decode(encoded: bytes, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
     """The pixels of an image, uint8 of shape (H, W, C), with C = 1 for grey and 3 for colour.
 
-    The first frame only, turned as its EXIF orientation says; 16-bit grey is scaled to 8 bits; palettes and CMYK
+    Only the first frame is read and turned by its EXIF orientation; 16-bit grey is scaled to 8 bits; palettes and CMYK
     become RGB; an alpha channel is dropped if it is fully opaque. With `size` = (H, W) in pixels the image is
     resized (bicubic) and centre-cropped to it. `name` is the image's name in errors.
 

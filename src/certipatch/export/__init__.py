@@ -166,7 +166,7 @@ def _agrees(path: Path, defense: Defense, images: Tensor) -> int:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     if defense.notion == "detection":
-        cert = defense.certify(images, PatchThreat(1))  # whose alarm is the same for every threat
+        cert = defense.certify(images, PatchThreat(1))  # its alarm is the same for every threat
         expected = [cert.label, cert.alarm]
     else:
         expected = [defense.predict(images)]

@@ -88,7 +88,7 @@ def _meet(kind: str) -> None:
 
 
 def worker() -> tuple[torch.device, distributed.Workers]:
-    """The device of this process, and its place among the workers: alone on the default one, or as torchrun says."""
+    """The device of this process, and its place among the workers: the default device, or torchrun's choice."""
     if distributed.count() == 1:
         return default(), distributed.Workers()
     own_fabric = fabric()

@@ -92,7 +92,7 @@ class Workers:
 def join(name: str, connect: timedelta = CONNECT) -> Workers:
     """This process among those that torchrun started; alone without torchrun.
 
-    ``name`` is the same for all, and a new one for each task: the store keeps what earlier ones left.
+    ``name`` is the same for all workers, and new for each task: the store keeps the keys of earlier tasks.
     """
     return Workers(rank(), count(), shared_store(name, connect) if count() > 1 else None)
 

@@ -15,7 +15,7 @@ from certipatch.report.places import Places
 TILE = 224  # pixels of a side; larger images are made smaller
 SHEET_PIXELS = 2**22
 SHARE = 0.75  # of the room, for images and maps, if there is an explorer
-SCORED = 5  # classes whose scores are embedded; votes are embedded for all
+SCORED = 5  # classes with embedded scores; votes are embedded for all
 SHADES = 24  # steps of a map's colours
 
 

@@ -60,7 +60,7 @@ class AttackResult:
     clean: Share
     attacked: Share
     certified: Share | str
-    """``UNCERTIFIED`` where nothing is proven."""
+    """The certified share, or ``UNCERTIFIED`` if nothing is proven."""
     target: Target
     pictures: Pictures
     folder: Path
@@ -94,7 +94,7 @@ def target(
 ) -> Target | NotRun:
     """The trained model of a role, or ``method`` around its network, built for the threat.
 
-    ``NotRun`` where there is no such model, or if its package is not installed.
+    ``NotRun`` if there is no such model, or if its package is not installed.
     """
     name, built_for = context.models.get(slot.role, slot.name), threat or PatchThreat(1)
     if is_adapter(name) and not Path(name).is_dir():

@@ -208,7 +208,7 @@ def sampled(defense: Any) -> bool:
 
 
 def summarize_attack(config: dict[str, Any], out: Path, defense: Any) -> dict[str, Any]:
-    """The summary of a run whose records are complete. The same records give the same bytes."""
+    """The summary of a run with complete records. The same records give the same bytes."""
     records = read_records(out)
     columns = {name: np.asarray(records[name]) for name in ("label", "target", "alarm", "certified", "broken")}
     right = (columns["label"] == columns["target"]) & ~columns["alarm"]

@@ -270,7 +270,7 @@ def attack_round(
 
 
 def affordable(starts: int, steps: int, units: float) -> tuple[int, int]:
-    """Starts and steps, at most the given ones, whose product ``units`` pay for: starts of two steps first."""
+    """Starts and steps, at most the given ones; ``units`` pay for their product. Starts of two steps come first."""
     starts = max(1, min(starts, int(units / 2)))
     return starts, max(min(steps, 2), min(steps, int(units / starts)))
 

@@ -115,7 +115,7 @@ def evaluate(
 
 
 def summarize(config: dict[str, Any], out: Path, defense: Defense) -> dict[str, Any]:
-    """The summary of a run whose records are complete. The same records give the same bytes."""
+    """The summary of a run with complete records. The same records give the same bytes."""
     records = read_records(out)
     right = np.asarray(records["label"]) == np.asarray(records["target"])
     right &= ~np.asarray(records["alarm"])

@@ -1,4 +1,4 @@
-"""Opens what a run needs: the defense, the images, and the place of this process among the workers."""
+"""Opens the parts of a run: the defense, the images, and the place of this process among the workers."""
 
 import sys
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from certipatch.saved import Card, ClassifierInfo, DefenseRef
 from certipatch.saved.open import check_shape, open_certified, open_named
 from certipatch.threats import Threat
 
-SIZE_SAMPLE = 16  # images of a dataset whose sizes are compared before a classifier reads it
+SIZE_SAMPLE = 16  # images per dataset for a comparison of sizes, before a classifier reads them
 
 
 @final
@@ -96,7 +96,7 @@ def warn_if_trained_on(pictures: Pictures, card: Card | ClassifierInfo, name: st
 
 
 def align_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> Pictures:
-    """Pictures whose classes are numbered as a defense numbers them: by their names, else as they are.
+    """Images with their classes numbered as a defense numbers them: by their names, else unchanged.
 
     InputError if the numbers of classes differ; a note on stderr if names differ.
     """

@@ -64,13 +64,13 @@ def parts(config: dict[str, Any]) -> range:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any], ignored: set[str]) -> str | None:
-    """The first key, of those that are not ``ignored``, whose values differ."""
+    """The first key with different values among those that are not ``ignored``."""
     keys = sorted((one.keys() | other.keys()) - ignored, key=lambda key: (key != "command", key != "images", key))
     return next((key for key in keys if one.get(key) != other.get(key)), None)
 
 
 def _describe_difference(key: str, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The two values of ``key``; of two mappings, the first of their own keys whose values differ."""
+    """The two values of ``key``; for two mappings, the values of their first different key."""
     old, new = there.get(key), here.get(key)
     if isinstance(old, dict) and isinstance(new, dict) and (inner := difference(old, new, set())):
         return f"{key}: {_describe_difference(inner, old, new)}"

@@ -1,4 +1,4 @@
-"""Opens a finished run again: its settings, its model, its images, each checked to be what the run was made with."""
+"""Opens a finished run again: its settings, its model, its images, each checked to be the run's own."""
 
 import hashlib
 from collections.abc import Iterator
@@ -133,7 +133,7 @@ def _reopen_experiment(
 def _check_same(out: Path, config: dict[str, Any], own: dict[str, Any]) -> None:
     """InputError unless a run's settings are those of its model and images."""
     if key := difference(config, yaml_round_trip(own), RELOCATABLE_KEYS):
-        raise InputError(f"{out}: {key} in config.yaml is not what the model and the pictures of that run give")
+        raise InputError(f"{out}: {key} in config.yaml does not follow from the model and the pictures of that run")
 
 
 def _reopen_defense(

@@ -50,7 +50,7 @@ class ClassifierInfo:
     sha256: str
     """The hash of the weights and the preprocessing, or of the file; the code is not part of it."""
     resize: bool
-    """Images of another size are resized and centre-cropped first; the attacker paints on what comes out."""
+    """Images of another size are resized and centre-cropped first; the attacker paints on the result."""
     seed: int = 0
 
 
@@ -72,7 +72,9 @@ def locate(name: str) -> Path:
             f"train recipes/{name}.yaml --data PATH --out models/{name}, then --defense models/{name}"
         )
     if "/" in name:
-        raise InputError(f"there is no folder {name}; give a zoo model (certipatch list models) or what train wrote")
+        raise InputError(
+            f"there is no folder {name}; give a zoo model (certipatch list models) or the folder that train wrote"
+        )
     known = resources.resource_names("zoo", "*/card.json")
     raise InputError(f"unknown defense {name!r}, and no folder of a training; {suggestion(name, known)}")
 
