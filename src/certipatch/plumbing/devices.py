@@ -98,7 +98,7 @@ def worker() -> tuple[torch.device, distributed.Workers]:
 def training_layout(network: nn.Module) -> torch.memory_format:
     """The fastest memory layout in which a network can be trained: channels last, but for one kind of layer.
 
-    oneDNN's AVX2 kernel of the gradient of a strided 1x1 convolution in that layout writes past its buffer where fewer
+    oneDNN's AVX2 kernel of the gradient of a strided 1x1 convolution in that layout writes past its buffer if fewer
     than 8 channels come in (seen with torch 2.13: some hundred backward passes end in "double free or corruption").
     """
     for layer in network.modules():
