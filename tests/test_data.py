@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from certipatch.data import Pictures, decode, decoding, load, names, parquet, pictures, read_picture
+from certipatch.data import Pictures, dataset_names, decode, decoding, load, parquet, pictures, read_picture
 from certipatch.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -237,7 +237,7 @@ def test_shards(tmp_path):
     assert data.labels.tolist() == [0, 0, 0, 1, 1]
     assert np.array_equal(data.pixels([4])[0, :, :, 0], GREY[4])
     (root / "test-00001-of-00002.parquet").unlink()
-    fails("1 parquet files for 'test' where 00002", load, str(root))
+    fails("1 of 00002 parquet files for 'test'", load, str(root))
 
 
 def test_other_columns_and_class_names(tmp_path):
@@ -308,7 +308,7 @@ def test_mixed_shapes(tmp_path):
     assert torch.equal(mixed.images([2, 0])[1], data.images([0])[0].expand(3, -1, -1)), "grey becomes colour"
     assert torch.equal(mixed.decode_all(), torch.from_numpy(mixed.pixels([0, 1, 2])).permute(0, 3, 1, 2))
     assert torch.equal(load(str(tmp_path / "m"), size=(6, 5), channels=3).images([0])[0], mixed.images([2, 0])[1])
-    fails("RGB where grey", load(str(tmp_path / "m"), size=(6, 5), channels=1).images, [0, 2])
+    fails("RGB, but grey", load(str(tmp_path / "m"), size=(6, 5), channels=1).images, [0, 2])
     fails("give a size", data.decode_all)
 
 
@@ -374,8 +374,8 @@ def test_sample():
     assert data.labels[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]  # as Fashion-MNIST's test split begins
     assert data.images(range(10)).shape == (10, 1, 28, 28)
     assert data.note is None
-    assert next(iter(names())) == "fashion-sample"
-    assert {"mnist", "cifar10", "imagenette", "fashion-mnist"} < set(names())
+    assert next(iter(dataset_names())) == "fashion-sample"
+    assert {"mnist", "cifar10", "imagenette", "fashion-mnist"} < set(dataset_names())
     fails("^'fashion-sample' has no split 'train'", load, "fashion-sample", "train")
 
 

@@ -10,7 +10,8 @@ import certipatch
 
 ROOT = Path(certipatch.__file__).parent
 ROOMS = ["threats", "evidence", "inference", "model_check", "certificate", "testing", "errors", "views", "models", "rules",
-         "bounds", "defenses", "attacks"]  # fmt: skip
+         "bounds", "defenses", "attacks", "saved", "export", "data", "runs", "report", "comparison", "reproduce", "cli",
+         "plumbing"]  # fmt: skip
 FILES = sorted(path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in ROOMS)
 OBLIQUE = re.compile(r"(What|Which|Whose|How|Where|Whether|Of|As)\b")
 VAGUE = {"found", "asked", "said"}

@@ -211,7 +211,7 @@ def test_a_file_with_another_alarm_is_not_written(monkeypatch, tmp_path):
     true = type(defense).certify
     turned = lambda self, *given: replace(found := true(self, *given), alarm=~found.alarm)  # noqa: E731
     monkeypatch.setattr(type(defense), "certify", turned)
-    with pytest.raises(InputError, match=r"where the defense says .* not written"):
+    with pytest.raises(InputError, match=r"but the defense .* not written"):
         to_onnx(defense, Card(**CARD), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 

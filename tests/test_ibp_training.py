@@ -23,7 +23,7 @@ from certipatch.models import CNN, MLP
 from certipatch.models.unet import UNet
 from certipatch.plumbing import resources
 from certipatch.reproduce import TABLES
-from certipatch.reproduce.interval_models import MODELS, Trained, trained
+from certipatch.reproduce.interval_models import MODELS, IntervalModel, trained
 from certipatch.threats import PatchThreat
 from certipatch.training import interval, read, train
 from certipatch.training.recipe import IntervalTraining
@@ -281,7 +281,7 @@ def test_every_model_of_the_tables_has_a_name_of_its_own_and_a_command_that_desc
         for m in (trained(data, n, s, 5),)
     ]
     assert len({name for name, _ in names}) == len(names)
-    sparse_models = [Trained(data, "mlp", "sparse", k) for data in ("mnist", "cifar10") for k in (1, 4)]
+    sparse_models = [IntervalModel(data, "mlp", "sparse", k) for data in ("mnist", "cifar10") for k in (1, 4)]
     for _, model in [*names, *((m.name, m) for m in sparse_models)]:
         _, _, base, *rest = shlex.split(model.command)
         path = resources.find("recipes", f"{base}.yaml")

@@ -107,7 +107,7 @@ def test_every_command_takes_it(certipatch, home):
     for run in ("own", "one", "attacked"):
         code, _, err = certipatch("report", run)
         assert code == 0, err
-    assert "It is certified where the theorem holds: s_y − s_k" in (home / "own" / "report.html").read_text()
+    assert "It is certified if the theorem holds: s_y − s_k" in (home / "own" / "report.html").read_text()
     code, out, err = certipatch("compare", "own", "two")
     assert code == 0, err
     assert "two" in out

@@ -26,10 +26,10 @@ from certipatch import cli, views
 from certipatch.defenses import ClippedBagNet, Evidence, PatchGuard, PatchGuardPlusPlus
 from certipatch.defenses import DerandomizedSmoothing as Smoothing
 from certipatch.errors import InputError
-from certipatch.report import CertifyPage, Shown, of_run, page, places, rebuild, shown_pictures
+from certipatch.report import CertifyPage, ReportImage, of_run, page, places, rebuild, shown_pictures
 from certipatch.report.chart import chart
 from certipatch.report.colours import UNREACHED, colours, common_scale, png
-from certipatch.report.words import attack, margin, percent, rows
+from certipatch.report.formatting import attack, margin, percent, rows
 from certipatch.runs.certify import certify_files
 from certipatch.runs.evaluate import evaluate_into
 from certipatch.runs.experiment import DataRef
@@ -86,7 +86,7 @@ def shown(channels=1, **changes):
         "largest_patch": 7,
         "map": rng.normal(size=(28, 28)),
     }
-    return Shown(**(values | changes))
+    return ReportImage(**(values | changes))
 
 
 class Tags(HTMLParser):
@@ -627,7 +627,7 @@ def test_unfinished_foreign_and_damaged_folders(finished, tmp_path, monkeypatch,
         (config | {"threat": {"kind": "patch"}}, "damaged settings"),
         (config | {"images": "many"}, "damaged settings"),
         (config | {"settings": 3}, "damaged settings"),
-        (config | {"seed": 5}, "seed in config.yaml is not what the model"),
+        (config | {"seed": 5}, "seed in config.yaml does not follow from the model"),
         (config | {"source": ["a"]}, "source is no text"),
         (config | {"command": "campaign"}, "report reads runs of evaluate, attack and certify"),
         (config | {"command": "attack"}, "damaged settings"),

@@ -200,7 +200,7 @@ def test_the_page_of_an_attack_comes_from_its_records(world, tmp_path):
         (config | {"attack": config["attack"] | {"adaptive": False}, "classes": []}, "classes in config.yaml is not"),
         (
             config | {"attack": {"name": "square", "starts": 1, "steps": 1}},
-            "attack in config.yaml is not what the model",
+            "attack in config.yaml does not follow from the model",
         ),
         (config | {"threat": {"kind": "linf"}}, "damaged settings"),
         (config | {"model_sha256": "0" * 64}, "is not the model of"),
@@ -221,7 +221,7 @@ def test_attacked_pictures_are_those_that_the_defense_was_shown(world, tmp_path)
     found = attacked.outcome(
         context, ModelSlot(role="plain", name="plain"), PatchThreat(4), attacked.Strength(step=0.3)
     )
-    assert isinstance(found, attacked.Attacked)
+    assert isinstance(found, attacked.AttackResult)
     clean, changed = found.images(range(8))
     records = read_records(found.folder)
     assert found.target.defense.predict(changed).tolist() == records["attacked_label"].to_pylist()
@@ -237,7 +237,7 @@ def test_a_run_that_stopped_goes_on(world, tmp_path, monkeypatch):
     plain, strength = ModelSlot(role="plain", name="plain"), attacked.Strength()
     monkeypatch.setattr(inference, "PIXELS", 20 * 12 * 12)  # parts of 5 pictures
     whole = attacked.outcome(context, plain, PatchThreat(2), strength)
-    assert isinstance(whole, attacked.Attacked)
+    assert isinstance(whole, attacked.AttackResult)
     parts = sorted((whole.folder / "records").glob("part-*.parquet"))
     assert len(parts) == 3
     kept = parts[0].read_bytes()

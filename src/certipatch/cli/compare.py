@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from certipatch.cli.options import OutOption
-from certipatch.errors import InputError
+from certipatch.errors import InputError, unknown
 
 if TYPE_CHECKING:
     from rich.table import Table as Drawn
@@ -23,13 +23,13 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else.")] = False,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Where the runs' pictures are, if they have moved; for the page's gallery."),
+        typer.Option("--data", help="The folder of the runs' pictures, if they have moved; for the page's gallery."),
     ] = None,
 ) -> None:
-    """Compare finished runs: accuracies, cost, and paired differences on the same pictures.
+    """Compare finished runs: accuracies, cost, and paired differences on the same images.
 
-    The first run is what the others are compared with; up to four runs, every pair is. With --out also a page with
-    figures (comparison.html), tables in Markdown, CSV and LaTeX, and the pictures on which the runs differ.
+    The others are compared with the first run; of up to four runs, every pair is compared. --out also writes a page with
+    figures (comparison.html), tables in Markdown, CSV and LaTeX, and the images on which the runs differ.
 
     Examples:
 
@@ -42,7 +42,7 @@ def compare(
     if as_json and format_ is not None:
         raise InputError("give --json or --format, not both")
     if format_ is not None and format_ not in FORMATS:
-        raise InputError(f"there is no format {format_!r}; use one of {', '.join(FORMATS)}")
+        raise unknown("format", format_, FORMATS)
     if data is not None and out is None:
         raise InputError("--data is for the gallery of the page; give --out too")
     import json

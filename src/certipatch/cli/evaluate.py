@@ -38,12 +38,15 @@ def evaluate(
     part: Annotated[
         int | None,
         typer.Option(
-            "--part", help="Pictures per record file: what a killed worker loses. Default: 250.", min=1, metavar="N"
+            "--part",
+            help="Pictures per record file; a killed worker loses at most one file. Default: 250.",
+            min=1,
+            metavar="N",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
-    """Certify every picture of a dataset. Stops and resumes; says how far it is.
+    """Certify every image of a dataset. Stops and resumes; shows its progress.
 
     Examples:
 

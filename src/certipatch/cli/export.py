@@ -18,10 +18,10 @@ def export(
     settings: SetOption = None,
     patch: PatchOption = None,
 ) -> None:
-    """Write a defense as one ONNX file: views, network and rule in one graph, pictures in, labels out.
+    """Write a defense as one ONNX file: views, network and rule in one graph, images in, labels out.
 
-    --patch is for defenses whose answers depend on the patch; somebody else's classifier needs it always. With onnxruntime
-    there, the file is tried out before it is kept.
+    --patch is for defenses whose predictions depend on the patch; somebody else's classifier always needs it. If onnxruntime
+    is installed, it checks the file before the file is kept.
 
     Examples:
 
@@ -42,10 +42,10 @@ def export(
     if onnx.is_dir() or not onnx.absolute().parent.is_dir():
         raise InputError(f"--onnx {onnx} cannot be written; name a file in a folder that exists")
     opened, card, _ = open_named(DefenseRef(defense, model, changes_from(settings)), threat)
-    found = to_onnx(opened, card, onnx)
-    shape = " x ".join(map(str, found["inputs"]["images"]))
+    written = to_onnx(opened, card, onnx)
+    shape = " x ".join(map(str, written["inputs"]["images"]))
     typer.echo(
-        f"{onnx}: images ({shape}), float32 in [0, 1] -> {', '.join(found['outputs'])}; {found['bytes']:,} bytes"
+        f"{onnx}: images ({shape}), float32 in [0, 1] -> {', '.join(written['outputs'])}; {written['bytes']:,} bytes"
     )
     built = opened.settings().get("threat")
     if built is not None:
@@ -53,7 +53,7 @@ def export(
         typer.echo(
             f"its answers are those of the defense against {', '.join(str(threat_from_dict(one)) for one in every)}"
         )
-    if found["checked"]:
-        typer.echo(f"onnxruntime gives the same labels on {found['checked']} random pictures")
+    if written["checked"]:
+        typer.echo(f"onnxruntime gives the same labels on {written['checked']} random pictures")
     else:
         typer.echo("onnxruntime is not installed, so the file was not tried out")

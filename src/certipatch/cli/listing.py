@@ -1,4 +1,4 @@
-"""``certipatch list``: what there is."""
+"""``certipatch list``: the defenses, models, attacks, datasets and recipes."""
 
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ KINDS = ("defenses", "models", "attacks", "datasets", "recipes")
 
 def list_(
     what: Annotated[str | None, typer.Argument(help=" | ".join(KINDS), metavar="[KIND]")] = None,
-    name: Annotated[str | None, typer.Argument(help="One of them, in full: a defense with its settings.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One entry in full: a defense with its settings.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """List defenses, shipped models, attacks, datasets and recipes.
@@ -31,21 +31,21 @@ def list_(
     from rich.table import Table
 
     if what is not None and what not in KINDS:
-        raise InputError(f"there is no list of {what!r}; use one of {', '.join(KINDS)}")
-    found = {kind: _rows(kind) for kind in ([what] if what else KINDS)}
+        raise unknown("list", what, KINDS)
+    listed = {kind: _rows(kind) for kind in ([what] if what else KINDS)}
     if what is not None and name is not None:
-        if name not in found[what]:
-            raise unknown(what.removesuffix("s"), name, found[what])
-        text, settings = _in_full(what, name, found[what][name])
+        if name not in listed[what]:
+            raise unknown(what.removesuffix("s"), name, listed[what])
+        text, settings = _in_full(what, name, listed[what][name])
         print(json.dumps({"name": name, "text": text, "settings": settings}, ensure_ascii=False) if as_json else text)
         for key, value in {} if as_json else settings.items():
             print(f"    --set {key}={json.dumps(value)}")
         return
     if as_json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(listed, ensure_ascii=False))
         return
     console = Console()
-    for kind, rows in found.items():
+    for kind, rows in listed.items():
         if not rows:
             if what:
                 console.print(f"no {kind} yet")
@@ -59,9 +59,9 @@ def list_(
 def _rows(kind: str) -> dict[str, str]:
     """Names and one line about each."""
     if kind == "datasets":
-        from certipatch.data import names
+        from certipatch.data import dataset_names
 
-        return names()
+        return dataset_names()
     if kind == "attacks":
         from certipatch.attacks import ATTACKS
 
@@ -81,7 +81,7 @@ def _rows(kind: str) -> dict[str, str]:
 
 
 def _in_full(kind: str, name: str, line: str) -> tuple[str, dict[str, Any]]:
-    """All that is said about one thing, and its settings with their defaults."""
+    """The full text about one entry, and its settings with their defaults."""
     import inspect
 
     if kind == "defenses":
@@ -101,7 +101,7 @@ def _in_full(kind: str, name: str, line: str) -> tuple[str, dict[str, Any]]:
 
 
 def _first_line_of_defense(name: str) -> str:
-    """What a defense is; of one of another package that cannot be used, why."""
+    """The first line of a defense's docstring; the reason if a defense of another package cannot be used."""
     from certipatch.defenses import METHODS
 
     try:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the line that several print."""
+"""Options of several commands, and a line that several commands print."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +22,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="The network that a method goes around: a zoo model, a trained folder, or with patchcleanser, "
+        help="The network of the method: a zoo model, a trained folder, or with patchcleanser, "
         "minority-reports, interval-bounds, undefended, lgs or dw any classifier: imagenet-lite, timm:NAME, "
         "torchvision:NAME, hf:NAME, onnx:FILE, package.module:function.",
     ),
@@ -47,7 +47,7 @@ ShapeOption = Annotated[
 ]
 CountOption = Annotated[int, typer.Option("--count", help="Number of patches.")]
 WhereOption = Annotated[str, typer.Option("--where", help="anywhere, corners, or TOP,LEFT;TOP,LEFT;…")]
-SparseOption = Annotated[int | None, typer.Option("--sparse", help="Instead of a patch: any K pixels.", metavar="K")]
+SparseOption = Annotated[int | None, typer.Option("--sparse", help="Any K pixels instead of a patch.", metavar="K")]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Folder to write.")]
 
 

@@ -43,7 +43,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
             nonlocal tenth
             bar.update(task, completed=done, total=total, text=text)
             now = 10 * done // max(total, 1)
-            if not console.is_terminal and now != tenth:  # also where the next of several parts begins
+            if not console.is_terminal and now != tenth:  # also when the next of several parts begins
                 tenth = now
                 console.print(f"{title}: {done}/{total}  {text}", markup=False, highlight=False, soft_wrap=True)
 

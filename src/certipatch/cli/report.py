@@ -8,13 +8,13 @@ import typer
 
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder of evaluate, attack or certify.", metavar="RUN")],
-    data: Annotated[str | None, typer.Option("--data", help="Where the pictures are now, if they moved.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Where the model is now, if it moved.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="The place of the pictures, if they moved.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="The place of the model, if it moved.")] = None,
 ) -> None:
-    """Write RUN/report.html: numbers, every picture's weak places, and a patch that you can move over the pictures.
+    """Write RUN/report.html: numbers, every image's weak locations, and a patch that you can move over the images.
 
-    Of an attack: what it left of the accuracy, where it succeeded, and the worst patches. One file, no network, below
-    5 MB. The pictures and the model are opened again, and must be those of the run.
+    The report of an attack has the accuracy that it leaves, a map of its successes, and the worst patches. It is one file
+    below 5 MB and needs no network. The images and the model are opened again, and must be those of the run.
 
     Examples:
 

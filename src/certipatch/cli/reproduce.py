@@ -6,12 +6,13 @@ from typing import Annotated
 import typer
 
 from certipatch.cli.options import SplitOption
-from certipatch.errors import InputError
 
 
 def reproduce(
-    table: Annotated[str, typer.Argument(help="Its name, such as pg-table5; `certipatch reproduce list` shows all.")],
-    data: Annotated[str | None, typer.Option("--data", help="Other data than the paper's, or where they are.")] = None,
+    table: Annotated[
+        str, typer.Argument(help="A table's name, such as pg-table5; `certipatch reproduce list` shows all.")
+    ],
+    data: Annotated[str | None, typer.Option("--data", help="Other data than the paper's, or their folder.")] = None,
     split: SplitOption = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first N pictures.", metavar="N")] = None,
     models: Annotated[
@@ -19,15 +20,15 @@ def reproduce(
         typer.Option("--model", help="A model in one of the table's roles (repeatable).", metavar="ROLE=NAME"),
     ] = None,
     starts: Annotated[
-        int | None, typer.Option("--starts", help="Of attacks: restarts. Default: the paper's.", min=1, metavar="N")
+        int | None, typer.Option("--starts", help="Restarts of the attacks. Default: the paper's.", min=1, metavar="N")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Of attacks: iterations. Default: the paper's.", min=1, metavar="N")
+        int | None, typer.Option("--steps", help="Iterations of the attacks. Default: the paper's.", min=1, metavar="N")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the table; kept counts are used again.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
-    """Reproduce a table or figure of a paper from trained models; a cell without its model says what it takes.
+    """Reproduce a table or figure of a paper from trained models; a cell without its model shows the cost of training it.
 
     Examples:
 
@@ -41,43 +42,24 @@ def reproduce(
     """
     import json
 
-    from certipatch import reproduce as tables
     from certipatch.cli.progress import progress_bar
-    from certipatch.data import load
-    from certipatch.plumbing import files
+    from certipatch.reproduce import TABLES
+    from certipatch.reproduce.into import models_by_role, reproduce_into
 
     if table == "list":
-        _list(tables.TABLES, as_json)
+        _list(TABLES, as_json)
         return
-    default = tables.find(table).default_data
-    roles = {}
-    for text in models or []:
-        role, equals, name = text.partition("=")
-        if not equals or not role or not name:
-            raise InputError(f"--model {text!r} is not understood; write ROLE=NAME, as bagnet=cifar10-bagnet")
-        roles[role] = name
-    if data is not None:
-        load(data, split, limit=limit)  # says what is wrong before anything is computed
-    folder = out or Path("runs") / "reproduce" / table
+    roles = models_by_role(models or [])
     with progress_bar(table) as progress:
-        context = tables.ReproductionContext(
-            out or folder.parent, data or default, split, limit, roles, progress, starts, steps
-        )
-        made = tables.run(table, context)
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / "table.md", made.markdown())
-    files.write_text(folder / "table.csv", made.csv())
-    files.write_json(folder / "table.json", made.to_json())
-    for name, content in made.figures.items():
-        (folder / name).write_bytes(content)
+        made, folder, broken = reproduce_into(table, out, data, split, limit, roles, progress, starts, steps)
     if as_json:
         print(json.dumps(made.to_json(), ensure_ascii=False))
     else:
         _print(made)
         typer.echo(f"written    {folder}/table.md, .csv, .json{''.join(', ' + name for name in made.figures)}")
-    for line in context.broken:
+    for line in broken:
         typer.echo(line, err=True)
-    if context.broken:
+    if broken:
         raise typer.Exit(1)
 
 
@@ -85,8 +67,8 @@ def _print(table) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    whole = [len(row.cells) == 1 < len(table.columns) for row in table.rows]  # one cell stands for all
-    lines = [text for text, one in zip(table.texts(), whole, strict=True) if not one]
+    single = [len(row.cells) == 1 < len(table.columns) for row in table.rows]  # one cell stands for all
+    lines = [text for text, one in zip(table.texts(), single, strict=True) if not one]
     drawn, widths = Table(title=table.title, title_justify="left", show_lines=False), []
     for i, column in enumerate(["", "", *table.columns]):
         widths.append(max((len(word) for line in [column, *(t[i] for t in lines)] for word in line.split()), default=0))
@@ -99,7 +81,7 @@ def _print(table) -> None:
         console.print(drawn)
     else:
         console.print(table.title, markup=False, highlight=False)
-    for text, one in zip(table.texts(), whole, strict=True):
+    for text, one in zip(table.texts(), single, strict=True):
         if one:
             source = f" ({text[1]})" if text[1] != "ours" else ""
             console.print(f"{text[0]}{source}: {text[2]}", markup=False, highlight=False)

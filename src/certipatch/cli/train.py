@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from certipatch.cli.options import OutOption
-from certipatch.errors import InputError, suggestion
+from certipatch.errors import unknown
 from certipatch.plumbing import distributed
 
 
@@ -18,7 +18,7 @@ def train(
         list[str] | None, typer.Option("--set", help="Change a field: epochs=3, views.width=4.", metavar="KEY=VALUE")
     ] = None,
 ) -> None:
-    """Train a certified defense. Ctrl-C or kill it: the same command goes on where it stopped.
+    """Train a certified defense. Stops and resumes: after Ctrl-C or a kill, the same command continues.
 
     Examples:
 
@@ -38,21 +38,22 @@ def train(
     if not path.exists():
         path = resources.find("recipes", f"{recipe.removesuffix('.yaml')}.yaml") or path
     if not path.exists():
-        raise InputError(_unknown(recipe))
+        names = resources.resource_names("recipes", "*.yaml")
+        raise unknown("recipe", recipe, [name.removesuffix(".yaml") for name in names])
     if data is not None:
         changes = [*(changes or []), f"data={data}"]
-    asked = read(path, changes)
-    folder = out or Path("models") / asked.name
+    settings = read(path, changes)
+    folder = out or Path("models") / settings.name
 
     from certipatch.plumbing import devices
     from certipatch.training.train import train as run
 
     devices.keep_freed_memory()
-    with progress_bar(f"train {asked.name}") as progress:
-        card = run(asked, folder, progress)
+    with progress_bar(f"train {settings.name}") as progress:
+        card = run(settings, folder, progress)
     if distributed.rank() != 0:
         return
-    held = f"  certify a picture:  certipatch certify PICTURE --defense {folder} {_typed(asked.threat)}"
+    held = f"  certify a picture:  certipatch certify PICTURE --defense {folder} {_typed(settings.threat)}"
     typer.echo(
         f"{card.name} is in {folder} ({card.training['parameters']:,} parameters, {card.training['seconds']:.0f} s)"
     )
@@ -63,10 +64,3 @@ def _typed(threat) -> str:
     """A recipe's threat as options of a command."""
     size = threat.to_dict()
     return f"--sparse {size['pixels']}" if size["kind"] == "sparse" else f"--patch {size['size'][0]}x{size['size'][1]}"
-
-
-def _unknown(recipe: str) -> str:
-    from certipatch.plumbing import resources
-
-    known = [name.removesuffix(".yaml") for name in resources.resource_names("recipes", "*.yaml")]
-    return f"no recipe {recipe!r}; {suggestion(recipe, known)}"

@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 0.045, 0.055  # of a letter's disc, as fractions of the axes
 
 
 def figures(comparison: Comparison) -> dict[str, Any]:
-    """Matplotlib figures by name; one that has nothing to show is left out."""
+    """Matplotlib figures by name; a figure without data is left out."""
     with style():
         drawn = {"differences": differences(comparison), "patch-size": patch_size(comparison)}
         drawn |= {f"cost-{kind.replace('_', '-')}": cost(comparison, kind) for kind in COSTS}
@@ -24,7 +24,7 @@ def figures(comparison: Comparison) -> dict[str, Any]:
 
 
 def patch_size(comparison: Comparison) -> Any:
-    """Certified accuracy at the side of each run's square patch, and a line against all sides where a run knows it."""
+    """Certified accuracy at the side of each run's square patch, and a line over all sides if a run knows them."""
     runs = comparison.runs
     relative = len({run.image_size for run in runs}) > 1
     lines = {i: _line(run, relative) for i, run in enumerate(runs) if run.by_patch}
@@ -118,7 +118,7 @@ def differences(comparison: Comparison) -> Any:
 
 
 def run_labels(comparison: Comparison) -> list[str]:
-    """Letter and name of each run, with data, threat and notion as far as runs differ in them."""
+    """Letter and name of each run, with data, threat and notion if runs differ in them."""
     runs = comparison.runs
     several_data, several_threats = len({run.data for run in runs}) > 1, len({str(run.threat) for run in runs}) > 1
     labels = []
@@ -143,14 +143,14 @@ def _scaled(run: Run, side: float, relative: bool) -> float:
 
 
 def _line(run: Run, relative: bool) -> np.ndarray:
-    """(place, percent) by side, from 0, where nothing is attacked, to one step after it has reached zero."""
+    """(position, percent) by side, from side 0 (no attack) to one step after zero percent."""
     shares = {0: run.clean / run.n} | run.by_patch
     last = max((i for i, share in enumerate(shares.values()) if share > 0), default=0) + 2
     return np.array([(_scaled(run, side, relative), 100 * share) for side, share in shares.items()][:last])
 
 
 def _points(axes: Any, comparison: Comparison, places: dict[int, float]) -> bool:
-    """Draw certified accuracies of runs with their intervals, side by side where they would overlap; True if any would."""
+    """Draw certified accuracies of runs with their intervals, side by side if they would overlap; True if any would."""
     fractions = axes.transScale + axes.transLimits
     taken: list[tuple[float, float, float]] = []
     for i, place in places.items():

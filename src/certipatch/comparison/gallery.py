@@ -1,4 +1,4 @@
-"""The images that one run certifies and another does not, read again from where the runs had them."""
+"""The images that one run certifies and another does not, read again from the data of the runs."""
 
 import os
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from certipatch.errors import InputError
 
 MAX_SHOWN = 12  # images of one gallery
 MAX_ALL_SHOWN = 120
-MAX_INDEX = 10_000  # images are shown from among the first so many, so that little is read
+MAX_INDEX = 10_000  # images come from the first so many of the data, so that little is read
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class GalleryPictures:
-    """Pixels, uint8 (H, W, C), by row of the comparison; and why others are missing, or None."""
+    """Pixels, uint8 (H, W, C), by row of the comparison; and the reason why others are missing, or None."""
 
     pixels: dict[int, np.ndarray]
     missing: str | None
@@ -73,7 +73,7 @@ def read_pictures(comparison: Comparison, data: str | None = None) -> GalleryPic
 def _open(run: Run, data: str | None, limit: int) -> Pictures:
     source = data or run.source
     if data is None and not _is_local(source):
-        raise InputError(f"their data, {printable(source)}, is not on this machine; tell with --data where it is")
+        raise InputError(f"their data, {printable(source)}, is not on this machine; name its place with --data")
     return load(source, run.split, limit=limit)
 
 

@@ -7,7 +7,7 @@ from certipatch.comparison.runs import Run, printable
 
 
 def name_runs(runs: Sequence[Run]) -> list[Run]:
-    """The runs with unique names: where a defense occurs twice, the settings that differ are added."""
+    """The runs with unique names: if a defense occurs twice, its name gets the settings that differ."""
     runs = list(runs)
     for name in {run.name for run in runs}:
         group = [i for i, run in enumerate(runs) if run.name == name]

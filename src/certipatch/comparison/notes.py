@@ -11,7 +11,7 @@ METHOD = (
     "for paired proportions (Statistics in Medicine 17, 1998); p is McNemar's exact two-sided test. "
     "Intervals of single accuracies are Wilson's, 95 %."
 )
-NARROW = "\u202f"  # a space at which no line breaks
+NARROW = "\u202f"  # a space without a line break
 
 
 def verdict(comparison: Comparison, pair: Pair) -> str:
@@ -32,7 +32,7 @@ def verdict(comparison: Comparison, pair: Pair) -> str:
 
 
 def sentences(comparison: Comparison) -> list[str]:
-    """The method, the notes, and how often certificates agree, as whole sentences."""
+    """The method, the notes, and the agreement of certificates, as whole sentences."""
     texts = [METHOD, *notes(comparison)]
     if counts := comparison.agreement():
         alone = [key for key in counts if key.startswith("only ")]
@@ -58,7 +58,7 @@ def notes(comparison: Comparison) -> list[str]:
     if "detection" in notions:
         texts.append(
             f"{letters(lambda run: run.notion == 'detection')}: certified by detection: an attack leaves the answer right "
-            "or raises an alarm. That is less than recovery, where the answer stays right, and is not subtracted from it. "
+            "or raises an alarm. That is less than recovery (the answer stays right), and is not subtracted from it. "
             "An alarm on a clean picture counts as wrong"
         )
     for confidence in dict.fromkeys(run.confidence for run in runs if run.confidence < 1):

@@ -18,7 +18,7 @@ from certipatch.comparison.tables import (
     runs_table,
     settings_tables,
 )
-from certipatch.report import words
+from certipatch.report import formatting
 from certipatch.report.colours import png
 from certipatch.report.drawing import rendered
 
@@ -33,7 +33,7 @@ def page(comparison: Comparison, figures: dict[str, Any], pictures: GalleryPictu
     Args:
         comparison: the runs and their pairs.
         figures: matplotlib figures by name, of ``figures.figures``.
-        pictures: the pixels of the images of the gallery, as far as they could be had.
+        pictures: the pixels of the gallery's images, without those that could not be read.
     """
     return _template().render(
         title=comparison.title(),
@@ -73,7 +73,7 @@ def _run(letter: str, run: Run) -> dict[str, Any]:
         "name": run.name,
         "notion": run.notion,
         "shares": [{"state": OUTCOMES[code], "width": round(100 * share, 3)} for code, share in shares.items()],
-        "alt": ", ".join(f"{WORDS[code]} {words.percent(share, run.n)}" for code, share in shares.items()),
+        "alt": ", ".join(f"{WORDS[code]} {formatting.percent(share, run.n)}" for code, share in shares.items()),
         "theorem": run.theorem,
     }
 

@@ -1,7 +1,7 @@
-"""Two runs over the same pictures: the difference of two accuracies, with an interval and a test that know of the pairing.
+"""Two runs over the same images: the difference of two accuracies, with an interval and a test for paired data.
 
-Of n pictures, b are right in the second run only and c in the first only. The difference is (b − c)/n; the pictures on
-which both agree tell nothing of its sign. Two overlapping unpaired intervals are no test of it.
+Of n images, b are right in the second run only and c in the first only. The difference is (b − c)/n; the images on
+which both agree do not determine its sign. Two overlapping unpaired intervals are no test of the difference.
 """
 
 import math
@@ -17,7 +17,7 @@ Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 @final
 @dataclass(frozen=True)
 class Paired:
-    """Counts of pictures on which both, only the second, only the first, or neither of two runs succeeded."""
+    """Counts of images on which both, only the second, only the first, or neither of two runs succeeded."""
 
     both: int
     second_only: int
@@ -40,12 +40,12 @@ class Paired:
 
     @property
     def p_value(self) -> float:
-        """Of McNemar's exact test."""
+        """The p-value of McNemar's exact test."""
         return mcnemar(self.second_only, self.first_only)
 
 
 def paired(first: Bool[np.ndarray, " N"], second: Bool[np.ndarray, " N"]) -> Paired:
-    """The counts of two runs over the same N pictures in the same order. ValueError for N = 0."""
+    """The counts of two runs over the same N images in the same order. ValueError for N = 0."""
     if not len(first):
         raise ValueError("a paired comparison needs at least one picture")
     both, neither = int((first & second).sum()), int((~first & ~second).sum())
@@ -65,7 +65,7 @@ def mcnemar(b: int, c: int) -> float:
 def tango(b: int, c: int, n: int, z: float = Z) -> tuple[float, float]:
     """Tango's score interval of the difference δ = (b − c)/n of two paired fractions: every δ with |T(δ)| ≤ z.
 
-    T(δ) = (b − c − nδ) / √(n·(2q + δ − δ²)), with q the maximum-likelihood estimate of the chance of a picture of kind
+    T(δ) = (b − c − nδ) / √(n·(2q + δ − δ²)), with q the maximum-likelihood estimate of the chance of an image of kind
     c when that of kind b is q + δ. At δ = 0, T² is McNemar's statistic (b − c)²/(b + c). The interval stays within
     [−1, 1], never has width 0 (b = c = 0 gives ±z²/(n + z²)), and keeps its coverage at small counts.
 
@@ -80,7 +80,7 @@ def tango(b: int, c: int, n: int, z: float = Z) -> tuple[float, float]:
 
 
 def _upper(b: int, c: int, n: int, z: float) -> float:
-    """The largest δ with T(δ) ≥ −z: T falls from the estimate to 1, so that halving finds where it crosses."""
+    """The largest δ with T(δ) ≥ −z: T falls from the estimate to 1, so that bisection finds the crossing."""
     inside, outside = (b - c) / n, 1.0
     for _ in range(60):
         delta = (inside + outside) / 2

@@ -31,13 +31,13 @@ class Pair:
     second: int
     n: int
     clean: Paired | None = None
-    """None where the runs share no image."""
+    """None if the runs share no image."""
     certified: Paired | None = None
-    """None where certified accuracies are ``incomparable``."""
+    """None if certified accuracies are ``incomparable``."""
     incomparable: Literal["pictures", "notion", "threat"] | None = None
     """The difference that keeps certified accuracies from being compared."""
     reason: str | None = None
-    """The same in a sentence."""
+    """The difference in a sentence."""
 
 
 @final
@@ -64,7 +64,7 @@ class Comparison:
         return zip(self.letters, self.runs, strict=True)
 
     def certified_only_by(self, i: int, j: int) -> np.ndarray:
-        """Rows of the images that run i certifies and run j, which evaluated them too, does not."""
+        """Rows of the images that runs i and j both evaluated and only run i certifies."""
         one, other = self.outcomes[:, i], self.outcomes[:, j]
         return np.flatnonzero((one == CERTIFIED) & (other != CERTIFIED) & (other != NOT_EVALUATED))
 
@@ -114,7 +114,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
 
 
 def same_attacker(a: Run, b: Run) -> bool:
-    """Whether two runs have one threat, on images of one size; ``2%`` may be ``4x4``."""
+    """Return True if two runs have one threat on images of one size; ``2%`` may be ``4x4``."""
     if a.image_size != b.image_size or a.threat == b.threat:
         return a.image_size == b.image_size
     one, other = a.threat, b.threat

@@ -36,11 +36,11 @@ SETTINGS = ("defense", "method", "model_sha256", "dataset", "split", "images", "
 @final
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run over N images, in the order of their index, as far as a comparison needs it."""
+    """The part of one run that a comparison needs: N images in the order of their index."""
 
     folder: Path
     name: str
-    """Unique among compared runs once ``name_runs`` has seen them."""
+    """The name; unique among compared runs after ``name_runs``."""
     dataset: str
     split: str
     note: str | None
@@ -52,7 +52,7 @@ class Run:
     notion: str
     theorem: str
     confidence: float
-    """1, or less where certificates rest on samples."""
+    """1, or less if certificates rest on samples."""
     settings: dict[str, str]
     index: Int64[np.ndarray, " N"]
     sha256: list[str]
@@ -64,7 +64,7 @@ class Run:
     milliseconds: float | None
     device: str | None
     by_patch: dict[int, float]
-    """Certified accuracy by side of a square patch placed anywhere, in pixels; empty where the run has none."""
+    """Certified accuracy by side of a square patch placed anywhere, in pixels; empty if the run has none."""
 
     @property
     def n(self) -> int:
@@ -101,7 +101,7 @@ class Run:
 
 
 def printable(value: Any, longest: int = MAX_NAME) -> str:
-    """A text or number in one printable line of at most ``longest`` characters; of other things the type."""
+    """A text or number in one printable line of at most ``longest`` characters; the name of the type for any other value."""
     if not isinstance(value, str | int | float | None):
         value = f"({type(value).__name__})"
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value)[: longest + 1])
@@ -210,7 +210,7 @@ def _image_size(value: Any) -> tuple[int, int]:
 
 
 def _threat(values: dict[str, Any], image_size: tuple[int, int]) -> Threat:
-    """A threat that is no larger than the image, so that it is cheap to look at."""
+    """A threat no larger than the image, so that a check of it is cheap."""
     size = values.get("size")
     height, width = image_size
     if isinstance(size, list) and isinstance(size[0], int) and not (size[0] <= height and size[1] <= width):
@@ -239,7 +239,7 @@ def _positive(value: Any) -> float | None:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, str]:
-    """Settings that tell runs apart, as short texts; a setting within a setting is named "outer · inner"."""
+    """Settings that distinguish runs, as short texts; a setting within a setting is named "outer · inner"."""
     texts = {key.replace("_", " "): printable(config[key]) for key in SETTINGS if key in config}
     for group in ("settings", "versions"):
         values = config.get(group)

@@ -3,12 +3,12 @@
 from certipatch.comparison.paired import Paired
 from certipatch.comparison.pairs import Comparison, Pair
 from certipatch.comparison.runs import Run
-from certipatch.report import words
+from certipatch.report import formatting
 from certipatch.report.table import Table
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """The runs; their differences; how often their certificates agree."""
+    """The tables of the runs, of their differences, and of the agreement of their certificates."""
     agreement = agreement_table(comparison)
     return [runs_table(comparison), differences_table(comparison), *([agreement] if agreement else [])]
 
@@ -71,7 +71,7 @@ def patch_size_table(comparison: Comparison) -> Table | None:
     rows = [
         (
             f"{side}×{side}",
-            *(words.percent(run.by_patch[side], run.n)[:-2] if side in run.by_patch else "–" for _, run in known),
+            *(formatting.percent(run.by_patch[side], run.n)[:-2] if side in run.by_patch else "–" for _, run in known),
         )
         for side in sides
     ]
@@ -95,7 +95,7 @@ def settings_tables(comparison: Comparison) -> list[Table]:
 
 def accuracy(run: Run, count: int, mark: str = "") -> str:
     """63.0 (60.0–65.9), in percent."""
-    middle, low, high = (words.percent(share, run.n)[:-2] for share in (count / run.n, *run.interval(count)))
+    middle, low, high = (formatting.percent(share, run.n)[:-2] for share in (count / run.n, *run.interval(count)))
     return f"{middle}{mark} ({low}–{high})"
 
 

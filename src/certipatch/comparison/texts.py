@@ -57,7 +57,7 @@ def pairs_csv(comparison: Comparison) -> str:
 
 
 def differences_csv(comparison: Comparison) -> str:
-    """One line per image whose outcome is not the same in all runs that evaluated it."""
+    """One line per image with different outcomes in the runs that evaluated it."""
     names = [
         f"{letter} {run.name}{', detection' * (run.notion == 'detection')}" for letter, run in comparison.named_runs()
     ]

@@ -16,7 +16,7 @@ FIGURES = ("differences", "patch-size", *(f"cost-{kind.replace('_', '-')}" for k
 
 
 def check_writable(out: Path) -> None:
-    """InputError if a comparison must not be written there."""
+    """InputError if a comparison must not be written into ``out``."""
     if (out / "config.yaml").exists():
         raise InputError(f"{out} is a run folder; give another --out")
     if out.exists() and not out.is_dir():
@@ -24,7 +24,7 @@ def check_writable(out: Path) -> None:
 
 
 def write(comparison: Comparison, out: Path, data: str | None = None) -> None:
-    """Write all files of a comparison into ``out``; those of an earlier one are replaced.
+    """Write all files of a comparison into ``out``; they replace the files of an earlier comparison.
 
     Errors: InputError as ``check_writable``, and if ``data`` is given and does not hold the images.
     """

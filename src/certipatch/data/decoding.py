@@ -1,4 +1,4 @@
-"""From encoded bytes to pixels, with every way a picture file can be wrong turned into one InputError."""
+"""Decode image files into pixels; every fault of a file becomes one InputError."""
 
 import io
 import os
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     import torch
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""The picture formats that are read; all others are refused before any of their code runs."""
+"""The supported image formats; all others are refused before any of their code runs."""
 MAX_PIXELS = 64 * 2**20
-"""Pictures of more pixels than this (64 megapixels) are refused before they are decoded."""
+"""Images of more pixels than this (64 megapixels) are refused before they are decoded."""
 MAX_FILE = 256 * 2**20
-"""Picture files of more bytes than this (256 MB) are refused before they are read."""
+"""Image files of more bytes than this (256 MB) are refused before they are read."""
 
 
 def decode(encoded: bytes, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The pixels of a picture, uint8 of shape (H, W, C), with C = 1 for grey and 3 for colour.
+    """The pixels of an image, uint8 of shape (H, W, C), with C = 1 for grey and 3 for colour.
 
-    The first frame only, turned as its EXIF orientation says; 16-bit grey is scaled to 8 bits; palettes and CMYK
-    become RGB; an alpha channel is dropped if it is fully opaque. With `size` = (H, W) in pixels the picture is
-    resized (bicubic) and centre-cropped to it. `name` is what errors call the picture.
+    Only the first frame is read and turned by its EXIF orientation; 16-bit grey is scaled to 8 bits; palettes and CMYK
+    become RGB; an alpha channel is dropped if it is fully opaque. With `size` = (H, W) in pixels the image is
+    resized (bicubic) and centre-cropped to it. `name` is the image's name in errors.
 
-    Raises InputError for bytes that are no picture of a format in FORMATS, truncated or damaged pictures,
+    Raises InputError for bytes that are no image of a format in FORMATS, truncated or damaged images,
     transparency, more than MAX_PIXELS pixels, and pixel types that have no 8-bit meaning.
     """
     check_size(size)
-    with warnings.catch_warnings():  # PIL's own words about odd files; what matters is an error below
+    with warnings.catch_warnings():  # PIL's warnings about odd files; a real fault is an error below
         warnings.simplefilter("ignore")
         return decode_loud(encoded, name, size)
 
@@ -67,18 +67,18 @@ def decode_loud(encoded: bytes, name: str, size: tuple[int, int] | None = None) 
 
 
 def coloured(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3): a grey picture (H, W, 1) with its one channel three times, a colour picture as it is."""
+    """Pixels (H, W, 3): a grey image (H, W, 1) with its one channel three times, a colour image unchanged."""
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
 def read_picture(
     path: str | os.PathLike[str], size: tuple[int, int] | None = None, channels: int | None = None
 ) -> "torch.Tensor":
-    """A picture file of the user's own as float32 of shape (C, H, W) in [0, 1]; `size` = (H, W) as in `decode`.
+    """An image file of the user's own as float32 of shape (C, H, W) in [0, 1]; `size` = (H, W) as in `decode`.
 
-    With `channels` = 3 a grey picture becomes a colour one.
+    With `channels` = 3 a grey image becomes a colour one.
 
-    Raises InputError for a missing file, a folder, a file above MAX_FILE bytes, and all that `decode` refuses.
+    Raises InputError for a missing file, a folder, a file above MAX_FILE bytes, and everything that `decode` refuses.
     """
     import torch
 
@@ -88,7 +88,7 @@ def read_picture(
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file of at most MAX_FILE bytes. Raises InputError for all else."""
+    """The bytes of a regular file of at most MAX_FILE bytes. Raises InputError for anything else."""
     name = os.fspath(path)
     try:
         status = os.stat(name)
@@ -121,7 +121,7 @@ def check_size(size: tuple[int, int] | None) -> None:
 
 
 def _plain(picture: Image.Image, name: str) -> Image.Image:
-    """The picture in mode L or RGB, without alpha. Raises InputError for what cannot be so."""
+    """The image in mode L or RGB, without alpha. Raises InputError for an image with transparency or another type of pixels."""
     mode = picture.mode
     if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         alpha = picture.convert("RGBA").getchannel("A").getextrema()
@@ -130,7 +130,7 @@ def _plain(picture: Image.Image, name: str) -> Image.Image:
     if mode in ("1", "L", "LA", "La"):
         return picture.convert("L")
     if mode in ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr"):
-        # by way of RGBA where a palette has (opaque) alpha, which PIL would otherwise warn of
+        # through RGBA if a palette has (opaque) alpha; PIL would otherwise warn
         return picture.convert("RGBA").convert("RGB") if mode in ("P", "PA", "RGBa") else picture.convert("RGB")
     if mode == "I" or mode.startswith("I;16"):
         values = np.asarray(picture).astype(np.int64)

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from certipatch.data.decoding import read_bytes
-from certipatch.data.pictures import Found, choose_split
+from certipatch.data.pictures import SplitContents, choose_split
 from certipatch.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
-"""Files that end so (in any case) are pictures; other files and hidden ones are passed over."""
+"""Endings of image files, in upper or lower case; other files and hidden files are ignored."""
 ALL = "all"
 """The name of the only split of a folder that has no split folders."""
 
 
 @dataclass(frozen=True)
 class FileStore:
-    """Encoded pictures in files."""
+    """Encoded images in files."""
 
     paths: list[str]
 
@@ -34,14 +34,14 @@ class FileStore:
         return self.paths[i]
 
 
-def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> Found:
-    """The pictures of one split of a folder of class folders, in an order that is random but fixed by `seed`.
+def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> SplitContents:
+    """The images of one split of a folder of class folders, in an order that is random but fixed by `seed`.
 
-    If folders right under ROOT hold pictures, these are the classes and the only split is called `all`. Else folders
-    right under ROOT are splits and the folders in them classes. A class's index is its place among the sorted names
-    of the class folders, taken over all splits, so that a class that a split lacks moves no other.
+    If folders right under ROOT hold images, these are the classes and the only split is called `all`. Else folders
+    right under ROOT are splits and the folders in them classes. A class's index is its position among the sorted names
+    of the class folders of all splits, so that a class that a split lacks does not move the others.
 
-    Raises InputError for a folder without pictures and for a split that is not there.
+    Raises InputError for a folder without images and for a split that is not there.
     """
     try:
         top = _folders(root)
@@ -50,8 +50,8 @@ def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> F
             inside, beside = _folders(os.path.join(root, name)), _pictures(os.path.join(root, name))
             if beside and any(_pictures(os.path.join(root, name, folder)) for folder in inside):
                 raise InputError(
-                    f"{os.path.join(root, name)!r} holds pictures ({beside[0]}, …) beside folders of pictures, so that it may be "
-                    "a class or a split; move one or the other elsewhere"
+                    f"{os.path.join(root, name)!r} holds pictures ({beside[0]}, …) beside folders of pictures, so it may be "
+                    "a class or a split; move the pictures or the folders elsewhere"
                 )
         nested = {ALL: top} if flat else {name: _folders(os.path.join(root, name)) for name in top}
         bases = {ALL: root} if flat else {name: os.path.join(root, name) for name in top}
@@ -68,13 +68,13 @@ def read_folder(root: str, split: str | None, limit: int | None, seed: int) -> F
         )
     split = choose_split(counted, split, root)
     class_names = tuple(sorted({label for classes in counted.values() for label in classes}))
-    files = [(label, file) for label, found in counted[split].items() for file in found]
+    files = [(label, file) for label, paths in counted[split].items() for file in paths]
     files.sort(key=lambda pair: _shuffle_key(seed, *pair))
     files = files[:limit]
     index = {label: i for i, label in enumerate(class_names)}
     labels = np.array([index[label] for label, _ in files], np.int64)
     store = FileStore([os.path.join(bases[split], label, file) for label, file in files])
-    return Found(split, store, labels, class_names, len(class_names))
+    return SplitContents(split, store, labels, class_names, len(class_names))
 
 
 def _folders(root: str) -> list[str]:
@@ -92,5 +92,5 @@ def _pictures(folder: str) -> list[str]:
 
 
 def _shuffle_key(seed: int, label: str, file: str) -> bytes:
-    """Sorting by a hash is a shuffle that is the same on every machine and version."""
+    """A key to sort by; the order is a shuffle that is the same on every machine and version."""
     return hashlib.sha256(os.fsencode(f"{seed}/{label}/{file}")).digest()

@@ -1,4 +1,4 @@
-"""Datasets from the Hugging Face Hub, through the `datasets` library, which is imported only here."""
+"""Datasets from the Hugging Face Hub, through the `datasets` library; only this module imports it."""
 
 import logging
 from typing import Any
@@ -7,12 +7,12 @@ import pyarrow as pa
 
 from certipatch.data.known import KNOWN, canonical
 from certipatch.data.parquet import ArrowStore, bytes_column, find_columns, label_array
-from certipatch.data.pictures import Found, choose_split
+from certipatch.data.pictures import SplitContents, choose_split
 from certipatch.errors import InputError
 
 
-def read_hub(hub: str, split: str | None, limit: int | None) -> Found:
-    """The pictures and labels of one split of a Hub dataset, downloaded on first use, memory-mapped from then on.
+def read_hub(hub: str, split: str | None, limit: int | None) -> SplitContents:
+    """The images and labels of one split of a Hub dataset, downloaded on first use, memory-mapped from then on.
 
     Raises InputError, naming the Hub dataset, for any failure such as no network.
     """
@@ -29,10 +29,10 @@ def read_hub(hub: str, split: str | None, limit: int | None) -> Found:
         ) from None
 
 
-def _read(hub: str, config: str | None, split: str | None, limit: int | None) -> Found:
+def _read(hub: str, config: str | None, split: str | None, limit: int | None) -> SplitContents:
     import datasets
 
-    for name in ("huggingface_hub", "datasets"):  # they would tell of every retry without a network
+    for name in ("huggingface_hub", "datasets"):  # they would report every retry without a network
         logging.getLogger(name).setLevel(logging.ERROR)
     splits: Any = datasets.load_dataset(hub, config)
     split = choose_split(splits.keys(), split, hub)
@@ -49,4 +49,6 @@ def _read(hub: str, config: str | None, split: str | None, limit: int | None) ->
     column = bytes_column(table.column(image).slice(0, taken), hub).cast(pa.large_binary())
     class_names = getattr(data.features[label], "names", None)
     store = ArrowStore(column, hub, split)
-    return Found(split, store, labels[:taken], tuple(class_names) if class_names else None, int(labels.max()) + 1)
+    return SplitContents(
+        split, store, labels[:taken], tuple(class_names) if class_names else None, int(labels.max()) + 1
+    )

@@ -1,4 +1,4 @@
-"""The datasets known by name: where the Hub has them and what their classes are called."""
+"""The datasets known by name, with their Hub ids and the names of their classes."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ SAMPLE = "fashion-sample"
 
 
 @dataclass(frozen=True)
-class Known:
-    """A known dataset: its Hub id and configuration, one line about it, its class names, and if it is lossless."""
+class KnownDataset:
+    """A known dataset: its Hub id and configuration, one line about it, its class names, and True if it is lossless."""
 
     hub: str
     about: str
@@ -44,10 +44,12 @@ _IMAGENETTE = (
 )
 
 KNOWN = {
-    "mnist": Known("ylecun/mnist", "handwritten digits, 28x28 grey, 10 classes", tuple("0123456789")),
-    "fashion-mnist": Known("zalando-datasets/fashion_mnist", "pictures of clothes, 28x28 grey, 10 classes", _FASHION),
-    "cifar10": Known("uoft-cs/cifar10", "small photographs, 32x32 colour, 10 classes", _CIFAR10),
-    "imagenette": Known(
+    "mnist": KnownDataset("ylecun/mnist", "handwritten digits, 28x28 grey, 10 classes", tuple("0123456789")),
+    "fashion-mnist": KnownDataset(
+        "zalando-datasets/fashion_mnist", "pictures of clothes, 28x28 grey, 10 classes", _FASHION
+    ),
+    "cifar10": KnownDataset("uoft-cs/cifar10", "small photographs, 32x32 colour, 10 classes", _CIFAR10),
+    "imagenette": KnownDataset(
         "frgfm/imagenette",
         "ten ImageNet classes, photographs of many sizes (give a size)",
         _IMAGENETTE,
@@ -55,17 +57,17 @@ KNOWN = {
         config="320px",
     ),
 }
-"""Known dataset name -> what is known of it."""
+"""Known datasets by name."""
 
 
-def names() -> dict[str, str]:
+def dataset_names() -> dict[str, str]:
     """Every dataset name that `load` takes, with one line about it. The sample comes first: it needs no network."""
     sample = "1,000 Fashion-MNIST test pictures that ship with certipatch, 28x28 grey, 10 classes"
     return {SAMPLE: sample} | {name: f"{known.about} (Hub: {known.hub})" for name, known in KNOWN.items()}
 
 
 def canonical(name: str) -> str:
-    """The known name of a Hub id (`ylecun/mnist` -> `mnist`); any other name as it is."""
+    """The known name of a Hub id (`ylecun/mnist` -> `mnist`); any other name unchanged."""
     return next((key for key, known in KNOWN.items() if known.hub == name), name)
 
 

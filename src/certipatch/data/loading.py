@@ -1,12 +1,12 @@
-"""From what a user calls a dataset to its pictures."""
+"""Load the images of a dataset that the user names."""
 
 import os
 import re
 import sys
 
 from certipatch.data.decoding import check_size
-from certipatch.data.known import KNOWN, SAMPLE, canonical, known_classes, names
-from certipatch.data.pictures import Found, Pictures
+from certipatch.data.known import KNOWN, SAMPLE, canonical, dataset_names, known_classes
+from certipatch.data.pictures import Pictures, SplitContents
 from certipatch.errors import InputError, suggestion
 
 DATA_VARIABLE = "CERTIPATCH_DATA"
@@ -24,20 +24,20 @@ def load(
     limit: int | None = None,
     seed: int = 0,
 ) -> Pictures:
-    """The labelled pictures of one split of a dataset.
+    """The labelled images of one split of a dataset.
 
-    data: a name of `names()`, a folder, or a Hub id `owner/name`. A known name is read from the folder of that name
-    in the folder $CERTIPATCH_DATA if it is there, else from the Hub; write `./mnist` for a folder called as a known
+    data: a name of `dataset_names()`, a folder, or a Hub id `owner/name`. A known name is read from the folder of that name
+    in the folder $CERTIPATCH_DATA if it is there, else from the Hub; write `./mnist` for a folder with the name of a known
     dataset. A folder holds either `SPLIT-*.parquet` files in the Hub's layout, or class folders `SPLIT/CLASS/*.png`
-    or `CLASS/*.png`; the last has one split, `all`.
+    or `CLASS/*.png`; the last layout has one split, `all`.
     split: default is `test`, else `validation`, else the only split.
-    size: (H, W) in pixels that each picture is resized and centre-cropped to; default: as they are.
-    channels: 3 turns grey pictures into colour ones, 1 refuses colour; by default pictures are as they are, but for grey
-    ones among colour ones.
-    limit: take only the first so many pictures.
-    seed: the order of the pictures of class folders; data of other kinds keep their own order.
+    size: (H, W) in pixels that each image is resized and centre-cropped to; default: unchanged.
+    channels: 3 turns grey images into colour ones, 1 refuses colour; by default only grey
+    images among colour ones are changed.
+    limit: the number of images to take, from the beginning.
+    seed: the order of the images of class folders; data of other kinds keep their own order.
 
-    Raises InputError for all that is not so, or cannot be read.
+    Raises InputError for other arguments, and for data that cannot be read.
     """
     data = os.fspath(data)
     check_size(size)
@@ -46,22 +46,22 @@ def load(
     own = _own_folder(data)
     name, source = data, data
     if own is not None:
-        found = _folder(own, split, limit, seed, data)
+        raw = _folder(own, split, limit, seed, data)
     elif data in KNOWN:
         source = KNOWN[data].hub
-        found = _hub(source, split, limit)
+        raw = _hub(source, split, limit)
     elif os.path.isdir(data):
         name = os.path.basename(os.path.abspath(data)) or "root"
-        found = _folder(data, split, limit, seed, data)
+        raw = _folder(data, split, limit, seed, data)
     elif os.path.exists(data):
         raise InputError(f"{data!r} is a file; give the folder that holds the dataset, or a dataset name")
     elif _HUB_ID.fullmatch(data):
         name = canonical(data)
-        found = _hub(data, split, limit)
+        raw = _hub(data, split, limit)
     else:
         raise InputError(_unknown(data))
-    names, note = _class_names(found, name), _note(found, name)
-    return Pictures(name, found.split, source, found.labels, names, note, found.store, size, channels)
+    names, note = _class_names(raw, name), _note(raw, name)
+    return Pictures(name, raw.split, source, raw.labels, names, note, raw.store, size, channels)
 
 
 def _check(split: str | None, limit: int | None, seed: int) -> None:
@@ -82,7 +82,7 @@ def _own_folder(name: str) -> str | None:
     return folder if os.path.isdir(folder) else None
 
 
-def _folder(root: str, split: str | None, limit: int | None, seed: int, called: str) -> Found:
+def _folder(root: str, split: str | None, limit: int | None, seed: int, called: str) -> SplitContents:
     try:
         parquet = any(name.endswith(".parquet") for name in os.listdir(root))
     except OSError as error:
@@ -96,26 +96,26 @@ def _folder(root: str, split: str | None, limit: int | None, seed: int, called: 
     return read_folder(root, split, limit, seed)
 
 
-def _hub(hub: str, split: str | None, limit: int | None) -> Found:
+def _hub(hub: str, split: str | None, limit: int | None) -> SplitContents:
     from certipatch.data.hub import read_hub
 
     return read_hub(hub, split, limit)
 
 
-def _class_names(found: Found, name: str) -> tuple[str, ...]:
-    """Class folders' own names; else the known ones; else those in the data's metadata; else the indices."""
+def _class_names(raw: SplitContents, name: str) -> tuple[str, ...]:
+    """Class names: of the class folders, else the known names, else the names in the data's metadata, else the indices."""
     from certipatch.data.folder import FileStore
 
-    known = None if isinstance(found.store, FileStore) else known_classes(name)
-    for candidate in (known, found.class_names):
-        if candidate is not None and len(candidate) >= found.classes:
+    known = None if isinstance(raw.store, FileStore) else known_classes(name)
+    for candidate in (known, raw.class_names):
+        if candidate is not None and len(candidate) >= raw.classes:
             return candidate
-    return tuple(str(i) for i in range(found.classes))
+    return tuple(str(i) for i in range(raw.classes))
 
 
-def _note(found: Found, name: str) -> str | None:
-    """A remark if a dataset that is lossless by origin is there as JPEG."""
-    if name in KNOWN and KNOWN[name].lossless and found.store.encoded(0).startswith(b"\xff\xd8\xff"):
+def _note(raw: SplitContents, name: str) -> str | None:
+    """A remark if the data is JPEG although the original dataset is lossless."""
+    if name in KNOWN and KNOWN[name].lossless and raw.store.encoded(0).startswith(b"\xff\xd8\xff"):
         return "JPEG-recompressed copy"
     return None
 
@@ -123,5 +123,5 @@ def _note(found: Found, name: str) -> str | None:
 def _unknown(data: str) -> str:
     if "/" in data or os.sep in data:
         return f"there is no folder {data!r}; check the path, or give a dataset name such as {SAMPLE}"
-    hint = suggestion(data.lower(), names(), cutoff=0.5)
+    hint = suggestion(data.lower(), dataset_names(), cutoff=0.5)
     return f"there is no dataset or folder {data!r}, and it is no Hub id owner/name; {hint}"

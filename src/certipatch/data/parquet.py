@@ -1,4 +1,4 @@
-"""Hub-layout folders: `SPLIT-00000-of-00001.parquet`, with a column of encoded pictures and one of labels."""
+"""Hub-layout folders: `SPLIT-00000-of-00001.parquet`, with a column of encoded images and one of labels."""
 
 import os
 import re
@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from certipatch.data.pictures import Found, check_labels, choose_split, listed
+from certipatch.data.pictures import SplitContents, check_labels, choose_split, listed
 from certipatch.errors import InputError
 from certipatch.plumbing.parsing import from_json
 
 IMAGE_COLUMNS = ("image", "img")
-"""Names of the column of pictures, first match wins."""
+"""Names of the column of images, first match wins."""
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 """Names of the column of labels, first match wins."""
 MAX_ENCODED = 8 * 2**30
@@ -29,7 +29,7 @@ _BATCH = 64  # rows at a time, so that the byte budget is checked often
 
 @dataclass(frozen=True)
 class ArrowStore:
-    """Encoded pictures in an Arrow column of bytes; `source` and `split` name them in errors."""
+    """Encoded images in an Arrow column of bytes; `source` and `split` name them in errors."""
 
     column: pa.ChunkedArray
     source: str
@@ -39,11 +39,11 @@ class ArrowStore:
         return len(self.column)
 
     def encoded(self, i: int) -> bytes:
-        """The encoded bytes of picture i."""
+        """The encoded bytes of image i."""
         return self.column[i].as_py()
 
     def where(self, i: int) -> str:
-        """Dataset, split and row of picture i."""
+        """Dataset, split and row of image i."""
         return f"{self.source} {self.split} picture {i}"
 
 
@@ -57,12 +57,12 @@ def parquet_splits(root: str) -> dict[str, list[str]]:
     return splits
 
 
-def read_parquet(root: str, split: str | None, limit: int | None, called: str | None = None) -> Found:
-    """The pictures and labels of one split of a folder of parquet files. The pictures stay encoded.
+def read_parquet(root: str, split: str | None, limit: int | None, called: str | None = None) -> SplitContents:
+    """The images and labels of one split of a folder of parquet files. The images stay encoded.
 
-    `called` is what errors call the folder; default: its path.
+    `called` is the folder's name in errors; default: its path.
 
-    Raises InputError for a split that is not there or misses some of its files, damaged files, columns of other
+    Raises InputError for a split that is missing or incomplete, damaged files, columns of other
     names or types, rows without bytes or label, labels that are no class index, and data that would fill memory.
     """
     splits = parquet_splits(root)
@@ -82,7 +82,7 @@ def read_parquet(root: str, split: str | None, limit: int | None, called: str | 
 
 
 def find_columns(schema: pa.Schema, source: str) -> tuple[str, str]:
-    """The names of the picture and label columns. Raises InputError, naming the columns, if there are none."""
+    """The names of the image and label columns. Raises InputError, naming the columns, if there are none."""
     image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
     if image is None or label is None:
@@ -112,14 +112,14 @@ def label_array(column: pa.ChunkedArray, source: str) -> np.ndarray:
 
 
 def bytes_column(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
-    """The `bytes` of a column of picture structs. Raises InputError for rows without bytes (such as mere paths)."""
-    encoded = column.flatten()[column.type.get_field_index("bytes")]  # null where the struct is
+    """The `bytes` of a column of image structs. Raises InputError for rows without bytes (such as mere paths)."""
+    encoded = column.flatten()[column.type.get_field_index("bytes")]  # null if the struct is null
     if encoded.null_count:
         raise InputError(f"{source!r} has rows without the picture's bytes; save the pictures inside the parquet files")
     return encoded
 
 
-def _read(files: list[str], called: str, split: str, limit: int | None) -> Found:
+def _read(files: list[str], called: str, split: str, limit: int | None) -> SplitContents:
     label_parts, image_parts, taken, size, rows = [], [], 0, 0, 0
     class_names = None
     for path in files:
@@ -152,28 +152,26 @@ def _read(files: list[str], called: str, split: str, limit: int | None) -> Found
         )
     column = pa.chunked_array([part.cast(pa.large_binary()) for part in image_parts])
     source = os.path.basename(os.path.abspath(called))
-    return Found(split, ArrowStore(column, source, split), labels[:taken], class_names, int(labels.max()) + 1)
+    return SplitContents(split, ArrowStore(column, source, split), labels[:taken], class_names, int(labels.max()) + 1)
 
 
 def hub_class_names(metadata: dict[bytes, bytes] | None, label: str) -> tuple[str, ...] | None:
     """The class names that `datasets` writes in the metadata of a parquet schema; None if they are not there."""
     try:
         info: Any = from_json((metadata or {})[b"huggingface"])
-        found = info["info"]["features"][label]["names"]
+        names = info["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
         return None
-    if isinstance(found, list) and found and all(isinstance(name, str) for name in found):
-        return tuple(found)
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return tuple(names)
     return None
 
 
 def _check_shards(files: list[str], called: str, split: str) -> None:
-    """Of `SPLIT-00000-of-00005.parquet` all five have to be there."""
+    """Raise InputError unless all shards are there, such as five of `SPLIT-00000-of-00005.parquet`."""
     shards = [match for path in files if (match := _SHARD.fullmatch(os.path.basename(path).removesuffix(".parquet")))]
     if shards and {int(match[2]) for match in shards} != {len(files)}:
-        raise InputError(
-            f"{called!r} has {len(files)} parquet files for {split!r} where {shards[-1][2]} are said to be; fetch all"
-        )
+        raise InputError(f"{called!r} has {len(files)} of {shards[-1][2]} parquet files for {split!r}; fetch all")
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -1,4 +1,4 @@
-"""Labelled pictures that stay encoded until they are asked for."""
+"""Labelled images that stay encoded until someone reads their pixels."""
 
 import hashlib
 import os
@@ -24,24 +24,24 @@ _CHUNK = 256
 
 
 class Store(Protocol):
-    """Encoded pictures by index."""
+    """Encoded images by index."""
 
     def __len__(self) -> int: ...
 
     def encoded(self, i: int) -> bytes:
-        """The encoded bytes of picture i, 0 <= i < len."""
+        """The encoded bytes of image i, 0 <= i < len."""
         ...
 
     def where(self, i: int) -> str:
-        """What errors call picture i, such as its file."""
+        """The name of image i in errors, such as its file."""
         ...
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a reader found: one split's pictures, labels int64 (N,), and class names if the data has them.
+class SplitContents:
+    """One split as a reader returns it: images, labels int64 (N,), and class names if the data has them.
 
-    `classes` is the number of classes that the data shows by itself, also beyond a limit.
+    `classes` is the number of classes in the data, including images beyond a limit.
     """
 
     split: str
@@ -54,13 +54,13 @@ class Found:
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Pictures:
-    """N labelled pictures of one split of a dataset. Nothing is decoded before it is asked for.
+    """N labelled images of one split of a dataset, decoded on demand.
 
     name: the dataset's known name, or the folder's own name (never a path). split: the split's name.
     source: the path or Hub id as it was given. labels: int64 (N,). class_names: one per class.
-    note: one remark for reports, or None. store: the encoded pictures. size: (H, W) that each picture is resized
-    and centre-cropped to, or None. channels: 3 turns grey pictures into colour ones, and 1 refuses colour; None turns grey
-    ones where both occur together.
+    note: one remark for reports, or None. store: the encoded images. size: (H, W) that each image is resized
+    and centre-cropped to, or None. channels: 3 turns grey images into colour ones, and 1 refuses colour; None turns grey
+    ones if both occur together.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Pictures:
         return f"Pictures({self.name!r}, {self.split!r}, {len(self)} pictures, {len(self.class_names)} classes)"
 
     def in_order_of(self, classes: Sequence[str]) -> "Pictures":
-        """The same, with classes numbered as in ``classes`` where they have the same names in another order."""
+        """These images with classes numbered as in ``classes``, if the names are the same in another order."""
         order = {name.casefold(): number for number, name in enumerate(classes)}
         own = [name.casefold() for name in self.class_names]
         if len(order) != len(own) or sorted(order) != sorted(own) or list(order) == own:
@@ -89,19 +89,19 @@ class Pictures:
         return replace(self, labels=renumbered[self.labels], class_names=tuple(classes))
 
     def encoded(self, i: int) -> bytes:
-        """The encoded bytes (PNG, JPEG, ...) of picture i. Raises InputError if there is no picture i."""
+        """The encoded bytes (PNG, JPEG, ...) of image i. Raises InputError if there is no image i."""
         if not 0 <= i < len(self):
             raise InputError(f"there is no picture {i} in {self.name} {self.split}; give 0 to {len(self) - 1}")
         return self.store.encoded(int(i))
 
     def sha256(self, i: int) -> str:
-        """The SHA-256 of the encoded bytes of picture i, as 64 hex digits."""
+        """The SHA-256 of the encoded bytes of image i, as 64 hex digits."""
         return hashlib.sha256(self.encoded(i)).hexdigest()
 
     def fingerprint(self) -> str:
-        """64 hex digits that stand for these pictures, their order and labels (not for `size`).
+        """64 hex digits that identify these images, their order and labels (not `size`).
 
-        The SHA-256 over, for each picture in turn, the 32 bytes of its SHA-256 and its label as 8 bytes, least first.
+        The SHA-256 over, for each image in turn, the 32 bytes of its SHA-256 and its label as 8 bytes, least first.
         """
         total = hashlib.sha256()
         for i, label in enumerate(self.labels.astype("<i8")):
@@ -110,13 +110,13 @@ class Pictures:
         return total.hexdigest()
 
     def pixels(self, indices: Sequence[int]) -> np.ndarray:
-        """The pictures at `indices` as uint8 of shape (B, H, W, C). Raises InputError if they differ in size."""
+        """The images at `indices` as uint8 of shape (B, H, W, C). Raises InputError if they differ in size."""
         arrays = [decode(self.encoded(i), self.store.where(i), self.size) for i in indices]
         if not arrays:
             raise InputError("no indices were given; give at least one picture index")
         for i, array in zip(indices, arrays, strict=True):
             if self.channels is not None and array.shape[2] > self.channels:
-                raise InputError(f"{self.store.where(i)!r} is RGB where grey pictures are needed; convert it first")
+                raise InputError(f"{self.store.where(i)!r} is RGB, but grey pictures are needed; convert it first")
         if self.channels == 3 or len({array.shape[2] for array in arrays}) > 1:
             arrays = [coloured(array) for array in arrays]
         for i, array in zip(indices, arrays, strict=True):
@@ -124,13 +124,13 @@ class Pictures:
         return np.stack(arrays)
 
     def images(self, indices: Sequence[int]) -> "torch.Tensor":
-        """The pictures at `indices` as float32 of shape (B, C, H, W) in [0, 1]. Errors as `pixels`."""
+        """The images at `indices` as float32 of shape (B, C, H, W) in [0, 1]. Errors as `pixels`."""
         import torch
 
         return torch.from_numpy(self.pixels(indices)).permute(0, 3, 1, 2).contiguous().float() / 255
 
     def decode_all(self, threads: int | None = None) -> "torch.Tensor":
-        """All pictures as uint8 of shape (N, C, H, W), decoded in `threads` threads (default: one per core).
+        """All images as uint8 of shape (N, C, H, W), decoded in `threads` threads (default: one per core).
 
         Raises InputError if they differ in size or would fill more than MAX_DECODED bytes.
         """
@@ -140,7 +140,7 @@ class Pictures:
             return replace(self, channels=3)._decode_all(threads)
 
     def _decode_all(self, threads: int | None) -> "torch.Tensor":
-        """Raises _Colour at a colour picture if the first one is grey."""
+        """Decode all images. Raises _Colour at a colour image if the first one is grey."""
         import torch
 
         first = self.pixels([0])[0]
@@ -166,7 +166,7 @@ class Pictures:
             warnings.simplefilter("ignore")
             try:
                 _exhaust(pool.map(fill, range(0, len(self), _CHUNK)))
-            except BaseException:  # the first bad picture, or Ctrl-C: do not decode the rest
+            except BaseException:  # the first bad image, or Ctrl-C: do not decode the rest
                 pool.shutdown(cancel_futures=True)
                 raise
         return torch.from_numpy(out)
@@ -178,7 +178,7 @@ class Pictures:
 
 
 class _Colour(Exception):
-    """A colour picture among grey ones."""
+    """A colour image among grey ones."""
 
 
 def choose_split(splits: Iterable[str], wanted: str | None, source: str) -> str:

@@ -1,4 +1,4 @@
-"""A defense as one ONNX file: views, network and rule in one graph, pictures in, labels out."""
+"""A defense as one ONNX file: views, network and rule in one graph, images in, labels out."""
 
 import copy
 import json
@@ -31,18 +31,18 @@ from certipatch.views import PixelSets
 
 __all__ = ["AsGraph", "to_onnx"]
 
-MAX_PIXELS = 2**23  # of all views of one picture: 8,192 views of 32x32, 167 of 224x224
-PROBES = 4  # random pictures on which the written file must answer as the defense does
+MAX_PIXELS = 2**23  # of all views of one image: 8,192 views of 32x32, 167 of 224x224
+PROBES = 4  # random images on which the written file must predict as the defense does
 INSTALL = "pip install 'certipatch[onnx]'"
 
 
 class AsGraph(nn.Module):
-    """A defense for pictures of one size, as a graph: pictures (B, C, H, W) float32 in [0, 1] → its answers.
+    """A defense for images of one size, as a graph: images (B, C, H, W) float32 in [0, 1] → its outputs.
 
-    The first answer is the label (B,), int64; a defense that detects has an alarm (B,), bool, for a second one. Views are
-    constants. Nothing stops early: double masking looks at every pair of masks.
+    The first output is the label (B,), int64; a defense that detects has an alarm (B,), bool, as the second. Views are
+    constants. Nothing stops early: double masking evaluates every pair of masks.
 
-    Errors: InputError where the answer cannot be one graph.
+    Errors: InputError if the defense cannot be one graph.
     """
 
     def __init__(self, defense: Defense, image_size: tuple[int, int], channels: int):
@@ -72,7 +72,7 @@ class AsGraph(nn.Module):
         if any(isinstance(module, SharedViT | Cascade) for module in self.modules()):
             self.model, self.unmasked = copy.deepcopy((self.model, self.unmasked))
             for module in self.modules():
-                if isinstance(module, SharedViT):  # what either skips depends on the picture; the answers are the same
+                if isinstance(module, SharedViT):  # the skipped parts depend on the image, the outputs do not
                     module.skip_hidden = False
                 elif isinstance(module, Cascade):
                     module.early_exit = False
@@ -89,13 +89,13 @@ class AsGraph(nn.Module):
         answer_of = rule.graph(number, classes)
 
         def answer(images: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
-            found = scores(images)
-            if isinstance(rule, DoubleMask):  # it has no use for errors
-                table = merge_sizes(ev.scores(found), [(ev.scores(of(images)), masks) for of, masks in larger])
+            view_scores = scores(images)
+            if isinstance(rule, DoubleMask):  # the rule ignores errors
+                table = merge_sizes(ev.scores(view_scores), [(ev.scores(of(images)), masks) for of, masks in larger])
                 if unmasked is not None:
                     table = torch.cat([table, ev.scores(unmasked(images))], 1)
                 return answer_of(table, None)
-            values, _, error = defense.values(found, tolerance)
+            values, _, error = defense.values(view_scores, tolerance)
             return answer_of(values, error)
 
         self.answer = answer
@@ -105,12 +105,12 @@ class AsGraph(nn.Module):
 
 
 def to_onnx(defense: Defense, card: Card | ClassifierInfo, path: Path) -> dict[str, Any]:
-    """Write ``path``; gives ``{inputs, outputs, bytes, checked}``, the last the pictures on which onnxruntime agreed.
+    """Write ``path``; gives ``{inputs, outputs, bytes, checked}``; ``checked`` counts images on which onnxruntime agrees.
 
-    The file is for pictures of the card's size and any number of them; its metadata name the defense, its settings, its
+    The file is for images of the card's size and any number of them; its metadata name the defense, its settings, its
     classes and the digest of its weights.
 
-    Errors: InputError where a package is missing, the defense has no graph, or onnxruntime answers otherwise.
+    Errors: InputError if a package is missing, the defense has no graph, or onnxruntime answers otherwise.
     """
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -159,14 +159,14 @@ def _metadata(defense: Defense, card: Card | ClassifierInfo) -> dict[str, str]:
 
 
 def _agrees(path: Path, defense: Defense, images: Tensor) -> int:
-    """How many pictures onnxruntime gave the defense's label and alarm, all of them."""
+    """Compare onnxruntime's labels and alarms with the defense's; gives the number of images. InputError if one differs."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     if defense.notion == "detection":
-        cert = defense.certify(images, PatchThreat(1))  # whose alarm is the same for every threat
+        cert = defense.certify(images, PatchThreat(1))  # its alarm is the same for every threat
         expected = [cert.label, cert.alarm]
     else:
         expected = [defense.predict(images)]
@@ -176,7 +176,7 @@ def _agrees(path: Path, defense: Defense, images: Tensor) -> int:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"the network as ONNX does not run on {len(images)} pictures: {reason}; not written") from None
     for answer, own in zip(answers, expected, strict=True):
-        found = torch.from_numpy(answer)
-        if not torch.equal(found, own):
-            raise InputError(f"onnxruntime answers {found.tolist()} where the defense says {own.tolist()}; not written")
+        computed = torch.from_numpy(answer)
+        if not torch.equal(computed, own):
+            raise InputError(f"onnxruntime gives {computed.tolist()}, but the defense {own.tolist()}; not written")
     return len(images)

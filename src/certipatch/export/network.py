@@ -1,4 +1,4 @@
-"""Views and network as a graph: pictures → logits of every view. What a view shows is a constant of the graph."""
+"""Views and network as a graph: images → logits of every view. The pixels of each view are constants of the graph."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,11 @@ from certipatch.views import Bands, Blocks, Cross, Views
 from certipatch.views.render import constant, crop, null
 
 Logits = Callable[[Tensor], Tensor]
-"""Pictures (B, C, H, W) → logits (B, V, K)."""
+"""Images (B, C, H, W) → logits (B, V, K)."""
 
 
 def logits(model: nn.Module, views: Views, image_size: tuple[int, int], channels: int) -> Logits:
-    """What ``evidence.logits`` computes for pictures of one size."""
+    """The function that ``evidence.logits`` computes, for images of one size."""
     if isinstance(model, MaskedClassifier):
         if isinstance(model.model, ViT):
             return logits(model.model, views, image_size, channels)
@@ -64,14 +64,14 @@ def _cropped(views: Bands | Blocks, image_size: tuple[int, int]) -> Callable[[Te
 def _kept_tokens(model: ViT, visible: Tensor) -> Logits:
     """The tokens that each view keeps, as indices; views of equally many share a batch."""
     blank = torch.zeros(1, model.in_channels, *visible.shape[1:])
-    found = groups(visible_tokens(null(blank, visible)[0], model.patch_size))
-    order = torch.cat([chosen for chosen, _ in found]).argsort()
+    token_groups = groups(visible_tokens(null(blank, visible)[0], model.patch_size))
+    order = torch.cat([chosen for chosen, _ in token_groups]).argsort()
 
     def answer(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B V K"]:
         shown = null(images, visible)
         pieces = cut(shown.flatten(0, 1), model.patch_size).unflatten(0, (-1, shown.shape[1]))
         answers = []
-        for chosen, index in found:
+        for chosen, index in token_groups:
             kept = pieces[:, chosen[:, None], index]
             tokens = model.embed(kept) + model.position[index]
             answers.append(model.answer(tokens.flatten(0, 1)).unflatten(0, (-1, len(chosen))))

@@ -1,4 +1,4 @@
-"""Where networks run, unless the caller says."""
+"""Devices: networks run on the default one unless the caller names another."""
 
 import atexit
 import ctypes
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 def default() -> torch.device:
     """The accelerator that torch sees, if it knows float64, which margins need; else the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return torch.device("cpu") if found is None or found.type == "mps" else found
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
 
 
 @contextmanager
 def no_tf32() -> Iterator[None]:
-    """float32 convolutions in float32. On an accelerator torch would let them round to 10 bits (TF32), which changes
-    answers with the number of pictures in a pass by more than a certificate may be off."""
+    """Run float32 convolutions in float32. On an accelerator torch would round them to 10 bits (TF32). Outputs would then
+    depend on the number of images in a pass by more than a certificate's tolerance."""
     rounded, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -37,7 +37,7 @@ def no_tf32() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees: each step of a training asks for the same again.
+    """Let this process keep freed memory: each step of a training needs the same memory again.
 
     glibc would give large pieces back to the system and take them anew, zeroed page by page: a bf16 step of the conv
     network took 0.92 s so and 0.77 s without (two cores). Elsewhere this does nothing.
@@ -51,12 +51,12 @@ def keep_freed_memory() -> None:
 def fabric(precision: Any = "32-true") -> "Fabric":
     """Fabric, launched: one process on one device, or under torchrun one device for each of its processes.
 
-    Errors: InputError where torchrun started more processes on this host than it has accelerators, or other numbers
+    Errors: InputError if torchrun started more processes on this host than it has accelerators, or other numbers
     on other hosts.
     """
     from lightning.fabric import Fabric
 
-    for name in ("lightning.fabric", "lightning.pytorch"):  # processes would tell that they have joined
+    for name in ("lightning.fabric", "lightning.pytorch"):  # silences the message of every process that joins
         logging.getLogger(name).setLevel(logging.WARNING)
     kind, total = default().type, distributed.count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if total > 1 else 1
@@ -69,15 +69,15 @@ def fabric(precision: Any = "32-true") -> "Fabric":
         raise InputError(f"{total} processes are not {here} on each host; give the same --nproc-per-node everywhere")
     if total > 1:
         _meet(kind)
-    found = Fabric(accelerator=kind, devices=here, num_nodes=total // here, precision=precision)
-    found.launch()
-    return found
+    launched = Fabric(accelerator=kind, devices=here, num_nodes=total // here, precision=precision)
+    launched.launch()
+    return launched
 
 
 def _meet(kind: str) -> None:
-    """Join the process group under keys of this attempt, which Fabric would not do.
+    """Join the process group under keys of this attempt; Fabric itself does not.
 
-    torchrun's store outlives a restart, and keeps the addresses of the processes that are gone; whoever reads those
+    torchrun's store outlives a restart and keeps the addresses of processes that are gone; a connection to one of them
     fails ("connection refused", torch 2.13).
     """
     group = torch.distributed
@@ -88,17 +88,17 @@ def _meet(kind: str) -> None:
 
 
 def worker() -> tuple[torch.device, distributed.Workers]:
-    """The device of this process, and its place among the workers: alone on the default one, or as torchrun says."""
+    """The device of this process, and its place among the workers: the default device, or torchrun's choice."""
     if distributed.count() == 1:
         return default(), distributed.Workers()
-    found = fabric()
-    return found.device, distributed.join(found.broadcast(secrets.token_hex(8)))
+    own_fabric = fabric()
+    return own_fabric.device, distributed.join(own_fabric.broadcast(secrets.token_hex(8)))
 
 
 def training_layout(network: nn.Module) -> torch.memory_format:
     """The fastest memory layout in which a network can be trained: channels last, but for one kind of layer.
 
-    oneDNN's AVX2 kernel of the gradient of a strided 1x1 convolution in that layout writes past its buffer where fewer
+    oneDNN's AVX2 kernel of the gradient of a strided 1x1 convolution in that layout writes past its buffer if fewer
     than 8 channels come in (seen with torch 2.13: some hundred backward passes end in "double free or corruption").
     """
     for layer in network.modules():

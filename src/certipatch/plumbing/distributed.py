@@ -1,7 +1,7 @@
-"""The processes of one torchrun job: who this one is, and the little that they tell each other. Torch comes late.
+"""The processes of one torchrun job: the rank of this process, and small messages between them. Torch is imported late.
 
-Nothing here waits for a process that may be dead without a limit: what workers exchange goes through torchrun's own key
-value store, which outlives them, not through collective operations.
+Every wait for a process that may be dead has a limit. Workers exchange values through torchrun's own key value store,
+which outlives them, and not through collective operations.
 """
 
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 CONNECT = timedelta(seconds=30)
-WAIT = timedelta(hours=2)  # for what the first worker prepares; torchrun ends the others sooner when it dies
+WAIT = timedelta(hours=2)  # for the first worker's values; torchrun ends the others sooner if that worker dies
 _MARK = "TORCHELASTIC_RUN_ID"  # set by torchrun, as Fabric tells too
 
 
@@ -32,11 +32,11 @@ def count() -> int:
 
 @final
 class Workers:
-    """The workers of a job, as one of them sees them; without arguments a process that is alone.
+    """The workers of a job, from the view of one worker; without arguments a single process.
 
     Args:
-        rank, count: its number, and how many there are.
-        store: the key value store that they share; None only for one that is alone.
+        rank, count: its number, and the number of workers.
+        store: their shared key value store; None only for a single process.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, store: "Store | None" = None):
@@ -47,11 +47,11 @@ class Workers:
 
     @property
     def first(self) -> bool:
-        """Whether this is the worker that prepares, merges, shows and writes what all have in common."""
+        """True for the worker that prepares, merges, shows and writes the common results."""
         return self.rank == 0
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives in the first worker, for all of them, who share as often as it; plain JSON values.
+        """The value of ``make`` in the first worker, for all workers: plain JSON. Every worker calls this equally often.
 
         Errors: InputError and OSError of ``make`` in the first worker, InputError with the same words in the others.
         """
@@ -77,7 +77,7 @@ class Workers:
         return value
 
     def tickets(self, number: int) -> Iterator[int]:
-        """Some of 0 … number−1: in turn, each to the worker that asks first."""
+        """Some of the numbers 0 … number−1; each number goes to the first worker that takes it."""
         if self._store is None:
             yield from range(number)
             return
@@ -85,14 +85,14 @@ class Workers:
             yield ticket
 
     def claim_error_report(self) -> bool:
-        """Whether this worker is the first to ask. Of an error that several workers meet, one line is enough."""
+        """Return True if this worker asks first. Several workers meet an error, but one line is enough."""
         return self._store is None or self._store.add("said", 1) == 1
 
 
 def join(name: str, connect: timedelta = CONNECT) -> Workers:
     """This process among those that torchrun started; alone without torchrun.
 
-    ``name`` is the same for all, and a new one for each task: the store keeps what earlier ones left.
+    ``name`` is the same for all workers, and new for each task: the store keeps the keys of earlier tasks.
     """
     return Workers(rank(), count(), shared_store(name, connect) if count() > 1 else None)
 
@@ -108,10 +108,10 @@ def shared_store(name: str, connect: timedelta = CONNECT) -> "Store":
 
 
 def should_report_error() -> bool:
-    """Whether this process shall tell an error: of those that meet it, the one that asks first."""
+    """Return True if this process shall report an error: the first process that asks reports it."""
     if count() == 1:
         return True
     try:
         return join("errors", timedelta(seconds=5)).claim_error_report()
-    except (OSError, RuntimeError, ValueError):  # nobody there to ask: rather twice than never
+    except (OSError, RuntimeError, ValueError):  # no store answers: two reports are better than none
         return True

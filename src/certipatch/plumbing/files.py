@@ -1,4 +1,4 @@
-"""Files of a run folder: written whole or not at all, read with errors that say what to do."""
+"""Files of a run folder: written whole or not at all, read with errors that propose a remedy."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def read_config(out: Path) -> dict[str, Any]:
 
 
 def _fits(values: Any) -> bool:
-    """Whether values, written out in full, stay below MAX_BYTES; YAML can name one value again and again."""
+    """Return True if values, written out in full, stay below MAX_BYTES; YAML can name one value again and again."""
     stack, left = [values], MAX_BYTES
     while stack:
         value = stack.pop()
@@ -75,7 +75,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. InputError where the file holds none."""
+    """A JSON object. InputError if the file holds none."""
     try:
         values = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -92,13 +92,13 @@ def sha256(path: Path) -> str:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what a killed write left behind."""
+    """Return True if a killed write left the file behind."""
     return path.name.endswith(".part")
 
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A file of its own beside ``path`` (others may write the same one), which then takes its place, or goes."""
+    """A temporary file beside ``path``, with a name of its own; it replaces ``path`` at the end, or is removed."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
@@ -106,7 +106,7 @@ def _whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except FileNotFoundError:
-        if not path.exists():  # else another process, at the same run, was faster and has swept up
+        if not path.exists():  # else another process of the same run was faster and has removed the temporary file
             raise
     except BaseException:
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""YAML and JSON that anybody may have written: values, or one ValueError, whatever is wrong with the text."""
+"""Untrusted YAML and JSON: values, or one ValueError for any fault of the text."""
 
 import json
 from typing import Any
@@ -19,15 +19,15 @@ class _Loader(yaml.SafeLoader):
 
 
 def from_yaml(text: str) -> Any:
-    """The value that a YAML text stands for; it cannot run code. ValueError where it is none, in one line."""
+    """The value that a YAML text stands for; it cannot run code. ValueError if it is none, in one line."""
     try:
         return yaml.load(text, _Loader)
-    except Exception as error:  # YAMLError, but also what dates, long numbers, tags and deep nesting lead to
+    except Exception as error:  # YAMLError, and the errors of dates, long numbers, tags and deep nesting
         raise ValueError(_reason(error)) from None
 
 
 def from_json(text: str | bytes) -> Any:
-    """The value that a JSON text stands for. ValueError where it is none, in one line."""
+    """The value that a JSON text stands for. ValueError if it is none, in one line."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

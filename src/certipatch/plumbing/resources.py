@@ -6,13 +6,13 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def folders(kind: str) -> list[Path]:
-    """The places that may hold ``kind``, those that exist."""
+    """The existing folders that may hold ``kind``."""
     places = [_PACKAGE / kind, _PACKAGE.parents[1] / kind]
     return [place for place in places if place.is_dir()]
 
 
 def find(kind: str, name: str) -> Path | None:
-    """The file or folder ``name`` of ``kind``; None if there is none, or if ``name`` is more than a name."""
+    """The file or folder ``name`` of ``kind``; None if there is none, or if ``name`` is a path."""
     if Path(name).name != name:
         return None
     return next((place / name for place in folders(kind) if (place / name).exists()), None)

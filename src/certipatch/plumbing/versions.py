@@ -1,4 +1,4 @@
-"""Versions of everything that a number depends on."""
+"""Versions of the software behind a result."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 def versions() -> dict[str, str]:
     """Versions of certipatch, Python, torch and NumPy."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("certipatch", "torch", "numpy"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed

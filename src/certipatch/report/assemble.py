@@ -1,4 +1,4 @@
-"""From certificates and run folders to the pictures and the page of a report."""
+"""From certificates and run folders to the images and the page of a report."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,22 +12,22 @@ from certipatch.certificate import Certificate
 from certipatch.defenses import Evidence
 from certipatch.plumbing.files import read_config, read_json
 from certipatch.report.document import page
+from certipatch.report.images import STATES, ExplorerData, ReportImage, evenly
 from certipatch.report.places import Places, places
-from certipatch.report.shown import STATES, Explored, Shown, evenly
 from certipatch.runs.evaluate import Job
 from certipatch.runs.records import read_evidence, read_records
 from certipatch.runs.verify import check_certificates, stored_certificate
 
-GALLERY = 1000  # pictures in the report of a run, at most
+GALLERY = 1000  # images in the report of a run, at most
 PIXELS = 2**24  # of all of them together
-RECOMPUTED = 60  # pictures where evidence was too large to be stored and needs the network again
+RECOMPUTED = 60  # images if evidence was too large to be stored and needs the network again
 NUMBERS = 2**22  # margins that are held at once
 
 
 def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
-    """The page of a finished run, with up to GALLERY pictures taken evenly from it.
+    """The page of a finished run, with up to GALLERY images taken evenly from it.
 
-    Errors: InputError where records and evidence of the run do not belong together.
+    Errors: InputError if records and evidence of the run do not belong together.
     """
     check_certificates(job, out)
     records, evidence = read_records(out), read_evidence(out)
@@ -40,14 +40,14 @@ def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
     first = 0
     while first < len(chosen):
         part = chosen[first : first + step]
-        found, behind = stored_certificate(job, evidence.take(part), part) or _certify_again(job, part)
+        certificate, behind = stored_certificate(job, evidence.take(part), part) or _certify_again(job, part)
         if first == 0:
-            where = places(job.defense, found, job.image_size, job.class_names)
-            step = max(1, min(250, NUMBERS // found.margin.shape[1]))
+            where = places(job.defense, certificate, job.image_size, job.class_names)
+            step = max(1, min(250, NUMBERS // certificate.margin.shape[1]))
         shown += shown_pictures(
             job.pictures.pixels(part),
             [f"picture {index}" for index in part],
-            found,
+            certificate,
             behind,
             where,
             job.class_names,
@@ -60,7 +60,7 @@ def of_run(job: Job, out: Path, summary: dict[str, Any]) -> str:
 
 
 def outcomes(records: pa.Table) -> dict[str, int]:
-    """How many pictures of a run ended in each of the states that ``Shown.state`` names."""
+    """The number of images of a run in each state of ``ReportImage.state``."""
     alarm, certified = (np.asarray(records[name]) for name in ("alarm", "certified"))
     right = np.asarray(records["label"]) == np.asarray(records["target"])
     state = np.select([alarm, ~right, certified], [3, 2, 0], 1)
@@ -70,53 +70,53 @@ def outcomes(records: pa.Table) -> dict[str, int]:
 def shown_pictures(
     images: np.ndarray,
     titles: Sequence[str],
-    found: Certificate,
+    certificate: Certificate,
     evidence: Evidence | None,
     where: Places | None,
     classes: tuple[str, ...],
     largest: Sequence[int | None],
     targets: Sequence[int] | None,
-) -> list[Shown]:
-    """Pictures of a report, in the order of the certificate.
+) -> list[ReportImage]:
+    """Images of a report, in the order of the certificate.
 
     Args:
         images: uint8 (B, H, W, C).
-        titles: what they are called.
-        found: their certificates.
-        evidence: what the explorer shows; None leaves them out of it.
-        where: the places of the threat, from ``places``, or None.
+        titles: names of the images.
+        certificate: the certificates of the images.
+        evidence: the evidence for the explorer; None leaves the images out of it.
+        where: the locations of the threat, from ``places``, or None.
         classes: names of the classes.
         largest: side of the largest certified square of each, or None.
-        targets: true classes; None for the user's own pictures.
+        targets: true classes; None for the user's own images.
     """
-    single = found.sees is not None and found.sees.choices.shape[1] == 1
+    single = certificate.sees is not None and certificate.sees.choices.shape[1] == 1
     rows = counted = unsure = None
     if where is not None and evidence is not None:
-        margin = found.margin.cpu()
+        margin = certificate.margin.cpu()
         rows = margin[:, where.first]
         if not torch.equal(rows[:, where.relation.row_of], margin):
             raise RuntimeError("margins differ between places that the same views see; this is a bug, please report it")
         rows = rows.numpy()
         counted = where.counted(evidence.values)
         unsure = None if evidence.unsure is None else evidence.unsure.cpu().numpy()
-    certified, shown = found.certified.tolist(), []
-    for i, weakest in enumerate(found.weakest.tolist()):
-        answer, target = int(found.label[i]), None if targets is None else targets[i]
+    certified, shown = certificate.certified.tolist(), []
+    for i, weakest in enumerate(certificate.weakest.tolist()):
+        answer, target = int(certificate.label[i]), None if targets is None else targets[i]
         explored = None
         if rows is not None and counted is not None:
-            explored = Explored(answer, target, rows[i], counted[i], None if unsure is None else unsure[i])
+            explored = ExplorerData(answer, target, rows[i], counted[i], None if unsure is None else unsure[i])
         shown.append(
-            Shown(
+            ReportImage(
                 image=images[i],
                 title=titles[i],
                 target=None if target is None else classes[target],
                 label=classes[answer],
                 certified=certified[i],
-                margin=found.margin[i, weakest].item(),
-                weakest=found.box(weakest),
+                margin=certificate.margin[i, weakest].item(),
+                weakest=certificate.box(weakest),
                 largest_patch=largest[i],
-                map=found.map(i).numpy() if single else None,
-                alarm=found.alarm is not None and bool(found.alarm[i]),
+                map=certificate.map(i).numpy() if single else None,
+                alarm=certificate.alarm is not None and bool(certificate.alarm[i]),
                 explored=explored,
             )
         )
@@ -124,6 +124,6 @@ def shown_pictures(
 
 
 def _certify_again(job: Job, index: list[int]) -> tuple[Certificate, Evidence]:
-    """The certificates of some pictures from the network, where evidence was too large to be stored."""
+    """The certificates of some images from the network, if evidence was too large to be stored."""
     evidence = job.defense.evidence(job.pictures.images(index).to(job.device))
     return job.defense.certificate(evidence, job.threat), evidence

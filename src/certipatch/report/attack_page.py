@@ -1,4 +1,4 @@
-"""The page of an attack: three numbers, where it succeeded, and the worst patches on their pictures."""
+"""The page of an attack: three numbers, a map of its successes, and the worst patches on their images."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -10,9 +10,9 @@ import pyarrow as pa
 from certipatch.data import Pictures
 from certipatch.errors import InputError
 from certipatch.plumbing.files import read_config, read_json
-from certipatch.report import words
+from certipatch.report import formatting
 from certipatch.report.colours import picture, png
-from certipatch.report.shown import evenly
+from certipatch.report.images import evenly
 from certipatch.runs.attack_records import attacked_picture
 from certipatch.runs.records import read_evidence, read_records
 from certipatch.threats import PatchThreat, threat_from_dict
@@ -25,7 +25,7 @@ WIDTH = 400  # of the bars' drawing
 def of_attack(pictures: Pictures, out: Path, summary: dict[str, Any]) -> str:
     """A self-contained HTML page of less than 5 MB, without a script. The same run gives the same text.
 
-    Errors: InputError where records and evidence of the run do not belong together.
+    Errors: InputError if records and evidence of the run do not belong together.
     """
     import jinja2
     from markupsafe import Markup
@@ -46,9 +46,9 @@ def of_attack(pictures: Pictures, out: Path, summary: dict[str, Any]) -> str:
         "cards": cards,
         "pixelated": max(config["image_size"]) <= 160,
         "tables": [
-            ("Settings", words.rows({key: value for key, value in config.items() if key != "versions"})),
-            ("Speed of this machine", words.rows(timing)),
-            ("Versions", words.rows(summary["versions"])),
+            ("Settings", formatting.rows({key: value for key, value in config.items() if key != "versions"})),
+            ("Speed of this machine", formatting.rows(timing)),
+            ("Versions", formatting.rows(summary["versions"])),
         ],
     }
     environment = jinja2.Environment(
@@ -61,7 +61,7 @@ def of_attack(pictures: Pictures, out: Path, summary: dict[str, Any]) -> str:
 
 
 def threat_words(threat: dict[str, Any]) -> str:
-    """A threat in words; that of the L∞ attack too."""
+    """A threat in words, including the threat of the L∞ attack."""
     if threat["kind"] == "linf":
         return f"every value changed by up to {threat['epsilon']:.4g}"
     return str(threat_from_dict(threat))
@@ -80,8 +80,8 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "name": f"{kind} accuracy",
-            "value": words.percent(summary[f"{kind}_accuracy"], images),
-            "interval": words.interval(summary[f"{kind}_ci95"], images),
+            "value": formatting.percent(summary[f"{kind}_accuracy"], images),
+            "interval": formatting.interval(summary[f"{kind}_ci95"], images),
             "what": text,
             "width": round(WIDTH * summary[f"{kind}_accuracy"], 2),
             "low": round(WIDTH * summary[f"{kind}_ci95"][0], 2),
@@ -92,7 +92,7 @@ def _bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _heat(config: dict[str, Any], records: pa.Table, evidence: pa.Table) -> dict[str, Any] | None:
-    """Success by place: of the pictures on which a patch was tried over a pixel, the share that it broke there."""
+    """Success per pixel: the share of broken images among those on which a patch was tried over the pixel."""
     if config["threat"]["kind"] != "patch" or config["threat"]["count"] != 1:
         return None
     threat = threat_from_dict(config["threat"])
@@ -117,13 +117,17 @@ def _heat(config: dict[str, Any], records: pa.Table, evidence: pa.Table) -> dict
     strength = np.nan_to_num(share / most)[..., None]
     ramp = np.array([250, 245, 240]) * (1 - strength) + np.array([150, 10, 25]) * strength
     colours = np.where(np.isnan(share)[..., None], 150, ramp).round().astype(np.uint8)
-    return {"image": png(colours, smooth=False), "most": words.percent(most, 1), "missing": bool(np.isnan(share).any())}
+    return {
+        "image": png(colours, smooth=False),
+        "most": formatting.percent(most, 1),
+        "missing": bool(np.isnan(share).any()),
+    }
 
 
 def _cards(
     pictures: Pictures, records: pa.Table, evidence: pa.Table, classes: list[str], images: int
 ) -> list[dict[str, Any]]:
-    """Broken certificates first, then pictures that fell, then some that stood, evenly taken."""
+    """The rows to show: broken certificates first, then images that fell, then an even sample of images that stood."""
     rows = records.to_pylist()
     broken = [i for i, row in enumerate(rows) if row["violated"] or (row["broken"] and row["certified"])]
     fell = [i for i, row in enumerate(rows) if row["broken"] and i not in set(broken)]

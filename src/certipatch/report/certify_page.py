@@ -1,26 +1,26 @@
-"""The page of the user's own pictures, which grows while they are certified."""
+"""The page of the user's own images; it grows while images are certified."""
 
 from typing import Any, final
 
 from certipatch.report.assemble import shown_pictures
 from certipatch.report.document import page
+from certipatch.report.images import ReportImage
 from certipatch.report.places import Places, places
-from certipatch.report.shown import Shown
 from certipatch.runs.certify import CertifiedBatch
 
-MAX_SHOWN = 400  # pictures in the report of certify
+MAX_SHOWN = 400  # images in the report of certify
 
 
 @final
 class CertifyPage:
-    """Up to MAX_SHOWN certified pictures, and the places of the threat."""
+    """Up to MAX_SHOWN certified images, and the places of the threat."""
 
     def __init__(self) -> None:
-        self.shown: list[Shown] = []
+        self.shown: list[ReportImage] = []
         self.places: Places | None = None
 
     def add(self, batch: CertifiedBatch) -> None:
-        """Show pictures of a batch, while there is room."""
+        """Show images of a batch, while there is room."""
         if len(self.shown) >= MAX_SHOWN:
             return
         card, certificate = batch.card, batch.certificate

@@ -10,14 +10,14 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 448, 14, 228
 @final
 @dataclass(frozen=True)
 class Chart:
-    """Places in a drawing of WIDTH x HEIGHT: ticks as (place, text), points as (x, y, side, fraction)."""
+    """Positions in a drawing of WIDTH x HEIGHT: ticks as (position, text), points as (x, y, side, fraction)."""
 
     points: tuple[tuple[float, float, int, float], ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     clean: float
     mark: tuple[float, float, int, float] | None
-    """The point of the evaluated threat, where that is a square placed anywhere."""
+    """The point of the evaluated threat, if it is a square placed anywhere."""
 
     @property
     def line(self) -> str:
@@ -29,7 +29,7 @@ class Chart:
 
 
 def chart(by_patch: dict[str, float], clean: float, threat: dict[str, Any]) -> Chart | None:
-    """The chart of ``certified_by_patch``, cut one step after it has reached zero; None with fewer than two sides."""
+    """The chart of ``certified_by_patch`` up to one step after zero; None with fewer than two sides."""
     values = sorted((int(side), float(fraction)) for side, fraction in by_patch.items())
     last = max((i for i, (_, fraction) in enumerate(values) if fraction > 0), default=0)
     mark = _side(threat)
@@ -56,7 +56,7 @@ def _y(fraction: float) -> float:
 
 
 def _sides(first: int, last: int) -> list[int]:
-    """At most about ten whole numbers to write at the axis."""
+    """About ten whole numbers at most, as ticks of the axis."""
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, last) if (last - first) / step <= 12)
     return [side for side in range(first, last + 1) if side % step == 0 or step == 1]
 

@@ -1,4 +1,4 @@
-"""Vulnerability maps and pictures as data URIs."""
+"""Vulnerability maps and images as data URIs."""
 
 import base64
 import io
@@ -11,15 +11,15 @@ from PIL import Image
 RED = ((252, 190, 165), (251, 106, 74), (203, 24, 29), (110, 0, 16))
 BLUE = ((200, 221, 240), (107, 174, 214), (33, 113, 181), (8, 48, 107))
 UNREACHED = (150, 150, 150)
-LONGEST = 384  # pixels of a side; larger pictures are made smaller
-LOSSLESS = 64  # pixels of a side up to which a picture keeps its pixels
+LONGEST = 384  # pixels of a side; larger images are made smaller
+LOSSLESS = 64  # pixels of a side up to which an image keeps its pixels
 
 
 def colours(margins: np.ndarray, scale: float) -> np.ndarray:
     """Colours of a map of margins (H, W), as uint8 (H, W, 3).
 
-    Red where margin ≤ 0 (or NaN): a patch there may change the answer. Blue where margin > 0: none can. The further
-    from zero, the darker, up to ±scale. +inf is grey: no patch reaches this pixel, or none has any effect.
+    Margins ≤ 0 (or NaN) are red: a patch there may change the prediction. Margins > 0 are blue: no patch can. Colours
+    darken away from zero, up to ±scale. +inf is grey: no patch reaches this pixel, or none has any effect.
     """
     strength = np.clip(np.nan_to_num(np.abs(margins) / scale, nan=1.0, posinf=1.0), 0, 1)
     out = np.where((margins > 0)[..., None], _ramp(BLUE, strength), _ramp(RED, strength))
@@ -29,7 +29,7 @@ def colours(margins: np.ndarray, scale: float) -> np.ndarray:
 
 def common_scale(maps: Iterable[np.ndarray]) -> float:
     """The largest finite |margin| of some maps, so that their colours can be compared; 1 if all are zero."""
-    largest = [float(np.abs(found[np.isfinite(found)]).max(initial=0)) for found in maps]
+    largest = [float(np.abs(margins[np.isfinite(margins)]).max(initial=0)) for margins in maps]
     return max(largest, default=0.0) or 1.0
 
 
@@ -41,18 +41,18 @@ def gradient() -> str:
 
 
 def png(pixels: np.ndarray, *, smooth: bool = True) -> str:
-    """A uint8 picture (H, W, 1 or 3) as a PNG data URI; above LONGEST pixels a side it is made smaller."""
+    """A uint8 image (H, W, 1 or 3) as a PNG data URI; an image above LONGEST pixels a side is made smaller."""
     return data_uri(_small(pixels, Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST))
 
 
 def picture(pixels: np.ndarray) -> str:
-    """A picture as a data URI: PNG up to LOSSLESS pixels a side, else JPEG, which is a tenth of that."""
+    """An image as a data URI: PNG up to LOSSLESS pixels a side, else JPEG, which takes a tenth of the bytes."""
     small = _small(pixels, Image.Resampling.LANCZOS)
     return data_uri(small, photo=max(small.size) > LOSSLESS)
 
 
 def data_uri(image: Image.Image, *, photo: bool = False) -> str:
-    """A picture as a PNG data URI; as JPEG if it is a photo."""
+    """An image as a PNG data URI; as JPEG if it is a photo."""
     file = io.BytesIO()
     if photo:
         image.save(file, "JPEG", quality=85, subsampling=0)

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from certipatch.report import words
+from certipatch.report import formatting
 from certipatch.report.chart import Chart, chart
 from certipatch.report.colours import colours, common_scale, gradient, picture, png
 from certipatch.report.embed import embed
+from certipatch.report.images import ReportImage, evenly
 from certipatch.report.places import Places
-from certipatch.report.shown import Shown, evenly
 from certipatch.threats import threat_from_dict
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
-PIXELATED = 160  # pixels of a side up to which a picture is shown with its pixels as squares
+PIXELATED = 160  # pixels of a side up to which an image is shown with its pixels as squares
 LIMIT = 4_900_000  # bytes of a page
-CARDS, OWN_CARDS = 24, 100  # pictures that are there without JavaScript
+CARDS, OWN_CARDS = 24, 100  # images of a page without JavaScript
 BADGES = {
     "certified": "✓ certified",
     "open": "○ correct, not certified",
@@ -32,19 +32,19 @@ def page(
     config: dict[str, Any],
     summary: dict[str, Any],
     timing: dict[str, Any] | None,
-    shown: Sequence[Shown],
+    shown: Sequence[ReportImage],
     places: Places | None = None,
     outcomes: dict[str, int] | None = None,
 ) -> str:
     """A self-contained HTML page of less than 5 MB: no network, no other file. The same input gives the same text.
 
     Args:
-        config: settings of the run; ``config["command"] == "certify"`` for the user's own pictures.
-        summary: what the run found; accuracies, or ``certified``, the number of certified answers.
+        config: settings of the run; ``config["command"] == "certify"`` for the user's own images.
+        summary: results of the run; accuracies, or ``certified``, the number of certified predictions.
         timing: speed of the machine, or None.
-        shown: pictures, in the order of the data. Where they do not fit, an even sample of them.
+        shown: images, in the order of the data; an even sample if not all fit.
         places: the places of the threat, for the explorer.
-        outcomes: number of pictures in each state (``Shown.state``), over the whole run.
+        outcomes: number of images in each state (``ReportImage.state``), over the whole run.
     """
     from markupsafe import Markup
 
@@ -63,10 +63,10 @@ def page(
         "heading": _heading(summary, own),
         "headline": [] if own else _headline(summary),
         "threat": str(threat_from_dict(summary["threat"])),
-        "attack": words.attack(summary["threat"]),
+        "attack": formatting.attack(summary["threat"]),
         "certified": summary["certified"] if own else round(summary["certified_accuracy"] * summary["images"]),
-        "notion": words.NOTIONS.get(summary["notion"], summary["notion"]),
-        "plain": words.plain(str(config.get("method")), summary["theorem"], places and places.layout["words"]),
+        "notion": formatting.NOTIONS.get(summary["notion"], summary["notion"]),
+        "plain": formatting.plain(str(config.get("method")), summary["theorem"], places and places.layout["words"]),
         "shares": [] if own else _shares(summary, outcomes),
         "chart": _chart(summary),
         "cards": drawn,
@@ -74,7 +74,7 @@ def page(
         "outlined": any(card["weakest"] for card in drawn),
         "mapped": any(card["map"] for card in drawn),
         "unreached": any("unreached" in card["flags"] for card in drawn),
-        "scale": words.margin(scale).lstrip("+"),
+        "scale": formatting.margin(scale).lstrip("+"),
         "choices": _choices(shown, own, summary["notion"]),
         "votes": bool(places and shown and shown[0].explored and shown[0].explored.evidence.dtype == bool),
         "bounded": bool(places and places.bounds),
@@ -83,9 +83,9 @@ def page(
         "pixelated": bool(shown) and max(shown[0].image.shape[:2]) <= PIXELATED,
         "gradient": gradient(),
         "tables": [
-            ("Settings", words.rows(settings)),
-            ("Speed of this machine", words.rows(timing or {})),
-            ("Versions", words.rows(summary["versions"])),
+            ("Settings", formatting.rows(settings)),
+            ("Speed of this machine", formatting.rows(timing or {})),
+            ("Versions", formatting.rows(summary["versions"])),
         ],
     }
     template = _template()
@@ -104,7 +104,7 @@ def _template() -> "Template":
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = words.percent
+    environment.filters["percent"] = formatting.percent
     return environment.from_string(_file("page.html.j2"))
 
 
@@ -117,8 +117,8 @@ def _headline(summary: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "name": f"{kind} accuracy",
-            "value": words.percent(summary[f"{kind}_accuracy"], images),
-            "interval": words.interval(summary[f"{kind}_ci95"], images),
+            "value": formatting.percent(summary[f"{kind}_accuracy"], images),
+            "interval": formatting.interval(summary[f"{kind}_ci95"], images),
             "what": what,
         }
         for kind, what in (("certified", "right, and no patch can change it"), ("clean", "right without an attack"))
@@ -138,24 +138,24 @@ def _shares(summary: dict[str, Any], outcomes: dict[str, int] | None) -> list[di
         "alarm": "! false alarm, counts as wrong",
     }
     return [
-        {"state": state, "text": text[state], "value": words.percent(value, n), "width": round(100 * value, 3)}
+        {"state": state, "text": text[state], "value": formatting.percent(value, n), "width": round(100 * value, 3)}
         for state, value in shares.items()
         if state != "alarm" or value > 0 or summary["notion"] == "detection"
     ]
 
 
-def _choices(shown: Sequence[Shown], own: bool, notion: str) -> list[tuple[str, str]]:
+def _choices(shown: Sequence[ReportImage], own: bool, notion: str) -> list[tuple[str, str]]:
     """The outcomes by which the gallery can be filtered."""
-    found = [
+    choices = [
         ("all", "all"),
         ("certified", "✓ certified"),
         ("open", "○ not certified" if own else "○ right, not certified"),
     ]
     if not own:
-        found.append(("wrong", "✕ wrong"))
+        choices.append(("wrong", "✕ wrong"))
     if notion == "detection" or any(one.alarm for one in shown):
-        found.append(("alarm", "! false alarm"))
-    return found
+        choices.append(("alarm", "! false alarm"))
+    return choices
 
 
 def _chart(summary: dict[str, Any]) -> Chart | None:
@@ -164,8 +164,8 @@ def _chart(summary: dict[str, Any]) -> Chart | None:
     return chart(summary["certified_by_patch"], summary["clean_accuracy"], summary["threat"])
 
 
-def _cards(shown: Sequence[Shown], own: bool, scale: float) -> list[dict[str, Any]]:
-    """The pictures that are there without JavaScript: so many that they take no more than a quarter of the page."""
+def _cards(shown: Sequence[ReportImage], own: bool, scale: float) -> list[dict[str, Any]]:
+    """The images of a page without JavaScript; they take at most a quarter of the page."""
     count = OWN_CARDS if own else CARDS
     while True:
         chosen = [shown[i] for i in evenly(len(shown), count)]
@@ -175,13 +175,13 @@ def _cards(shown: Sequence[Shown], own: bool, scale: float) -> list[dict[str, An
         count //= 2
 
 
-def _card(one: Shown, own: bool, scale: float) -> dict[str, Any]:
+def _card(one: ReportImage, own: bool, scale: float) -> dict[str, Any]:
     height, width = one.image.shape[:2]
     badge = "○ not certified" if one.state == "open" and one.target is None else BADGES[one.state]
     facts = [("answer", one.label)]
     if one.target is not None:
         facts.append(("true class", one.target))
-    facts.append(("smallest margin", words.margin(one.margin)))
+    facts.append(("smallest margin", formatting.margin(one.margin)))
     if one.largest_patch is not None:
         side = one.largest_patch
         facts.append(("largest certified patch", f"{side}×{side} pixels" if side > 0 else "none"))
@@ -199,7 +199,7 @@ def _card(one: Shown, own: bool, scale: float) -> dict[str, Any]:
         "image": picture(one.image),
         "map": drawn,
         "alt": f"{one.title}, answered {one.label}",
-        "map_alt": f"vulnerability map of {one.title}: red on {words.percent(red, 1)} of the pixels",
+        "map_alt": f"vulnerability map of {one.title}: red on {formatting.percent(red, 1)} of the pixels",
         "size": (height, width),
         "weakest": one.weakest,
         "flags": flags,

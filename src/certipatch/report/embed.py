@@ -1,4 +1,4 @@
-"""The data of a page's script: pictures as sheets of tiles, numbers as base64, everything in one safe JSON text."""
+"""The data of a page's script: images as sheets of tiles, numbers as base64, everything in one safe JSON text."""
 
 import base64
 import json
@@ -9,21 +9,21 @@ import numpy as np
 from PIL import Image
 
 from certipatch.report.colours import LOSSLESS, colours, data_uri
+from certipatch.report.images import STATES, ExplorerData, ReportImage, evenly
 from certipatch.report.places import Places
-from certipatch.report.shown import STATES, Explored, Shown, evenly
 
-TILE = 224  # pixels of a side; larger pictures are made smaller
+TILE = 224  # pixels of a side; larger images are made smaller
 SHEET_PIXELS = 2**22
-SHARE = 0.75  # of the room, for pictures and maps, where there is an explorer
-SCORED = 5  # classes whose scores are embedded; votes are embedded for all
+SHARE = 0.75  # of the room, for images and maps, if there is an explorer
+SCORED = 5  # classes with embedded scores; votes are embedded for all
 SHADES = 24  # steps of a map's colours
 
 
-def embed(shown: Sequence[Shown], places: Places | None, scale: float, room: int) -> tuple[str, int, int]:
-    """JSON of at most about ``room`` bytes; the number of pictures in it, and of those in the explorer.
+def embed(shown: Sequence[ReportImage], places: Places | None, scale: float, room: int) -> tuple[str, int, int]:
+    """JSON of at most about ``room`` bytes; the number of its images, and the number of images in the explorer.
 
-    Where not all fit, they are taken evenly from ``shown``. Less-than signs and ampersands are escaped, so that no name
-    can end the script element that holds it.
+    An even sample of ``shown`` is taken if not all fit. Less-than signs and ampersands are escaped, so that no name can end
+    its script element.
     """
     shown, data = _sheets(shown, scale, int((SHARE if places else 0.95) * room))
     names = _Names(places.classes if places else ())
@@ -72,8 +72,8 @@ def _json(data: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _sheets(shown: Sequence[Shown], scale: float, room: int) -> tuple[list[Shown], dict[str, Any]]:
-    """Pictures and maps as sheets of tiles, evenly thinned until they fit."""
+def _sheets(shown: Sequence[ReportImage], scale: float, room: int) -> tuple[list[ReportImage], dict[str, Any]]:
+    """Images and maps as sheets of tiles, evenly thinned until they fit."""
     shown = list(shown)
     while True:
         data = _tiled(shown, scale)
@@ -83,7 +83,7 @@ def _sheets(shown: Sequence[Shown], scale: float, room: int) -> tuple[list[Shown
         shown = [shown[i] for i in evenly(len(shown), max(1, int(0.97 * len(shown) * room / size)))]
 
 
-def _tiled(shown: list[Shown], scale: float) -> dict[str, Any]:
+def _tiled(shown: list[ReportImage], scale: float) -> dict[str, Any]:
     height, width = shown[0].image.shape[:2] if shown else (1, 1)
     shrink = min(1.0, TILE / max(height, width))
     tile = (max(1, round(height * shrink)), max(1, round(width * shrink)))
@@ -98,13 +98,13 @@ def _tiled(shown: list[Shown], scale: float) -> dict[str, Any]:
         maps = [colours(_steps(one.map, scale), scale) for one in part if one.map is not None]
         drawn = None
         if len(maps) == len(part):
-            drawn = _sheet([_fitted(found, tile, Image.Resampling.NEAREST) for found in maps], pitch, columns)
+            drawn = _sheet([_fitted(map_image, tile, Image.Resampling.NEAREST) for map_image in maps], pitch, columns)
         sheets.append({"pictures": data_uri(pictures, photo=photo), "maps": drawn and _palette(drawn)})
     return {"size": [height, width], "tile": tile, "pitch": pitch, "columns": columns, "per": per, "sheets": sheets}
 
 
 def _steps(margins: np.ndarray, scale: float) -> np.ndarray:
-    """Margins in so few steps that maps stay small; the sign, and so the colour's meaning, is kept."""
+    """Margins rounded to a few steps, so that maps stay small; the sign, and so the colour's meaning, is kept."""
     with np.errstate(invalid="ignore"):
         steps = np.sign(margins) * np.clip(np.ceil(np.abs(margins) / scale * SHADES), 1, None) * scale / SHADES
     return np.where(np.isfinite(margins), np.where(margins == 0, 0.0, steps), margins)
@@ -125,7 +125,7 @@ def _sheet(tiles: list[Image.Image], pitch: tuple[int, ...], columns: int) -> Im
 
 
 def _palette(sheet: Image.Image) -> str:
-    """A picture of at most 256 colours as PNG, every colour kept."""
+    """An image of at most 256 colours as PNG, every colour kept."""
     red, green, blue = np.asarray(sheet).astype(np.int32).transpose(2, 0, 1)
     colour, index = np.unique((red << 16) + (green << 8) + blue, return_inverse=True)
     small = Image.fromarray(index.reshape(sheet.size[::-1]).astype(np.uint8))
@@ -133,8 +133,8 @@ def _palette(sheet: Image.Image) -> str:
     return data_uri(small)
 
 
-def _places(places: Places, example: Shown) -> dict[str, Any]:
-    """What the explorer needs once: places, rows of ``sees``, and how views are drawn."""
+def _places(places: Places, example: ReportImage) -> dict[str, Any]:
+    """The explorer's data for the entire page: locations, rows of ``sees``, and the layout of the views."""
     locations = places.relation.locations
     assert example.explored is not None
     return {
@@ -155,30 +155,30 @@ def _places(places: Places, example: Shown) -> dict[str, Any]:
     }
 
 
-def _explored(shown: Sequence[Shown], places: Places, index: list[int]) -> dict[str, Any]:
-    """What the explorer needs of each picture. Margins are whole numbers for votes counted by ``Vote``, else float32."""
-    found = [one.explored for one in shown if one.explored is not None]
-    margins = np.stack([one.margins for one in found])
+def _explored(shown: Sequence[ReportImage], places: Places, index: list[int]) -> dict[str, Any]:
+    """The explorer's data per image. Margins are whole numbers if ``Vote`` counted them, else float32."""
+    explored = [one.explored for one in shown if one.explored is not None]
+    margins = np.stack([one.margins for one in explored])
     whole = bool((margins == np.clip(margins.round(), -(2**15), 2**15 - 1)).all())
     data: dict[str, Any] = {
         "index": packed(index, "<i4"),
         "margins": packed(margins if whole else _signed(margins), "<i2" if whole else "<f4"),
         "whole": whole,
     }
-    if found[0].evidence.dtype == bool:
-        data["votes"] = packed([np.packbits(one.evidence.reshape(-1)) for one in found], "u1")
+    if explored[0].evidence.dtype == bool:
+        data["votes"] = packed([np.packbits(one.evidence.reshape(-1)) for one in explored], "u1")
     else:
-        kept = np.stack([_kept(one) for one in found])
-        scores = np.stack([one.evidence[:, classes] for one, classes in zip(found, kept, strict=True)])
+        kept = np.stack([_kept(one) for one in explored])
+        scores = np.stack([one.evidence[:, classes] for one, classes in zip(explored, kept, strict=True)])
         data |= {"scores": packed(scores, "<f4"), "kept": packed(kept, "<i4"), "scored": kept.shape[1]}
-    if any(one.unsure is not None and one.unsure.any() for one in found):
+    if any(one.unsure is not None and one.unsure.any() for one in explored):
         views = places.relation.number_of_views
         nobody = np.zeros(views, bool)
-        data["unsure"] = packed([np.packbits(nobody if one.unsure is None else one.unsure) for one in found], "u1")
+        data["unsure"] = packed([np.packbits(nobody if one.unsure is None else one.unsure) for one in explored], "u1")
     return data
 
 
-def _kept(one: Explored) -> np.ndarray:
+def _kept(one: ExplorerData) -> np.ndarray:
     """The answer, the true class, and the classes of largest sums."""
     order = np.argsort(-one.evidence.sum(0, dtype=np.float64), kind="stable").tolist()
     first = [one.answer] if one.target is None else [one.answer, one.target]
@@ -186,6 +186,6 @@ def _kept(one: Explored) -> np.ndarray:
 
 
 def _signed(margins: np.ndarray) -> np.ndarray:
-    """Margins in float32 that are positive exactly where they were."""
+    """Margins in float32; positive margins stay positive, others do not become positive."""
     small = margins.astype(np.float32)
     return np.where((margins > 0) & (small <= 0), np.finfo(np.float32).tiny, small)

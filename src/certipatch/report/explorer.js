@@ -191,8 +191,8 @@
       return draw("rect", place, strip);
     });
   }
-  function drawStrip(at, found) {
-    const classes = found.classes, mine = classes.indexOf(label[now.i]);
+  function drawStrip(at, classSums) {
+    const classes = classSums.classes, mine = classes.indexOf(label[now.i]);
     let most = 1e-9;
     if (!votes) for (let v = 0; v < V; v++) most = Math.max(most, evidence(at, v, mine));
     cells.forEach((cell, v) => {
@@ -201,17 +201,17 @@
         if (evidence(at, v, mine)) kind = "mine";
         else if (classes.some((_, c) => evidence(at, v, c))) kind = "other";
       } else kind = "score";
-      cell.setAttribute("class", kind + (found.hit[v] ? " hit" : ""));
+      cell.setAttribute("class", kind + (classSums.hit[v] ? " hit" : ""));
       if (!votes) cell.style.setProperty("--much", Math.max(0.06, evidence(at, v, mine) / most).toFixed(3));
     });
   }
 
-  function drawEvidence(at, found) {
-    const { classes, outside, touched } = found, y = label[now.i], mine = classes.indexOf(y);
+  function drawEvidence(at, classSums) {
+    const { classes, outside, touched } = classSums, y = label[now.i], mine = classes.indexOf(y);
     const [lo, hi] = explorer.bounds || [0, 0];
     const gain = classes.map((k) => (k === y || !explorer.bounds ? 0 : touched * hi));
     const least = classes.map((k, c) => outside[c] + (explorer.bounds ? touched * (k === y ? lo : 0) : 0));
-    const top = Math.max(1e-9, ...classes.map((_, c) => Math.max(least[c], outside[c] + gain[c], found.outside[c] + found.inside[c])));
+    const top = Math.max(1e-9, ...classes.map((_, c) => Math.max(least[c], outside[c] + gain[c], classSums.outside[c] + classSums.inside[c])));
     const bottom = Math.min(0, ...least), base = bottom - (bottom < 0 ? 0.05 * (top - bottom) : 0), end = top - base;
     const order = classes.map((_, c) => c).sort((a, b) => (classes[b] === y) - (classes[a] === y) || outside[b] - outside[a] || classes[a] - classes[b]);
     const rows = order.slice(0, 5);
@@ -240,10 +240,10 @@
     });
     return { worst, rival, reach: rival < 0 ? 0 : outside[rival] + gain[rival] };
   }
-  function because(found, most, sure) {
+  function because(classSums, most, sure) {
     const answer = data.names[label[now.i]], one = explorer.layout.one;
-    const seen = `${found.touched.toLocaleString("en")} of ${plural(V, one)} ${found.touched === 1 ? "is" : "are"} the attacker’s`;
-    if (found.touched === 0 && margin(inExplorer[now.i], now.l) > 0) return `No ${one} sees the patch here: it changes nothing.`;
+    const seen = `${classSums.touched.toLocaleString("en")} of ${plural(V, one)} ${classSums.touched === 1 ? "is" : "are"} the attacker’s`;
+    if (classSums.touched === 0 && margin(inExplorer[now.i], now.l) > 0) return `No ${one} sees the patch here: it changes nothing.`;
     const why = {
       mask: "The others give the sums above. The attacker can also make the answer lose its strongest region; the margin allows for that.",
       detection: "The margin is the answer’s score where the patch is hidden, less the threshold for an alarm.",
@@ -251,7 +251,7 @@
       other: "The margin follows from the theorem.",
     };
     if (!explorer.bounds || most.rival < 0) return `${seen}. ${why[explorer.rule] || why.other}`;
-    const name = data.names[found.classes[most.rival]], digits = (value) => plainly(votes ? value : +value.toPrecision(4));
+    const name = data.names[classSums.classes[most.rival]], digits = (value) => plainly(votes ? value : +value.toPrecision(4));
     const tie = votes && most.worst === most.reach;
     const ends = tie ? (sure ? "A tie goes to the class that comes first, which is the answer." : "A tie goes to the class that comes first, which is the rival.") :
       sure ? "That is not enough to win." : "That may be enough to win.";
@@ -260,19 +260,19 @@
 
   function place(l) {
     now.l = l;
-    const at = inExplorer[now.i], value = margin(at, l), sure = value > 0, found = sums(at, l);
+    const at = inExplorer[now.i], value = margin(at, l), sure = value > 0, classSums = sums(at, l);
     const mask = explorer.masks[shape[l]], bottom = top_[l] + mask.length - 1, right = left_[l] + mask[0].length - 1;
     for (const path of $("patch").children) path.setAttribute("d", patchPath(l));
     $("patch").setAttribute("class", sure ? "safe" : "risky");
-    drawStrip(at, found);
-    const most = drawEvidence(at, found);
+    drawStrip(at, classSums);
+    const most = drawEvidence(at, classSums);
     $("verdict").className = `verdict ${sure ? "certified" : "open"}`;
     $("says").textContent = sure ? `✓ Nothing painted here can change the answer${quietly}` : state[now.i] === "alarm" ?
       "○ The clean picture raises an alarm" : `○ A patch here may change the answer${quietly}`;
     $("margin").textContent = signed(value);
     $("where").textContent = `rows ${top_[l]}–${bottom}, columns ${left_[l]}–${right}`;
-    $("touched").textContent = `${found.touched.toLocaleString("en")} of ${V.toLocaleString("en")}`;
-    $("because").textContent = because(found, most, sure);
+    $("touched").textContent = `${classSums.touched.toLocaleString("en")} of ${V.toLocaleString("en")}`;
+    $("because").textContent = because(classSums, most, sure);
     $("stage").setAttribute("aria-valuetext", `${$("where").textContent}: ${sure ? "certified" : "not certified"}, margin ${signed(value)}`);
   }
   function status() {

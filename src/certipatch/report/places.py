@@ -1,4 +1,4 @@
-"""Where the patch of a threat can lie, which views see it there, and how those views are drawn."""
+"""Patch locations of a threat, the views that see the patch at each, and the layout in which the views are drawn."""
 
 import math
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ from certipatch.rules import ClippedSum, DoubleMask, MaskedDetection, RobustMask
 from certipatch.views import Bands, Blocks, Columns, Cross, ReceptiveFields, Views
 from certipatch.views.incidence import Incidence
 
-MAX_BYTES = 2**20  # of the relation and of the list of places, each, in a page
+MAX_BYTES = 2**20  # of the relation and of the list of locations, each, in a page
 _BANDS = {True: "column", False: "row"}
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Places:
-    """The places of one patch, for the explorer.
+    """The locations of one patch, for the explorer.
 
-    relation: L places, R distinct rows, V views. layout: how the views are drawn, see ``layout``. classes: K names.
-    bounds: what an attacker can make of one score where the margin is then a difference of sums, or None.
+    relation: L locations, R distinct rows, V views. layout: how the views are drawn, see ``layout``. classes: K names.
+    bounds: the range of one score under attack, if the margin is then a difference of sums, or None.
     clip: the range to which the rule clips scores. notion: of the certificates.
     rule: ``vote``, ``sum``, ``mask``, ``detection``, ``masks`` or ``other``.
     """
@@ -40,10 +40,10 @@ class Places:
 
     @property
     def first(self) -> Tensor:
-        """int64 (R,): a place of each distinct row."""
+        """int64 (R,): a location of each distinct row."""
         row_of = self.relation.row_of
-        found = torch.full((self.relation.number_of_rows,), len(row_of))
-        return found.scatter_reduce_(0, row_of, torch.arange(len(row_of)), "amin")
+        first = torch.full((self.relation.number_of_rows,), len(row_of))
+        return first.scatter_reduce_(0, row_of, torch.arange(len(row_of)), "amin")
 
     def counted(self, values: Tensor) -> np.ndarray:
         """Evidence as the rule counts it: bool votes as they are, scores clipped, in float32."""
@@ -52,19 +52,19 @@ class Places:
 
 
 def places(
-    defense: Defense, found: Certificate, image_size: tuple[int, int], classes: tuple[str, ...]
+    defense: Defense, certificate: Certificate, image_size: tuple[int, int], classes: tuple[str, ...]
 ) -> Places | None:
-    """The places of the threat of ``found``.
+    """The locations of the threat of ``certificate``.
 
-    None where there is nothing to explore: a threat without single places (sparse, several patches), a defense whose
-    margins do not come from the views that see a place, or more places than a page holds.
+    None if there is nothing to explore: a threat without single locations (sparse, several patches), a defense whose
+    margins do not come from the views that see a location, or more locations than a page holds.
     """
-    relation = found.sees
+    relation = certificate.sees
     if (
         not isinstance(defense, ViewDefense)
         or relation is None
         or relation.choices.shape[1] != 1
-        or found.margin.shape[1] != len(relation.row_of)
+        or certificate.margin.shape[1] != len(relation.row_of)
     ):
         return None
     if relation.packed.nbytes > MAX_BYTES or 4 * len(relation.row_of) > MAX_BYTES:
@@ -76,7 +76,7 @@ def places(
 
 
 def layout(views: Views, image_size: tuple[int, int]) -> dict[str, Any]:
-    """How views are drawn: bands along the picture's edge, others as cells of a grid; and in words."""
+    """The layout of views, with a description: bands along the image's edge, other views as cells of a grid."""
     number = views.number(image_size)
     if isinstance(views, Bands) and views.count == 1:
         kind = _BANDS[isinstance(views, Columns)]

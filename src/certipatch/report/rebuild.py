@@ -15,9 +15,9 @@ def rebuild(out: Path, data: str | None = None, model: str | None = None) -> Pat
 
     Args:
         out: a run folder of evaluate, attack or certify.
-        data, model: where the pictures and the model are, if not where the run found them.
+        data, model: the places of the images and the model; the run's own by default.
 
-    Errors: InputError for an unfinished or foreign folder, and where data or model are missing or have changed.
+    Errors: InputError for an unfinished or foreign folder, and if data or model are missing or have changed.
     """
     command = command_of(out)
     if command == "evaluate":

@@ -61,21 +61,21 @@ class Table:
 
 
 def csv_text(lines: Iterable[Sequence[object]]) -> str:
-    """CSV whose texts no spreadsheet takes for formulas."""
+    """CSV; no spreadsheet takes one of its texts for a formula."""
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([in_csv(value) for value in line] for line in lines)
     return file.getvalue()
 
 
 def in_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, also in a table."""
+    """Text that Markdown shows unchanged, also in a table."""
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = text.replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")  # no links, nobody called
     return re.sub(r"([\\`*_{}\[\]|~$])", r"\\\1", text)
 
 
 def in_latex(text: str) -> str:
-    """Text that LaTeX typesets as it is. Characters that not every engine knows lose their accents or become ``?``."""
+    """Text that LaTeX typesets unchanged. Characters that not every engine knows lose their accents or become ``?``."""
     return "".join(LATEX.get(c) or _ascii(c) for c in text)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 from certipatch.data import Pictures, load
-from certipatch.data.known import KNOWN, canonical, known_classes, names
+from certipatch.data.known import KNOWN, canonical, dataset_names, known_classes
 from certipatch.errors import InputError, unknown
 from certipatch.reproduce import interval_models, smoothing
 from certipatch.reproduce.context import ReproductionContext, is_local
@@ -43,7 +43,7 @@ class Reproduction:
 
     @property
     def studies(self) -> dict[str, Study]:
-        """Data sets that the table can be made of, the first for a call without ``--data``."""
+        """The table's data sets by key; the first is the default of ``--data``."""
         return {key: self.paper.studies[key] for key in self.spec.studies}
 
     @property
@@ -55,7 +55,7 @@ class Reproduction:
         return f"{self.paper.title}, {self.spec.source}: {self.spec.title}"
 
     def plan(self, key: str, context: ReproductionContext, local: bool = True) -> Plan:
-        """The table of one data set, on as many images as it takes without a limit."""
+        """The table of one data set, on its own number of images unless there is a limit."""
         images, data = self.spec.images, self.paper.studies[key].data
         number = images[data] if isinstance(images, dict) else images
         return Plan(context if number is None else context.limited_to(number), self.paper, self.spec, key, local)
@@ -67,7 +67,7 @@ TABLES: dict[str, Reproduction] = {
     for name, spec in paper.tables.items()
 }
 ATTACKING = frozenset(name for name, table in TABLES.items() if table.spec.attacks)
-"""The tables that attack, and so take ``--starts`` and ``--steps``."""
+"""The tables with attacks; these take ``--starts`` and ``--steps``."""
 
 
 def find(name: str) -> Reproduction:
@@ -78,12 +78,12 @@ def find(name: str) -> Reproduction:
 
 
 def find_study(pictures: Pictures, studies: dict[str, Study]) -> str:
-    """The key of the study that images belong to: by their name, else by classes and size. InputError where none does."""
+    """The key of the study that images belong to: by their name, else by classes and size. InputError if none does."""
     by_name = {study.data: key for key, study in studies.items()}
     name = canonical(pictures.name)
     if name in by_name:
         return by_name[name]
-    if name not in names() and name not in KNOWN:
+    if name not in dataset_names() and name not in KNOWN:
         size = pictures.pixels([0]).shape[1:3]
         for key, study in studies.items():
             if pictures.class_names == known_classes(study.data) and size == study.image_size:

@@ -1,4 +1,4 @@
-"""Networks without a defense under attack: as they are, or their local logits added up in some way."""
+"""Networks without a defense under attack: with their own prediction, or with another sum of their local logits."""
 
 from dataclasses import replace
 from math import inf
@@ -18,13 +18,13 @@ from certipatch.views import Views
 
 MEAN = ClippedSum(-inf, inf)
 UNDEFENDED = "undefended"
-"""The network as it predicts by itself, or the mean of its local logits if it has a defense of views."""
+"""The network with its own prediction, or the mean of its local logits if it has a defense of views."""
 OWN = "its own, the maximum of features"
 """The prediction of a network without a defense."""
 
 
 def aggregated(victim: Target, name: str, threat: PatchThreat) -> Target | None:
-    """A network with another aggregation, by name; None for the own one of a network with a defense."""
+    """A network with another aggregation, by name; None for a network with a defense and its own aggregation."""
     if name == UNDEFENDED:
         return undefended(victim)
     if name == OWN:
@@ -34,7 +34,7 @@ def aggregated(victim: Target, name: str, threat: PatchThreat) -> Target | None:
 
 
 def undefended(victim: Target) -> Target:
-    """A network without a defense: as it predicts by itself, or the mean of its local logits."""
+    """A network without a defense: with its own prediction, or with the mean of its local logits."""
     if isinstance(victim.defense, Undefended):
         return victim
     if isinstance(victim.defense, ViewDefense):
@@ -60,5 +60,5 @@ def aggregations(
 
 
 def around(victim: Target, defense: Defense) -> Target:
-    """Another defense in place of the victim's."""
+    """The victim with another defense."""
     return replace(victim, defense=defense, name=f"{defense.name}:{victim.name}")

@@ -1,4 +1,4 @@
-"""Attacked accuracy in a table: every cell is an attack run in a folder of its own, gone on with where it stopped.
+"""Attacked accuracy in a table: every cell is an attack run in a folder of its own, which resumes.
 
 ``target`` opens a model, or a method around its network; ``attacked`` attacks it and gives the three numbers.
 ``certipatch report`` makes the page of each run.
@@ -36,13 +36,13 @@ from certipatch.saved.open import ClassifierInfo, attacked_image_size, wrap_clas
 from certipatch.threats import PatchThreat, Threat
 
 UNCERTIFIED = "-"
-"""In the place of certified accuracy, where a defense proves nothing."""
+"""The text in place of a certified accuracy, if a defense proves nothing."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Target:
-    """A defense to attack: anything with ``predict``; with ``certify`` its certificates are attacked too."""
+    """A defense to attack: any object with ``predict``; if it has ``certify``, its certificates are attacked too."""
 
     defense: Any
     card: Card | ClassifierInfo
@@ -54,13 +54,13 @@ class Target:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Attacked:
+class AttackResult:
     """The three numbers of a finished attack run, and the run."""
 
     clean: Share
     attacked: Share
     certified: Share | str
-    """``UNCERTIFIED`` where nothing is proven."""
+    """The certified share, or ``UNCERTIFIED`` if nothing is proven."""
     target: Target
     pictures: Pictures
     folder: Path
@@ -72,9 +72,9 @@ class Attacked:
         return [self.clean, self.attacked, self.certified]
 
     def images(self, numbers: Sequence[int]) -> tuple[Float[Tensor, "N C H W"], Float[Tensor, "N C H W"]]:
-        """Some pictures as they were and attacked; a picture without an attack stays as it was.
+        """Some clean images and their attacked versions; an image without an attack stays unchanged.
 
-        Errors: InputError where an attack changed more pixels than are stored.
+        Errors: InputError if an attack changed more pixels than are stored.
         """
         clean = self.pictures.images(list(numbers))
         changed, result = read_evidence(self.folder, ["pixels", "values"]), clean.flatten(2).clone()
@@ -92,9 +92,9 @@ class Attacked:
 def target(
     context: ReproductionContext, slot: ModelSlot, threat: Threat | None, method: str | None = None, **settings: Any
 ) -> Target | NotRun:
-    """The model of a role as it was trained, or ``method`` around its network, built for the threat.
+    """The trained model of a role, or ``method`` around its network, built for the threat.
 
-    ``NotRun`` where there is no such model, or what it comes from is not installed.
+    ``NotRun`` if there is no such model, or if its package is not installed.
     """
     name, built_for = context.models.get(slot.role, slot.name), threat or PatchThreat(1)
     if is_adapter(name) and not Path(name).is_dir():
@@ -117,7 +117,7 @@ def target(
 
 
 def pictures_of(context: ReproductionContext, victim: Target) -> Pictures:
-    """The context's pictures. InputError where the target does not read such."""
+    """The context's images. InputError if the target does not read images of their shape."""
     pictures = context.pictures(victim.card)
     height, width, channels = pictures.pixels([0]).shape[1:]
     if ((height, width), channels) != (victim.card.image_size, victim.card.channels):
@@ -126,13 +126,13 @@ def pictures_of(context: ReproductionContext, victim: Target) -> Pictures:
     return pictures
 
 
-def attacked(context: ReproductionContext, victim: Target, threat: Threat | None, strength: Strength) -> Attacked:
-    """Attack every picture, or read the results of an earlier run of the same. A broken certificate goes to ``context.broken``.
+def attacked(context: ReproductionContext, victim: Target, threat: Threat | None, strength: Strength) -> AttackResult:
+    """Attack every image, or read the results of an earlier equal run. A broken certificate goes to ``context.broken``.
 
     Args:
         threat: None for the L∞ attack of ``strength.epsilon``.
 
-    Errors: InputError where attack, threat and defense do not fit each other, or the pictures the model.
+    Errors: InputError if attack, threat and defense do not fit each other, or if the images do not fit the model.
     """
     strength, attack = strength.limited_to(context.starts, context.steps), attacks.find(strength.attack)
     device, pictures = devices.default(), pictures_of(context, victim)
@@ -158,8 +158,8 @@ def attacked(context: ReproductionContext, victim: Target, threat: Threat | None
         batch=rows,
     )
     config = yaml_round_trip(job.config(context.fingerprint(victim.card)))
-    asked = {key: value for key, value in config.items() if key not in IGNORED_KEYS | {"versions", "dataset_note"}}
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    identity = {key: value for key, value in config.items() if key not in IGNORED_KEYS | {"versions", "dataset_note"}}
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder = context.out / "attacks" / f"{victim.name.replace(':', '-').replace('/', '-')}-{attack.name}-{key}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     about = f"{victim.name}, {attack.name}{'' if strength.adaptive else ' plain'}"
@@ -173,7 +173,7 @@ def attacked(context: ReproductionContext, victim: Target, threat: Threat | None
         Share(round(n * summary[f"{kind}_accuracy"]), n) for kind in ("clean", "attacked", "certified")
     )
     proven = threat is not None and not summary["theorem"].startswith("none")
-    return Attacked(clean, standing, certified if proven else UNCERTIFIED, victim, pictures, folder, summary)
+    return AttackResult(clean, standing, certified if proven else UNCERTIFIED, victim, pictures, folder, summary)
 
 
 def outcome(
@@ -183,7 +183,7 @@ def outcome(
     strength: Strength,
     method: str | None = None,
     **settings: Any,
-) -> Attacked | NotRun:
-    """``attacked`` of a ``target``."""
+) -> AttackResult | NotRun:
+    """Open a ``target`` and attack it."""
     victim = target(context, slot, threat, method, **settings)
     return victim if isinstance(victim, NotRun) else attacked(context, victim, threat, strength)

@@ -1,4 +1,4 @@
-"""Images and models of a table, and what defenses make of them: logits and counts are computed once and kept."""
+"""Images and models of a table, with logits and counts of defenses that are computed once and kept."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ Progress = Callable[[int, int, str], None]
 @final
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """N images: whether the defense is right, and whether it then certifies too."""
+    """N images: the defense is right or not, and certifies the right class or not."""
 
     right: Bool[Tensor, " N"]
     certified: Bool[Tensor, " N"]
@@ -51,13 +51,13 @@ class Outcomes:
 @final
 @dataclass(frozen=True, eq=False)
 class LargestCertified:
-    """N images: whether the defense is right, and the side of the largest square patch that it certifies."""
+    """N images: the defense is right or not, and the side of the largest square patch that it certifies."""
 
     right: Bool[Tensor, " N"]
     largest: Int64[Tensor, " N"]
 
     def outcomes(self, side: int) -> Outcomes:
-        """Against a square patch anywhere: certificates nest."""
+        """The outcomes against a square patch anywhere; certificates nest."""
         return Outcomes(self.right, self.right & (self.largest >= side))
 
 
@@ -66,10 +66,10 @@ class ReproductionContext:
     """Images and models of one table, and counts from them.
 
     Args:
-        out: folder for logits and finished counts; what is there is used again.
+        out: folder for logits and finished counts; existing files are used again.
         data, split, limit: the images, as for ``evaluate``.
         models: names or folders by role, instead of the usual ones.
-        starts, steps: of attacks, instead of the table's.
+        starts, steps: numbers for the attacks, instead of the table's.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class ReproductionContext:
         self._fingerprint: str | None = None
 
     def for_dataset(self, data: str) -> "ReproductionContext":
-        """The same for other data, with the usual models."""
+        """This context for other data, with the usual models."""
         return self._like(data, self.limit, {})
 
     def limited_to(self, number: int) -> "ReproductionContext":
-        """The same on the first images of the split, unless the user set a limit."""
+        """This context on the first images of the split, unless the user set a limit."""
         return self if self.limit is not None else self._like(self.data, number, self.models)
 
     def _like(self, data: str, limit: int | None, models: dict[str, str]) -> "ReproductionContext":
@@ -107,9 +107,9 @@ class ReproductionContext:
         return other
 
     def folder(self, slot: ModelSlot) -> Path | None:
-        """The model's folder: as ``--model`` says, in the zoo, or in ``models/``; None where it is not.
+        """The model's folder, by ``--model``, in ``models/`` or in the zoo; None if it is in none.
 
-        Errors: InputError where it has other views than its role.
+        Errors: InputError if the model has other views than its role.
         """
         trained = Path("models") / slot.name
         if slot.role in self.models:
@@ -128,7 +128,7 @@ class ReproductionContext:
         return folder
 
     def pictures(self, card: Card | ClassifierInfo) -> Pictures:
-        """The images, in the size that the model reads where it resizes."""
+        """The images, in the model's input size if the model resizes."""
         size = card.image_size if card.resize else None
         if size not in self._pictures:
             self._pictures[size] = load(self.data, self.split, size=size, limit=self.limit)
@@ -188,7 +188,7 @@ class ReproductionContext:
     def _parts(
         self, kind: str, card: Card, identity: str, compute: Callable[[Float[Tensor, "B C H W"]], Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """A tensor for all images, and their targets, a few at a time; kept parts are not computed again."""
+        """A tensor for all images, and their targets, part by part; kept parts are not computed again."""
         key = hashlib.sha256(f"{identity}/{self.fingerprint(card)}".encode()).hexdigest()[:16]
         device = devices.default()
         for indices, targets in self._ranges(card, kind):
@@ -273,7 +273,7 @@ class ReproductionContext:
         question: object,
         judge: Callable[[Defense, Evidence, Tensor], list[Tensor]],
     ) -> list[Tensor] | NotRun:
-        """Two tensors (N,) about all images, kept under the question."""
+        """Two tensors (N,) about all images, kept under a key."""
         folder = self.folder(slot)
         if folder is None:
             return missing(slot)
@@ -290,13 +290,13 @@ class ReproductionContext:
 
 
 def missing(slot: ModelSlot) -> NotRun:
-    """The cell of a model that is not there."""
+    """The cell of a missing model."""
     hours = "" if slot.hours is None else f", about {slot.hours:g} h of {slot.work}"
     return NotRun(f"not run{hours} ({slot.name})")
 
 
 def is_local(data: str) -> bool:
-    """Find the data in the user's own folder of known datasets: nothing is fetched for a table's other rows."""
+    """Look for the data in the user's own folder of known datasets; nothing is downloaded for a table's other rows."""
     root = os.environ.get(DATA_VARIABLE)
     return bool(root) and (Path(root) / data).is_dir()
 
@@ -309,7 +309,7 @@ def evidence_of(defense: ViewDefense, logits: Tensor, probe: Float[Tensor, "1 C 
 
 
 def read_tensors(path: Path, *names: str) -> list[Tensor] | None:
-    """The tensors of a file; None where it is missing or damaged."""
+    """The tensors of a file; None if it is missing or damaged."""
     try:
         tensors = load_file(path)
         return [tensors[name] for name in names]
@@ -318,7 +318,7 @@ def read_tensors(path: Path, *names: str) -> list[Tensor] | None:
 
 
 def keep_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a file, whole or not at all, also where another process writes the same one."""
+    """Write a file, whole or not at all, even if another process writes the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f"{path.name}.{os.getpid()}")
     write_tensors(own, tensors, metadata)
@@ -326,7 +326,7 @@ def keep_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def _identity(card: Card) -> str:
-    """All of a card that predictions depend on."""
+    """The parts of a card that predictions depend on."""
     return json.dumps(card.model_dump(mode="json", include={"sha256", "defense", "settings", "views", "model"}))
 
 

@@ -14,7 +14,7 @@ PICTURES = 200
 
 
 def receptive_field_figure(plan: Plan) -> Table:
-    """Figure 7: how often 3-wide 1-D convolutions look at each cell, and how a trained network's gradient lies."""
+    """Figure 7: the number of paths of 3-wide 1-D convolutions from each cell, and a trained network's mean gradient."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -12,7 +12,7 @@ from certipatch.reproduce.schema import Entry, ModelSlot
 SEEDS = (1, 2)
 """Further seeds of a model, in ``NAME-seed1`` and ``NAME-seed2``."""
 ALONE = {name: f"{name}-mlp" for name in ("mnist-ibp-5", "mnist-ibp-sparse-4")}
-"""The paper's network where the model of that name is an ensemble with it."""
+"""The paper's network, if the model of that name is an ensemble with it."""
 
 
 class Network(Entry):
@@ -29,16 +29,16 @@ class Training(Entry):
     """The trainings on a data set."""
 
     network: str
-    """Network of the recipes that ship; the strategy too."""
+    """Network and strategy of the shipped recipes."""
     strategy: str
     hours: dict[str, dict[str, float]]
     """By network and strategy."""
     paper: dict[str, str] = Field(default_factory=dict)
-    """Schedule of the paper's networks, where the recipe that ships has another network and another schedule."""
+    """Schedule of the paper's networks, if the shipped recipe has another network and schedule."""
     compared: dict[str, str] = Field(default_factory=dict)
-    """Schedule of the recipe's network where strategies are compared: fewer epochs, and the paper's shares."""
+    """Schedule of the recipe's network in comparisons of strategies: fewer epochs, and the paper's shares."""
     sparse: dict[str, str] = Field(default_factory=dict)
-    """Changes to the recipe against any k pixels, which is of MNIST."""
+    """Changes to the MNIST recipe against any k pixels."""
 
 
 class Models(Entry):
@@ -52,17 +52,17 @@ MODELS = Models.model_validate(yaml.safe_load(Path(__file__).with_suffix(".yaml"
 
 @final
 @dataclass(frozen=True)
-class Trained:
+class IntervalModel:
     """A model of the paper."""
 
     data: str
     network: str
     strategy: str
     size: int
-    """Side of the patch it is trained for; of sparse: pixels."""
+    """Side of the patch in training; for sparse, the number of pixels."""
     count: int | None = None
-    """Places of random and guided, None for as many as the recipe has; sides of the squares that are pooled, one digit for
-    each layer."""
+    """Locations of random and guided, None for the recipe's number; for pooling, the sides of the pooled squares, one digit
+    per layer."""
 
     @property
     def training(self) -> Training:
@@ -85,7 +85,7 @@ class Trained:
 
     @property
     def base(self) -> str:
-        """The recipe that it changes."""
+        """The recipe behind the model."""
         if self.sparse:
             return ALONE["mnist-ibp-sparse-4"]
         name = f"{self.data}-ibp-{self.size if self.size in (2, 5) else 5}"
@@ -122,7 +122,7 @@ class Trained:
 
     @property
     def command(self) -> str:
-        """The command that trains it into ``models/``."""
+        """The command that trains the model into ``models/``."""
         if self.base == self.name:
             return f"certipatch train {self.name}"
         changes = {"name": self.name}
@@ -147,10 +147,10 @@ class Trained:
         return f"certipatch train {self.base} " + " ".join(f"--set {change}" for change in quoted)
 
 
-def trained(data: str, network: str, strategy: str, size: int) -> Trained:
+def trained(data: str, network: str, strategy: str, size: int) -> IntervalModel:
     """The model of one of the paper's strategies by its name there, or ``sparse``."""
     entry = MODELS.strategies[strategy]
-    return Trained(data, network, entry.name, size, entry.count)
+    return IntervalModel(data, network, entry.name, size, entry.count)
 
 
 def slots(data: str) -> list[ModelSlot]:

@@ -1,6 +1,6 @@
-"""Figure 3 of PatchGuard (and 5, 6): what a patch does to local logits.
+"""Figure 3 of PatchGuard (and 5, 6): the effect of a patch on local logits.
 
-There it makes a few of them very large, and their mean believes those.
+The patch makes a few local logits very large, and these dominate the mean.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ BINS = 40
 
 
 @final
-class Patient:
-    """A network under an attack that nothing ends before its last step; its worst picture is then kept.
+class AlwaysAlarming:
+    """A network whose attack runs to its last step and keeps its worst image.
 
-    It is a detector that always raises an alarm, so that no attack succeeds.
+    The network is a detector that always raises an alarm, so that no attack succeeds.
     """
 
     notion: ClassVar[str] = "detection"
@@ -58,8 +58,8 @@ class Patient:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Maxima:
-    """The largest of every cell's local logits, of N pictures as they are and attacked; and which global answers are right."""
+class LargestLogits:
+    """The largest local logit of every cell, on N clean and attacked images, and the correctness of global predictions."""
 
     clean: Float[Tensor, "N V"]
     attacked: Float[Tensor, "N V"]
@@ -93,8 +93,10 @@ def draw_histograms(plan: Plan) -> Table:
     return Table(list(plan.columns), rows, figures={"figure.png": figure})
 
 
-def largest_logits(context: ReproductionContext, victim: Target, threat: PatchThreat, strength: Strength) -> Maxima:
-    """Local logits of all pictures before and after an attack on the global answer; a part that is kept is not made again."""
+def largest_logits(
+    context: ReproductionContext, victim: Target, threat: PatchThreat, strength: Strength
+) -> LargestLogits:
+    """Local logits of all images before and after an attack on the global prediction; kept parts are not computed again."""
     pictures, device = pictures_of(context, victim), devices.default()
     network = local_logits.map_of(victim.defense, victim.name).to(device)
     whole = victim.defense.model if isinstance(victim.defense, Undefended) else local_logits.MeanOfCells(network)
@@ -114,7 +116,7 @@ def largest_logits(context: ReproductionContext, victim: Target, threat: PatchTh
             keep_tensors(path, part)
         parts.append(part)
         context.progress(numbers[-1] + 1, len(pictures), f"local logits of {card.name}, attacked")
-    return Maxima(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return LargestLogits(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def _attacked(
@@ -126,7 +128,7 @@ def _attacked(
     threat: PatchThreat,
     strength: Strength,
 ) -> dict[str, Tensor]:
-    """The fields of ``Maxima`` for some pictures."""
+    """The fields of ``LargestLogits`` for some images."""
     starts, steps = strength.rounds
     task = Task(
         images=images,
@@ -139,7 +141,7 @@ def _attacked(
         search=strength.search,
         batch=min(256, batch_size_for(images[0, 0].numel())),
     )
-    attacked = attacks.find(strength.attack).run(Victim(Patient(whole)), task).attacked
+    attacked = attacks.find(strength.attack).run(Victim(AlwaysAlarming(whole)), task).attacked
     results = {}
     for name, answer, shown in (("clean", "right", images), ("attacked", "standing", attacked)):
         results[name] = local_logits.answers(network, shown).amax(2).cpu()
@@ -148,7 +150,7 @@ def _attacked(
 
 
 def _kept(path: Path, number: int) -> dict[str, Tensor] | None:
-    """A part of so many pictures; None where it is missing, damaged or foreign."""
+    """A stored part of ``size`` images; None if it is missing, damaged or foreign."""
     try:
         part = load_file(path)
         cells = part["clean"].shape[1]

@@ -1,7 +1,7 @@
 """Local logits of any network with a map, undefended ones too; one cell alone, their mean, and other ways to add them up.
 
-The last layer, put on every cell of the last map in place of what pools it, gives local logits (PatchGuard, section II-A).
-Where the network pools by maximum, as our conv networks do, their mean is not its own answer.
+The last layer, applied to every cell of the last map before pooling, gives local logits (PatchGuard, section II-A).
+Our conv networks pool by maximum, so the mean of local logits is not their own prediction.
 """
 
 from typing import Any, ClassVar, final
@@ -21,9 +21,10 @@ from certipatch.views import Views
 
 @final
 class LocalConv(nn.Module):
-    """A conv network of whole pictures, its last layer on every cell: pictures (B, C, H, W) to local logits (B, V, K).
+    """A conv network of whole images, its last layer on every cell: images (B, C, H, W) to local logits (B, V, K).
 
-    Of the picture as it is, also where the network answers for its mirror image too; divided by its temperature.
+    The logits are those of the image alone, even if the network averages over its mirror image; they are divided by the
+    network's temperature.
     """
 
     encoding = "all-views"
@@ -55,7 +56,7 @@ class Cell(nn.Module):
 
 @final
 class MeanOfCells(nn.Module):
-    """The mean (B, K) of the local logits: how a BagNet answers without a defense."""
+    """The mean (B, K) of the local logits: the logits of a BagNet without a defense."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -68,7 +69,7 @@ class MeanOfCells(nn.Module):
 
 @final
 class Aggregation(ViewDefense):
-    """Local logits as they are, added up by a rule.
+    """Unclipped local logits, added up by a rule.
 
     Args:
         model: a network of local logits, or one that reads bands or blocks.
@@ -98,7 +99,7 @@ class Aggregation(ViewDefense):
 def network_of(defense: Any, name: str) -> tuple[nn.Module, Views | None]:
     """A defense's network as one of local logits, or of bands or blocks and these.
 
-    Errors: InputError where the network has no map with a layer that can be put on its cells.
+    Errors: InputError if the network has no map with a layer that can be put on its cells.
     """
     if isinstance(defense, ViewDefense):
         return defense.model, defense.views
@@ -118,7 +119,7 @@ def map_of(defense: Any, name: str) -> nn.Module:
 
 
 def answers(network: nn.Module, images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B ..."]:
-    """What a network says of pictures, in full batches."""
+    """The logits of a network on images, in full batches."""
     batch = batch_size_for(images[0, 0].numel())
     with torch.inference_mode():
         return torch.cat([network(part) for part in images.split(batch)])

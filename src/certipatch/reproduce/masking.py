@@ -30,7 +30,7 @@ def clipped_predictions(logits: Float[Tensor, "B V K"], low: float, high: float)
 
 
 def windows_masked(scores: Float[Tensor, "B V K"], rule: RobustMask) -> Bool[Tensor, " B"]:
-    """Whether the predicted class loses a window on the clean picture: a false positive of detection."""
+    """Return True if the predicted class loses a window on the clean image: a false positive of detection."""
     label = rule.predict(scores)
     own = scores.double().clamp(0, rule.clip).gather(2, label[:, None, None].expand(-1, scores.shape[1], 1))[..., 0]
     heaviest = (own @ members(rule).double().T).amax(1)
@@ -45,7 +45,7 @@ def failure_cause(
     sees: Bool[Tensor, "L V"],
     rule: RobustMask,
 ) -> Int64[Tensor, " B"]:
-    """What the least of attacks needs to change an answer: an index into ``CAUSES``, or −1 where none can.
+    """The weakest cause that changes a prediction: an index into ``CAUSES``, or −1 if no cause suffices.
 
     Each cause gives the attacker more than the one before, so that the first to suffice is well defined:
 
@@ -96,7 +96,7 @@ def members(rule: RobustMask) -> Bool[Tensor, "W V"]:
 
 
 def looks(layers: int, kernel: int = 3) -> Float[Tensor, " r"]:
-    """How often an output cell of ``layers`` 1-D convolutions looks at each cell of its receptive field."""
+    """The number of paths from each cell of the receptive field to an output cell of ``layers`` 1-D convolutions."""
     counts = torch.ones(1, dtype=torch.float64)
     for _ in range(layers):
         counts = F.conv1d(counts[None, None], torch.ones(1, 1, kernel, dtype=torch.float64), padding=kernel - 1)[0, 0]
@@ -104,15 +104,15 @@ def looks(layers: int, kernel: int = 3) -> Float[Tensor, " r"]:
 
 
 def attention(model: nn.Module, images: Iterable[Float[Tensor, "B C H W"]], cell: int) -> Float[Tensor, "H W"]:
-    """Mean over pictures of |∂ (top local logit of ``cell``) / ∂ pixel|, summed over channels."""
+    """Mean over images of |∂ (top local logit of ``cell``) / ∂ pixel|, summed over channels."""
     total, n = None, 0
     for batch in images:
         batch = batch.clone().requires_grad_(True)
         with torch.enable_grad():
             local = model(batch)[:, cell]
             (gradient,) = torch.autograd.grad(local.amax(1).sum(), batch)
-        found = gradient.abs().sum((0, 1))
-        total = found if total is None else total + found
+        magnitude = gradient.abs().sum((0, 1))
+        total = magnitude if total is None else total + magnitude
         n += len(batch)
     assert total is not None
     return total / n

@@ -1,4 +1,4 @@
-"""Measurements: each gives the values that cells show, by name, or says what it takes where the model is missing."""
+"""Measurements: each gives the values of cells by name, or the cost of the model if the model is missing."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ from certipatch.errors import InputError
 from certipatch.models import receptive_fields
 from certipatch.reproduce import interval_models, masking
 from certipatch.reproduce.aggregation import aggregated
-from certipatch.reproduce.attacked import Attacked, attacked, target
+from certipatch.reproduce.attacked import AttackResult, attacked, target
 from certipatch.reproduce.context import Outcomes, ReproductionContext, evidence_of, missing
 from certipatch.reproduce.schema import Ablation, Measurement, ModelSlot, Paper, Strength, Study
 from certipatch.reproduce.table import Cell, NotRun, Number, Share
@@ -81,7 +81,7 @@ def half(whole: Outcomes, name: str) -> Outcomes:
 
 
 def certify(context: ReproductionContext, paper: Paper, study: Study, cell: Measurement) -> Values | NotRun:
-    """Clean and certified accuracy; where further seeds of the model are there, with their mean."""
+    """Clean and certified accuracy; with the mean over seeds if there are further seeds of the model."""
     whole = outcomes(context, study, cell)
     if isinstance(whole, NotRun):
         return whole
@@ -98,7 +98,7 @@ def certify(context: ReproductionContext, paper: Paper, study: Study, cell: Meas
 
 
 def strength_of(paper: Paper, cell: Measurement) -> Strength:
-    """The attack of a cell. An undefended network has nothing to know of, so that every attack on it is adaptive."""
+    """The attack of a cell. An undefended network has no defense to know, so every attack on it is adaptive."""
     adaptive = cell.adaptive or cell.method is None
     changes = {"adaptive": adaptive, "epsilon": float(Fraction(cell.epsilon or 0))}
     return paper.attacks[cell.attack].model_copy(update=changes)
@@ -115,12 +115,12 @@ def attack(context: ReproductionContext, paper: Paper, study: Study, cell: Measu
         victim = aggregated(victim, cell.aggregation, threat)
         if victim is None:
             return NotRun("it has a defense")
-    result: Attacked = attacked(context, victim, threat, strength_of(paper, cell))
+    result: AttackResult = attacked(context, victim, threat, strength_of(paper, cell))
     return {"clean": result.clean, "attacked": result.attacked, "certified": result.certified}
 
 
 def points_lost(context: ReproductionContext, paper: Paper, study: Study, cell: Measurement) -> Values | NotRun:
-    """Points of attacked accuracy that a defense loses when the attack knows it."""
+    """Points of attacked accuracy that a defense loses if the attack knows it."""
     changes = {"measure": "attack", "show": "attacked"}
     plain, adaptive = (
         measure(context, paper, study, cell.model_copy(update=changes | {"adaptive": adaptive}))
@@ -134,7 +134,7 @@ def points_lost(context: ReproductionContext, paper: Paper, study: Study, cell: 
 
 
 def hours(context: ReproductionContext, paper: Paper, study: Study, cell: Measurement) -> Values:
-    """Hours of training, as the card says."""
+    """Hours of training, from the card."""
     folder = context.folder(slot_of(study, cell))
     seconds = None if folder is None else read_card(folder).training.get("seconds")
     return {"training": "" if seconds is None else Number(float(seconds) / 3600, " h", 2)}
@@ -234,17 +234,17 @@ def inference_time(context: ReproductionContext, paper: Paper, study: Study, cel
 
 
 def single_views(context: ReproductionContext, paper: Paper, study: Study, cell: Measurement) -> Values:
-    """Pixels that a view shows, Δ (the chance that it meets the patch where that is largest), and accuracy of single views."""
+    """Visible pixels per view, Δ (the largest chance that a view meets the patch), and accuracy of single views."""
     slot = slot_of(study, cell)
     assert isinstance(slot, Ablation)
-    pixels, delta = shown_and_met(slot, study)
+    pixels, delta = visible_and_touched(slot, study)
     accuracy = accuracy_of_views(context, slot)
     shown: Cell = accuracy if isinstance(accuracy, NotRun) else Number(100 * accuracy, " %")
     return {"pixels shown": Number(pixels, digits=0), "Δ": Number(delta, digits=3), "accuracy of single views": shown}
 
 
-def shown_and_met(ablation: Ablation, study: Study) -> tuple[int, float]:
-    """Pixels that a view shows, and Δ."""
+def visible_and_touched(ablation: Ablation, study: Study) -> tuple[int, float]:
+    """Visible pixels per view, and Δ."""
     size, side = study.image_size, study.patch
     assert size is not None
     assert isinstance(side, int)

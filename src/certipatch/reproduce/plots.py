@@ -22,7 +22,7 @@ class Series:
         intervals: (lowest, highest) y of each point, or none.
         tags: written beside each point, or none.
         joined: drawn as a line.
-        hollow: of somebody else's measurement.
+        hollow: True for somebody else's measurement.
     """
 
     name: str
@@ -41,7 +41,7 @@ def draw(
     limits: tuple[tuple[float, float], tuple[float, float]],
     ticks: Sequence[tuple[float, str]] = (),
 ) -> bytes:
-    """The figure as PNG; where there is no series, an empty one that says so."""
+    """The figure as PNG; without a series, an empty figure with a remark."""
     with style():
         figure = new_figure(7.0, 4.6)
         axes = figure.add_subplot()
@@ -66,10 +66,10 @@ def histograms(
         every = figure.subplots(max(1, len(panels)), squeeze=False)[:, 0]
         every[-1].set(xlabel=axis_names[0])
         for axes, (title, shown) in zip(every, panels, strict=False):
-            values = np.concatenate([found for _, found, _ in shown])
+            values = np.concatenate([values for _, values, _ in shown])
             edges = np.linspace(values.min(), max(values.max(), values.min() + 1e-6), bins + 1)
-            lowest = 50 / max(len(found) for _, found, _ in shown)  # half of one value
-            shares = [np.maximum(100 * np.histogram(found, edges)[0] / len(found), lowest) for _, found, _ in shown]
+            lowest = 50 / max(len(values) for _, values, _ in shown)  # half of one value
+            shares = [np.maximum(100 * np.histogram(values, edges)[0] / len(values), lowest) for _, values, _ in shown]
             axes.set(ylabel=axis_names[1], yscale="log", xlim=(edges[0], edges[-1]))
             axes.set_ylim(lowest, min(100.0, 4 * np.max(shares)))
             axes.yaxis.set_major_formatter("{x:g}")
@@ -87,7 +87,7 @@ def shades(colour: str, number: int) -> list[str]:
     """From a colour to a light one of the same hue, dark ones first; all readable on white."""
     base = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
     mixed = [base * (1 - t) + 255 * t * 0.75 for t in np.linspace(0, 0.55, number)]
-    return ["#" + "".join(f"{int(value):02x}" for value in found) for found in mixed]
+    return ["#" + "".join(f"{int(value):02x}" for value in colour_values) for colour_values in mixed]
 
 
 def _plot(axes: Any, one: Series) -> None:

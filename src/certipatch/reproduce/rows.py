@@ -34,7 +34,7 @@ from certipatch.saved import read_card
 @final
 @dataclass(frozen=True)
 class Plan:
-    """A table, or the part of it that is of one data set."""
+    """A table, or its part of one data set."""
 
     context: ReproductionContext
     paper: Paper
@@ -42,7 +42,7 @@ class Plan:
     key: str
     """The key of the study."""
     local: bool = True
-    """The data are there; else no cell is measured."""
+    """True if the data are there; else no cell is measured."""
 
     @property
     def study(self) -> Study:
@@ -54,7 +54,7 @@ class Plan:
 
     @cached_property
     def rows(self) -> list[RowSpec]:
-        """Rows of the study, one for each ablation of a group; those of models that it does not have are left out."""
+        """Rows of the study, one for each ablation of a group; rows of models that the study lacks are left out."""
         rows: list[RowSpec] = []
         for row in self.spec.rows_of(self.key):
             roles = [ablation.role for ablation in self.study.of(*row.each)] if row.each else [row.model]
@@ -126,7 +126,7 @@ def paper_rows(plan: Plan) -> list[Row]:
 
 
 def format_words(plan: Plan, row: RowSpec, slot: ModelSlot, text: str | None = None) -> str | None:
-    """The row's label, or another text about its model; None if it names what is not known of the model."""
+    """The row's label, or another text about its model; None if the text names an unknown fact of the model."""
     text = (row.label or "{strategy}, {network}") if text is None else text
     values = {"name": slot.name, "attack": row.attack, "aggregation": row.aggregation, "strategy": row.strategy}
     if row.strategy:
@@ -147,7 +147,7 @@ def format_words(plan: Plan, row: RowSpec, slot: ModelSlot, text: str | None = N
 
 
 def _describe_cells(plan: Plan, slot: ModelSlot) -> dict[str, str]:
-    """The map of local logits in words; none where the network has none, or a layer about which nothing can be claimed."""
+    """The map of local logits in words; none without a map, or with a layer that permits no claim."""
     victim = target(plan.context, slot, None)
     assert not isinstance(victim, NotRun)
     try:
@@ -162,7 +162,7 @@ def _describe_cells(plan: Plan, slot: ModelSlot) -> dict[str, str]:
 
 
 def notes(plan: Plan) -> list[str]:
-    """Notes on a study's models: their maps, their training, and the commands that train those that are not there."""
+    """Notes on a study's models: their maps, their training, and the commands that train missing models."""
     slots = plan.slots
     described = [
         format_words(plan, row, slot_of(plan.study, row), text) for text in plan.spec.model_notes for row in plan.rows
@@ -176,7 +176,7 @@ def notes(plan: Plan) -> list[str]:
 
 
 def table_notes(plan: Plan) -> list[str]:
-    """The notes of the file, with the attacks in words; and the paper's rows of other data where it has none of these."""
+    """The notes of the file, with the attacks in words; and the paper's rows of other data if it has none of these data."""
     context, spec = plan.context, plan.spec
     values = {
         name: attack.limited_to(context.starts, context.steps).words for name, attack in plan.paper.attacks.items()
@@ -196,7 +196,7 @@ def table_notes(plan: Plan) -> list[str]:
 
 
 def train_commands(context: ReproductionContext, slots: Iterable[ModelSlot]) -> list[str]:
-    """The commands that train the models that are not there; one line for all sizes of a kind."""
+    """The commands that train missing models; one line for all sizes of a kind."""
     sizes: dict[str, list[int]] = {}
     for slot in slots:
         if is_adapter(context.models.get(slot.role, slot.name)) or context.folder(slot) is not None:

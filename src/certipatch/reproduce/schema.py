@@ -1,8 +1,8 @@
 """Tables of papers as data: the YAML files of this folder, read through one schema.
 
-A file is one paper. Its ``studies`` are data sets with the models that stand for the paper's there, its ``attacks`` have
-names, and each of its ``tables`` has rows and columns. A cell is a measurement: the entries of its row, and those of its
-column over them. Cells of the paper are one text per row, parted by `` | ``.
+A file is one paper. Its ``studies`` are data sets with models that replace the paper's, its ``attacks`` have names, and
+each of its ``tables`` has rows and columns. A cell is a measurement: the entries of its column override the entries of its
+row. Cells of the paper are one text per row, separated by `` | ``.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ class Strength(Entry):
     search: str = "auto"
     adaptive: bool = True
     epsilon: float = 0.0
-    """Radius of L∞, which has no patch."""
+    """Radius of the L∞ attack; that attack has no patch."""
 
     @property
     def rounds(self) -> tuple[int, int]:
@@ -51,14 +51,14 @@ class Strength(Entry):
 
     @property
     def words(self) -> str:
-        """For a note."""
+        """The attack in words, for a note."""
         starts, steps = self.rounds
         knows = "" if self.adaptive else ", plain: it knows nothing of the defense"
         size = f"{step_size(1.0, steps):.2g} ε" if self.attack == "linf" else f"{self.step:.3g}"
         return f"{self.attack}, {starts} start{'s' * (starts != 1)} x {steps} steps of {size}{knows}"
 
     def limited_to(self, starts: int | None, steps: int | None) -> Self:
-        """With other starts and steps; an attack of one start, at one place, keeps to it."""
+        """This attack with other starts and steps; an attack of one start, at one location, keeps its one start."""
         changes = {"starts": None if self.starts == 1 else starts, "steps": steps}
         return self.model_copy(update={name: value for name, value in changes.items() if value is not None})
 
@@ -69,7 +69,7 @@ class ModelSlot(Entry):
     role: str
     name: str
     hours: float | None = None
-    """On two CPU cores, by its recipe; None where there is no recipe."""
+    """Training time on two CPU cores; None if there is no recipe."""
     work: str = "training"
     """The slow part."""
     train_command: str | None = None
@@ -77,17 +77,17 @@ class ModelSlot(Entry):
     size: int = 0
     """Ablations: s, the width of a band or block, or k, the number of random pixels that are shown."""
     seeds: tuple["ModelSlot", ...] = ()
-    """The same from other seeds, which are looked at where they are there."""
+    """This model from other seeds; each is used if it is there."""
     views: ClassVar[Mapping[str, object] | None] = None
 
     @property
     def command(self) -> str:
-        """The command that trains it."""
+        """The command that trains the model."""
         return f"certipatch train {self.train_command or self.name}".replace("N", str(self.size))
 
 
 class Ablation(ModelSlot):
-    """A model of the smoothing paper by what its views show."""
+    """A model of the smoothing paper, described by its views."""
 
     kind: Kind
     count: int = 1
@@ -122,9 +122,9 @@ class Family(Entry):
     sizes: tuple[int, ...]
     hours: float
     recipe: str
-    """Arguments of ``certipatch train``; views and name are set besides."""
+    """Arguments of ``certipatch train``, without views and name."""
     shipped: int | None = None
-    """The size that the recipe has of itself."""
+    """The size in the recipe itself."""
     count: int = 1
     stride: int = 1
 
@@ -162,13 +162,13 @@ class Study(Entry):
 
     data: str
     title: str = ""
-    """In the titles of its tables."""
+    """The name of the data in titles of tables."""
     image_size: tuple[int, int] | None = None
-    """Pictures of this size with the data's classes belong to it, by whatever name."""
+    """Images of this size with the data's classes belong to the study under any name."""
     patches: tuple[int | str, ...]
     """The patches of columns with ``{patch}`` in their title."""
     patch: int | str | None = None
-    """The patch of a cell that names none."""
+    """The default patch of a cell."""
     models: tuple[ModelSlot, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -184,7 +184,7 @@ class Study(Entry):
         return values | {"models": tuple(models)}
 
     def model(self, role: str) -> ModelSlot:
-        """The model in a role. KeyError where the study has none."""
+        """The model in a role. KeyError if the study has none."""
         return {slot.role: slot for slot in self.models}[role]
 
     @property
@@ -207,7 +207,7 @@ class Study(Entry):
 
 
 def patch_words(patch: int | str) -> str:
-    """A patch as tables name it."""
+    """The name of a patch in tables."""
     return patch if isinstance(patch, str) else f"{patch}x{patch}"
 
 
@@ -217,15 +217,15 @@ class Measurement(Entry):
     measure: str = "certify"
     """A key of ``measures.MEASURES``."""
     show: str = ""
-    """The value that the cell shows, of those that are measured together; "" for the one that its column names."""
+    """The name of the cell's value among values that are measured together; "" for the title of its column."""
     model: str = ""
     """Role of the model; with ``strategy`` its network."""
     strategy: str = ""
     """Interval bounds: the training strategy, as the paper names it."""
     trained_for: int | None = None
-    """Interval bounds: side of the patch of the training; None for the one that is measured."""
+    """Interval bounds: side of the patch in training; None for the measured patch."""
     method: str | None = None
-    """The defense around the model's network; None for the one that it was trained with."""
+    """The defense around the model's network; None for the model's own."""
     settings: dict[str, Any] = Field(default_factory=dict)
     card_settings: tuple[str, ...] = ()
     """Settings that the model's card has."""
@@ -233,7 +233,7 @@ class Measurement(Entry):
     """A key of ``aggregation.aggregations``: local logits added up in place of a defense."""
     patch: int | str | None = None
     pixels: int | None = None
-    """Any so many pixels, in place of a patch."""
+    """A number of arbitrary pixels, in place of a patch."""
     shape: str | None = None
     where: str = "anywhere"
     attack: str = ""
@@ -242,9 +242,9 @@ class Measurement(Entry):
     epsilon: str = ""
     """Radius of the L∞ attack, a fraction; no patch then."""
     half: Half = "all"
-    """Pictures: parameters are chosen on the first half, and reported of the other."""
+    """The half of the images: parameters are chosen on the first half and reported on the second."""
     not_run: str = ""
-    """Words in place of a number."""
+    """A text in place of a number."""
 
     def threat(self, study: Study) -> Threat:
         if self.pixels is not None:
@@ -260,11 +260,12 @@ class Measurement(Entry):
 
 
 class RowSpec(Measurement):
-    """A row of ours, of the paper, or of both; without a ``model`` only the paper's."""
+    """A row of our numbers, of the paper's, or of both; without a ``model`` only of the paper's."""
 
     label: str = ""
-    """May name of the model ``{name}``, ``{card}``, ``{evidence}``; of its map ``{size}`` of receptive fields, ``{grid}``,
-    ``{cells}``; of ablations ``{label}``, ``{hyperparameter}``. The model's name stands for it where these are not known."""
+    """The template of the label: ``{name}``, ``{card}``, ``{evidence}`` of the model; ``{size}`` of receptive fields,
+    ``{grid}``, ``{cells}`` of its map; ``{label}``, ``{hyperparameter}`` of ablations. If one of them is unknown, the label
+    is the model's name."""
     each: tuple[str, ...] = ()
     """A row for every ablation of these groups (``Study.of``)."""
     fixed: dict[str, str] = Field(default_factory=dict)
@@ -276,38 +277,38 @@ class TableSpec(Entry):
     """A table or figure of a paper."""
 
     source: str
-    """Its number there."""
+    """Its number in the paper."""
     title: str
     make: str = "rows"
     """A key of ``MAKERS``: most tables are their rows and nothing else."""
     studies: tuple[str, ...]
     """Keys of the file's studies, the first for a call without ``--data``."""
     any_data: bool = False
-    """The one study is taken for any data."""
+    """True if the one study is used for any data."""
     all_data: bool = False
-    """The rows of all studies, of other data too where those are local."""
+    """True if the table has the rows of all studies; other data are used if they are local."""
     images: int | dict[str, int] | None = None
-    """The first so many of the split, without ``--limit``."""
+    """The default number of images, from the beginning of the split."""
     columns: dict[str, Measurement]
     rows: tuple[RowSpec, ...] | dict[str, tuple[RowSpec, ...]] = ()
-    """For every study, or by its key."""
+    """Rows for every study, or by key of the study."""
     missing: str = ""
-    """Label of the one row that stands for all where the model is missing."""
+    """Label of the one row that replaces all rows if the model is missing."""
     paper: dict[str, dict[str, str]] = Field(default_factory=dict)
-    """Rows of the paper below ours, by the data they are of."""
+    """Rows of the paper below ours, by data."""
     paper_elsewhere: bool = False
-    """Notes show the paper's rows of other data where it has none of these."""
+    """True if notes show the paper's rows of other data when the paper has none of these data."""
     attacks: tuple[str, ...] = ()
     """Names of the attacks, for notes; such tables take ``--starts`` and ``--steps``."""
     notes: tuple[str, ...] = ()
-    """May name the paper's attacks, and the study's ``{patch}``."""
+    """Notes; they may name the paper's attacks, and the study's ``{patch}``."""
     model_notes: tuple[str, ...] = ()
-    """A note for every model, which may name what labels may; left out where that is not known."""
+    """Templates of a note for every model, as for labels; a note is left out if a value is unknown."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_columns(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """A list of columns: they change nothing of their rows."""
+        """Accept a list of columns; such columns do not change their rows."""
         columns = values["columns"]
         return values | {"columns": {title: {} for title in columns} if isinstance(columns, list) else columns}
 
@@ -338,7 +339,7 @@ class Paper(Entry):
 
 @lru_cache
 def read_paper(name: str) -> Paper:
-    """The file ``name``.yaml of this folder; keys that begin with a dot hold what others repeat."""
+    """Read the file ``name``.yaml of this folder; keys that begin with a dot hold shared parts."""
     text = (Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8")
     values = yaml.safe_load(text)
     return Paper.model_validate({key: value for key, value in values.items() if not key.startswith(".")})

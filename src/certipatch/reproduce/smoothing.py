@@ -1,6 +1,6 @@
 """Tables and figures of (De)Randomized Smoothing (Levine & Feizi 2020) that are more than their rows.
 
-Parameters are chosen by the certified accuracy of the validation half, and reported of the test half.
+Parameters are chosen by the certified accuracy of the validation half; the results are those of the test half.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,12 +22,12 @@ Key = TypeVar("Key")
 
 
 def choose(candidates: Mapping[Key, Outcomes]) -> Key | None:
-    """The key that certifies most of the validation half; on a tie the first; None where there is nothing."""
+    """The key that certifies most of the validation half; the first on a tie; None without a key."""
     return max(candidates, key=lambda key: int(half(candidates[key], "validation").certified.sum()), default=None)
 
 
 def reported(whole: Outcomes, at: str = "") -> tuple[Share, Share]:
-    """Clean and certified accuracy of the test half, reached with parameters ``at``."""
+    """Clean and certified accuracy of the test half, with parameters ``at``."""
     clean, certified = half(whole, "test").shares()
     return clean, Share(certified.count, certified.n, at)
 
@@ -216,7 +216,7 @@ def threshold_words(theta: float | None) -> str:
 
 
 def _line(name: str, cells: Sequence[Cell], colour: str, marker: str) -> list[Series]:
-    """The shares among some cells; none where there are none."""
+    """The shares among some cells; none if there are none."""
     shares = [(x, cell) for x, cell in enumerate(cells) if isinstance(cell, Share)]
     if not shares:
         return []

@@ -1,4 +1,4 @@
-"""A table as a paper prints it: rows of ours beside rows of the paper's, in text, Markdown, CSV and JSON."""
+"""A table in the form of a paper: our rows beside the paper's rows, in text, Markdown, CSV and JSON."""
 
 import csv
 import io
@@ -14,12 +14,12 @@ from certipatch.runs.metrics import wilson
 @final
 @dataclass(frozen=True)
 class Share:
-    """A measured share of n pictures, with its Wilson 95 % interval."""
+    """A measured share of n images, with its Wilson 95 % interval."""
 
     count: int
     n: int
     at: str = ""
-    """The parameters that it was reached with, where they were chosen."""
+    """The parameters of the share, if they were chosen."""
 
     @property
     def percent(self) -> float:
@@ -37,7 +37,7 @@ class Share:
 @final
 @dataclass(frozen=True)
 class Number:
-    """A measured number that is no share of pictures."""
+    """A measured number that is no share of images."""
 
     value: float
     unit: str = ""
@@ -53,7 +53,7 @@ class Number:
 @final
 @dataclass(frozen=True)
 class Mean:
-    """A mean over n pictures in percent, with half its 95 % interval (normal approximation)."""
+    """A mean over n images in percent, with half its 95 % interval (normal approximation)."""
 
     percent: float
     half: float
@@ -61,7 +61,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Float[np.ndarray, " n"]) -> "Mean":
-        """The mean of one value between −1 and 1 per picture."""
+        """The mean of one value between −1 and 1 per image."""
         n = len(values)
         spread = float(np.std(values, ddof=1)) if n > 1 else 0.0
         return cls(100 * float(np.mean(values)), 100 * 1.96 * spread / n**0.5, n)
@@ -77,7 +77,7 @@ class Mean:
 @final
 @dataclass(frozen=True)
 class NotRun:
-    """A cell that nobody has measured, and what it takes."""
+    """A cell without a measurement, and the cost of one."""
 
     what: str
 
@@ -105,12 +105,12 @@ class Row:
 @final
 @dataclass(frozen=True)
 class Table:
-    """What ``certipatch reproduce`` prints and writes."""
+    """A table that ``certipatch reproduce`` prints and writes."""
 
     columns: list[str]
     rows: list[Row]
     notes: list[str] = field(default_factory=list)
-    """Data, n, what differs from the paper: one line each."""
+    """Notes on data, n and differences from the paper, one line each."""
     figures: dict[str, bytes] = field(default_factory=dict)
     """PNG files by name."""
     name: str = ""

@@ -1,10 +1,10 @@
-"""Attacked accuracy: resumable runs in which every picture is attacked, those with a certificate too.
+"""Attacked accuracy: resumable runs in which every image is attacked, those with a certificate too.
 
-A run folder as that of ``evaluate``, with other columns (``records.ATTACK_RECORD``), the attacked pixels and the places
-tried as evidence, and in ``broken/`` every picture and patch that broke a certificate.
+The run folder is that of ``evaluate`` with other columns (``records.ATTACK_RECORD``). Its evidence is the attacked pixels
+and the locations that were tried; ``broken/`` holds every image and patch that broke a certificate.
 
-clean ≥ attacked because only pictures with the right answer are counted; attacked ≥ certified because a certificate is
-a proof: certified pictures are attacked like all others, and nothing is clamped.
+Clean ≥ attacked, because only images with the right prediction are counted. Attacked ≥ certified, because a certificate is
+a proof: certified images are attacked like all others, and nothing is clamped.
 """
 
 import math
@@ -37,14 +37,14 @@ from certipatch.saved import DefenseRef
 from certipatch.threats import PatchThreat, Threat
 
 CPU = torch.device("cpu")
-PART = 50  # pictures per record file; what a killed run loses
-LEARNED_FROM = 200  # pictures that a universal patch is learned from
+PART = 50  # images per record file; a killed run loses at most one file
+LEARNED_FROM = 200  # training images of a universal patch
 
 
 @final
 @dataclass(frozen=True)
 class AttackJob:
-    """What is attacked, with which attack; fields as of ``run.Job`` and ``attacks.Task``."""
+    """A defense, images and an attack; the fields are those of ``run.Job`` and ``attacks.Task``."""
 
     defense: Any
     defense_name: str
@@ -78,7 +78,7 @@ class AttackJob:
         return configuration("attack", self, dataset_sha256, threat=threat, attack=how)
 
     def task(self, images: Tensor, label: Tensor, margins: Tensor | None, numbers: list[int]) -> Task:
-        """The attack on some pictures."""
+        """The attack on some images."""
         return Task(
             images=images,
             label=label,
@@ -111,7 +111,7 @@ def attack_into(
 
     Args:
         options: fields of ``AttackJob``; those that are None get the attack's or the job's default.
-        report: makes the text of ``report.html`` from the pictures, the run folder and the summary; None for no page.
+        report: makes the text of ``report.html`` from the images, the run folder and the summary; None for no page.
     """
     method = attacks.find(attack_name)
     method.check(threat)
@@ -134,16 +134,16 @@ def attack_into(
 
 
 def default_batch(image_size: tuple[int, int]) -> int:
-    """Attacked pictures that one gradient takes by default."""
+    """The default number of attacked images per gradient."""
     return min(256, batch_size_for(math.prod(image_size)))
 
 
 def attack(
     job: AttackJob, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
 ) -> dict[str, Any]:
-    """Attack every picture of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``.
+    """Attack every image of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``.
 
-    Errors: InputError as there, and where the attack does not fit the threat or the defense.
+    Errors: InputError as there, and if the attack does not fit the threat or the defense.
     """
     job.attack.check(job.threat)
     check_search(job.search)
@@ -160,17 +160,17 @@ def _process_shard(
     victim, targets = Victim(job.defense, job.adaptive, job.bf16), job.pictures.labels[indices.start : indices.stop]
     if job.attack.prepare is not Attack.prepare and not job.learned:
         job.learned.append(_learned(job, victim))
-    found = job.defense.certify(images, job.threat) if certifies(job.defense) and job.threat is not None else None
-    answer = victim.answer(images) if found is None else None
-    label = (found.label if found is not None else answer.label).cpu()  # type: ignore[union-attr]
+    certificate = job.defense.certify(images, job.threat) if certifies(job.defense) and job.threat is not None else None
+    answer = victim.answer(images) if certificate is None else None
+    label = (certificate.label if certificate is not None else answer.label).cpu()  # type: ignore[union-attr]
     alarm = torch.zeros_like(label, dtype=torch.bool)
-    if found is not None and found.alarm is not None:
-        alarm = found.alarm.cpu()
+    if certificate is not None and certificate.alarm is not None:
+        alarm = certificate.alarm.cpu()
     elif answer is not None:
         alarm = answer.alarm.cpu()
-    margins = None if found is None else found.margin.cpu()
+    margins = None if certificate is None else certificate.margin.cpu()
     worth = (label == targets) & ~alarm
-    if margins is not None:  # a certificate of a wrong answer, or of one place, is a claim too
+    if margins is not None:  # a certificate of a wrong prediction, or of one location, is a claim too
         worth |= (margins > 0).any(1) & ~alarm
     if job.target is not None:
         worth &= label != job.target
@@ -184,7 +184,7 @@ def _process_shard(
         )
         skipped = len(indices) - len(chosen)
         outcome = job.attack.run(victim, task, lambda done: notify(done + skipped))
-    rows = attack_rows(job, indices, images.cpu(), label, alarm, found, chosen.tolist(), outcome)
+    rows = attack_rows(job, indices, images.cpu(), label, alarm, certificate, chosen.tolist(), outcome)
     records = pa.table({name: [row[name] for row in rows] for name in ATTACK_RECORD.names}, ATTACK_RECORD)
     evidence = pa.table({name: [row[name] for row in rows] for name in ATTACK_EVIDENCE.names}, ATTACK_EVIDENCE)
     for i, row in enumerate(rows):
@@ -195,7 +195,7 @@ def _process_shard(
 
 
 def _learned(job: AttackJob, victim: Victim) -> Tensor | None:
-    """What an attack learns from the run's first pictures, once for all parts."""
+    """The tensor that an attack learns from the run's first images, once for all shards."""
     number = min(LEARNED_FROM, len(job.pictures))
     images = job.pictures.images(range(number)).to(job.device)
     label = victim.answer(images).label
@@ -203,12 +203,12 @@ def _learned(job: AttackJob, victim: Victim) -> Tensor | None:
 
 
 def sampled(defense: Any) -> bool:
-    """Whether a defense's certificates hold with a probability only, so that its answer may change by chance."""
+    """Return True if certificates hold with a probability only, so that a prediction may change by chance."""
     return getattr(defense, "confidence", 1.0) < 1
 
 
 def summarize_attack(config: dict[str, Any], out: Path, defense: Any) -> dict[str, Any]:
-    """The summary of a run whose records are complete. The same records give the same bytes."""
+    """The summary of a run with complete records. The same records give the same bytes."""
     records = read_records(out)
     columns = {name: np.asarray(records[name]) for name in ("label", "target", "alarm", "certified", "broken")}
     right = (columns["label"] == columns["target"]) & ~columns["alarm"]

@@ -1,4 +1,4 @@
-"""Records of an attack: one row per picture, the attacked pixels as evidence, and the patches that broke a certificate."""
+"""Records of an attack: one row per image, the attacked pixels as evidence, and the patches that broke a certificate."""
 
 import io
 from pathlib import Path
@@ -26,18 +26,18 @@ def attack_rows(
     images: Tensor,
     label: Tensor,
     alarm: Tensor,
-    found: Certificate | None,
+    certificate: Certificate | None,
     chosen: list[int],
     outcome: Outcome | None,
 ) -> list[dict[str, Any]]:
-    """Records and evidence of a part, one dictionary per picture."""
+    """Records and evidence of a part, one dictionary per image."""
     position = {i: at for at, i in enumerate(chosen)}
-    sparse = isinstance(job.threat, SparseThreat)  # one location: the whole picture
+    sparse = isinstance(job.threat, SparseThreat)  # one location: the whole image
     single = isinstance(job.threat, PatchThreat) and job.threat.count == 1
     locations = job.threat.locations(job.image_size) if isinstance(job.threat, PatchThreat) else None
     rows = []
     for i, index in enumerate(indices):
-        margins = None if found is None else found.margin[i].cpu()
+        margins = None if certificate is None else certificate.margin[i].cpu()
         row: dict[str, Any] = {
             "index": index,
             "sha256": job.pictures.sha256(index),
@@ -83,7 +83,7 @@ def attack_rows(
 
 
 def changed_pixels(image: Tensor, attacked: Tensor) -> tuple[bytes | None, bytes | None]:
-    """Numbers and values of the pixels that differ; None where there are too many to be stored."""
+    """Numbers and values of the pixels that differ; None if there are too many to be stored."""
     pixels = (image != attacked).any(0).flatten().nonzero().flatten()
     if len(pixels) * len(image) > MAX_SCORES:
         return None, None
@@ -92,7 +92,7 @@ def changed_pixels(image: Tensor, attacked: Tensor) -> tuple[bytes | None, bytes
 
 
 def attacked_picture(image: np.ndarray, row: dict[str, Any]) -> np.ndarray | None:
-    """The attacked picture as uint8 (H, W, C), from the picture and a row of the evidence; None if it was not stored."""
+    """The attacked image as uint8 (H, W, C), from the image and a row of the evidence; None if it was not stored."""
     if row["pixels"] is None or row["values"] is None:
         return None
     pixels = np.frombuffer(row["pixels"], "<i4")
@@ -105,7 +105,7 @@ def attacked_picture(image: np.ndarray, row: dict[str, Any]) -> np.ndarray | Non
 
 
 def save_break(out: Path, index: int, image: Tensor, attacked: Tensor, row: dict[str, Any]) -> None:
-    """The picture and the attacked one, as PNG to look at and exactly, for whoever finds out what went wrong."""
+    """Write the image and the attacked image, as PNG for the eye and exactly for an analysis."""
     folder = out / "broken"
     folder.mkdir(exist_ok=True)
     meta = {

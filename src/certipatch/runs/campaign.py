@@ -1,10 +1,11 @@
-"""A soundness campaign: every defense against every attack that fits it, for a given time, looking for one false certificate.
+"""A soundness campaign: for a given time, every attack that fits a defense looks for a false certificate of it.
 
-A *cell* is a defense and an attack. Each round attacks some further pictures in two ways: as ``attack`` does, and at
-certified places only, there with few steps at many places or with many steps at few; the universal patch, learned in a few
-steps, is put on up to EVERYWHERE places of a picture. Certificates are claims about any picture and about each place, so a
-picture needs no true label, and one that is open somewhere is attacked where it is not; where time is short, only there. A
-round of a cell is written before the next begins: a campaign stops and resumes.
+A *cell* is a defense and an attack. Each round attacks the next images in two ways. The first is the way of ``attack``.
+The second attacks certified locations only, with few steps at many locations or with many steps at few. The universal
+patch is learned in a few steps and is put on up to EVERYWHERE locations of an image. Certificates are claims about any
+image and about each location, so an image needs no true label. An image that is uncertified at some locations is attacked
+at its certified ones, and only there if time is short. A round of a cell is written before the next begins, so a campaign
+stops and resumes.
 """
 
 import os
@@ -22,7 +23,7 @@ from certipatch import attacks
 from certipatch.attacks import Attack, Task, Victim, certifies
 from certipatch.attacks.universal import Universal
 from certipatch.data import Pictures, load
-from certipatch.data.known import SAMPLE, names
+from certipatch.data.known import SAMPLE, dataset_names
 from certipatch.data.loading import DATA_VARIABLE
 from certipatch.errors import InputError
 from certipatch.plumbing.files import read_json, write_json, write_text
@@ -36,16 +37,16 @@ from certipatch.threats import PatchThreat, SparseThreat, Threat
 from certipatch.views.render import image_size
 
 COUNTS = ("pictures", "certified_pairs", "other_pairs", "changed_elsewhere", "changed_by_chance", "broken_certificates")
-SMALL, LARGE = 2, 16  # pictures of a round: of the first one, and of slow defenses; of others
-EVERYWHERE = 1024  # places of a picture that the universal patch is put on
-SEARCH = 60  # passes forth and back that a search for weak places takes about
+SMALL, LARGE = 2, 16  # images per round: in the first round and for slow defenses; otherwise
+EVERYWHERE = 1024  # locations per image for the universal patch
+SEARCH = 60  # forward and backward passes of a search for weak locations, about
 Progress = Callable[[int, int, str], None]
 
 
 @final
 @dataclass(frozen=True)
 class Cell:
-    """A defense under an attack. ``open`` gives the defense and its pictures; it is called when the cell's turn comes."""
+    """A defense under an attack. ``open`` gives the defense and its images; it is called when the cell's turn comes."""
 
     name: str
     attack: Attack
@@ -56,8 +57,11 @@ class Cell:
 @final
 @dataclass(frozen=True)
 class Claim:
-    """What a defense says of pictures: labels (B,), margins (B, L) where it certifies, which pictures raise no alarm, and the
-    seconds that labels alone took."""
+    """The predictions of a defense on B images.
+
+    label: (B,). margins: (B, L), or None if the defense certifies nothing. usable: bool (B,), images without an alarm.
+    seconds: the time that the labels alone took.
+    """
 
     label: Tensor
     margins: Tensor | None
@@ -69,11 +73,11 @@ Claims = dict[tuple[str, Threat, range], Claim]
 
 
 def campaign_into(out: Path, minutes: float, seed: int, progress: Progress) -> dict[str, Any]:
-    """Attack every shipped model with every attack that fits; gives the table, and writes it. Stops and resumes, and
-    goes on where more minutes are given than before.
+    """Attack every shipped model with every attack that fits; gives the table, and writes it. Stops and resumes; more
+    minutes continue a finished campaign.
 
-    Pictures are those of the model's own test split where they are at hand ($CERTIPATCH_DATA), else the shipped sample,
-    made to fit: certificates are claims about any picture.
+    Images are those of the model's own test split if $CERTIPATCH_DATA has it, else the shipped sample, made to fit:
+    certificates are claims about any image.
     """
     cards = zoo()
     config = {
@@ -111,7 +115,7 @@ def campaign_into(out: Path, minutes: float, seed: int, progress: Progress) -> d
 
 
 def _fitting_threat(attack: Attack) -> Threat | None:
-    """The threat of a campaign that an attack fits; None for the L∞ attack, against which nothing is certified."""
+    """The first threat of a campaign that the attack fits; None for the L∞ attack: no defense certifies against it."""
     for threat in (PatchThreat(5), SparseThreat(1)):
         try:
             attack.check(threat)
@@ -122,15 +126,17 @@ def _fitting_threat(attack: Attack) -> Threat | None:
 
 
 def _open_shipped(name: str, card: Card, threat: Threat) -> tuple[Any, Pictures]:
-    """A shipped model, and pictures that fit it."""
+    """A shipped model, and images that fit it."""
     defense = open_named(DefenseRef(name), threat)[0]
     own = str(card.data.get("name"))
-    here = own in names() and Path(os.environ.get(DATA_VARIABLE, ""), own).is_dir() and DATA_VARIABLE in os.environ
+    here = (
+        own in dataset_names() and Path(os.environ.get(DATA_VARIABLE, ""), own).is_dir() and DATA_VARIABLE in os.environ
+    )
     return defense, load(own if here else SAMPLE, size=card.image_size, channels=card.channels)
 
 
 def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: Progress) -> list[dict[str, Any]]:
-    """Attack until the time is used up, all cells in turn, those with least time first; one row per cell.
+    """Attack until the time is used up, always the cell with the least time so far; gives one row per cell.
 
     Each cell gets at least one round. A cell that cannot be attacked at all has ``skipped``, the reason.
     """
@@ -150,12 +156,12 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
             share = seconds / max(1, len(ready))
             pace = rows[i]["seconds"] / max(1, rows[i]["pictures"])
             size = LARGE if rows[i]["rounds"] and (share >= 20 or 2 * LARGE * pace <= share) else SMALL
-            found = attack_round(cells[i], out, seed, rows[i]["rounds"], share, claims, size)
+            counts = attack_round(cells[i], out, seed, rows[i]["rounds"], share, claims, size)
         except InputError as error:
             rows[i]["skipped"] = str(error)
-            found = dict.fromkeys(COUNTS, 0)
+            counts = dict.fromkeys(COUNTS, 0)
         for key in COUNTS:
-            rows[i][key] += found[key]
+            rows[i][key] += counts[key]
         spent = time.monotonic() - started
         rows[i]["rounds"] += 1
         rows[i]["seconds"] = round(rows[i]["seconds"] + spent, 3)
@@ -167,24 +173,24 @@ def campaign(cells: list[Cell], out: Path, seconds: float, seed: int, progress: 
 
 
 def claimed(defense: Any, images: Tensor, threat: Threat) -> Claim:
-    """What a defense says of pictures."""
+    """The labels, margins and alarms of a defense on images."""
     started = time.monotonic()
     label, margins = Victim(defense).answer(images).label, None
     seconds = time.monotonic() - started
     usable = torch.ones_like(label, dtype=torch.bool)
     if certifies(defense):
-        found = defense.certify(images, threat)
-        label, margins = found.label, found.margin.cpu()
-        usable = usable if found.alarm is None else ~found.alarm
+        certificate = defense.certify(images, threat)
+        label, margins = certificate.label, certificate.margin.cpu()
+        usable = usable if certificate.alarm is None else ~certificate.alarm
     return Claim(label, margins, usable.cpu(), seconds)
 
 
 def attack_round(
     cell: Cell, out: Path, seed: int, number: int, share: float, claims: Claims, size: int = SMALL
 ) -> dict[str, int]:
-    """One round of a cell on its next ``size`` pictures; gives its counts. Slow defenses get fewer starts and steps.
+    """One round of a cell on its next ``size`` images; gives its counts. Slow defenses get fewer starts and steps.
 
-    ``claims`` keeps the last pictures' for the other attacks on the same defense.
+    ``claims`` keeps the predictions on the last images for the other attacks on the same defense.
     """
     defense, pictures = cell.open()
     cell.attack.check(cell.threat)
@@ -196,7 +202,7 @@ def attack_round(
         claims.clear()
         claims[key] = claimed(defense, images, cell.threat)
     label, margins, usable = claims[key].label, claims[key].margins, claims[key].usable
-    units = share / (2 * 3 * max(1e-6, claims[key].seconds))  # a step is about three passes; there are two tasks
+    units = share / (2 * 3 * max(1e-6, claims[key].seconds))  # a step costs about three passes, and there are two tasks
     counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
     many = number % 2 == 1 and size > SMALL
     starts, steps = affordable(2, min(cell.attack.steps, 20), units)
@@ -215,7 +221,7 @@ def attack_round(
     tasks = [base]
     single = isinstance(cell.threat, PatchThreat) and cell.threat.count == 1
     if margins is not None and single and bool((margins > 0).any()):
-        if isinstance(cell.attack, Universal):  # its steps are shared; a place takes two passes, not three a step
+        if isinstance(cell.attack, Universal):  # its steps are shared; a location costs two passes in all
             starts, steps = max(1, min(4 if size == SMALL else EVERYWHERE if many else 64, int(1.5 * units))), steps
         else:
             starts, steps = affordable(
@@ -264,7 +270,7 @@ def attack_round(
 
 
 def affordable(starts: int, steps: int, units: float) -> tuple[int, int]:
-    """At most so many starts and steps, of whose product ``units`` are paid for: starts of two steps first."""
+    """Starts and steps, at most the given ones; ``units`` pay for their product. Starts of two steps come first."""
     starts = max(1, min(starts, int(units / 2)))
     return starts, max(min(steps, 2), min(steps, int(units / starts)))
 
@@ -278,11 +284,11 @@ def _stored(out: Path, cell: Cell) -> dict[str, Any]:
     empty = {"defense": cell.name, "attack": cell.attack.name, "threat": str(cell.threat), "rounds": 0, "seconds": 0.0}
     empty |= dict.fromkeys(COUNTS, 0)
     try:
-        found = read_json(_path(out, cell))
+        stored = read_json(_path(out, cell))
     except InputError:
         return empty
-    whole = all(isinstance(found.get(key), int | float) and found[key] >= 0 for key in (*COUNTS, "rounds", "seconds"))
-    return found if whole and found.keys() >= empty.keys() else empty
+    whole = all(isinstance(stored.get(key), int | float) and stored[key] >= 0 for key in (*COUNTS, "rounds", "seconds"))
+    return stored if whole and stored.keys() >= empty.keys() else empty
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Certifies the user's own picture files, without labels, and writes their run folder."""
+"""Certifies the user's own image files, without labels, and writes their run folder."""
 
 import hashlib
 import math
@@ -22,13 +22,13 @@ from certipatch.saved import Card, ClassifierInfo, DefenseRef, open_defense
 from certipatch.saved.open import check_shape, open_certified
 from certipatch.threats import Threat
 
-MAX_NAMED = 20  # unreadable pictures that are named together
+MAX_NAMED = 20  # unreadable images that are named together
 
 
 @final
 @dataclass(frozen=True)
 class CertifiedBatch:
-    """Some picture files and their certificates."""
+    """Some image files and their certificates."""
 
     defense: Defense
     card: Card | ClassifierInfo
@@ -37,12 +37,12 @@ class CertifiedBatch:
     """(B, C, H, W) in [0, 1]."""
     certificate: Certificate
     largest: list[int | None]
-    """Side of the largest certified square of each, or None where the defense does not know."""
+    """Side of the largest certified square of each image, or None if the defense does not know it."""
     evidence: Evidence
 
 
 class Report(Protocol):
-    """A page that sees every batch, and whose text is made of the settings and the summary when the run is done."""
+    """A page that receives every batch; at the end of the run it makes its text from the settings and the summary."""
 
     def add(self, batch: CertifiedBatch) -> None: ...
 
@@ -52,7 +52,7 @@ class Report(Protocol):
 def certify_files(
     paths: list[Path], ref: DefenseRef, threat: Threat, out: Path | None = None, report: Report | None = None
 ) -> dict[str, Any]:
-    """Certify picture files; gives what ``certify --json`` prints. With ``out`` also a run folder, with the report."""
+    """Certify image files; gives the object of ``certify --json``. With ``out`` also a run folder, with the report."""
     defense, card, name = open_certified(ref, threat, lambda: (read_all_or_raise(paths, read_size), None))
     if "all_margins" not in (ref.settings or {}):
         defense.compute_all_margins()
@@ -83,7 +83,7 @@ def certify_images(
     threat: Threat,
     report: Report | None = None,
 ) -> list[dict[str, Any]]:
-    """Results of picture files, as in ``certify --json``; the report sees every batch."""
+    """Results of image files, as in ``certify --json``; the report sees every batch."""
     results: list[dict[str, Any]] = []
     for part in images.split(run.PART):
         certificate, largest, evidence = certify_batch(defense, part, threat)
@@ -145,20 +145,20 @@ def read_all_or_raise(paths: list[Path], read: Callable[[Path], Any]) -> list[An
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(H, W) of a picture file."""
+    """(H, W) of an image file."""
     _, height, width = read_picture(path).shape
     return height, width
 
 
 def read_image(path: Path, card: Card | ClassifierInfo) -> Tensor:
-    """A picture file (C, H, W) as the card's network reads it. InputError where it does not fit."""
+    """An image file (C, H, W) as the card's network reads it. InputError if it does not fit."""
     image = read_picture(path, card.image_size if card.resize else None, card.channels)
     check_shape((*image.shape[1:], image.shape[0]), card, str(path))
     return image
 
 
 def certify_sample(defense_name: str, data: str, threat: Threat, indices: Iterable[int]) -> list[str]:
-    """One line about each of some pictures of a dataset."""
+    """One line about each of some images of a dataset."""
     defense, card = open_defense(defense_name)
     pictures = load(data)
     certificate, largest, _ = certify_batch(defense, pictures.images(list(indices)), threat)

@@ -1,4 +1,4 @@
-"""Evaluation: a resumable run in which every picture of a dataset is certified."""
+"""Evaluation: a resumable run in which every image of a dataset is certified."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 @final
 @dataclass(frozen=True)
 class Job:
-    """What is evaluated: a defense with its identity, pictures, and a threat."""
+    """A defense with its identity, the images to certify, and a threat."""
 
     defense: Defense
     defense_name: str
@@ -42,16 +42,16 @@ class Job:
     seed: int = 0
     device: torch.device = CPU
     opened: str | None = None
-    """What the user called the model: a zoo name or a folder."""
+    """The user's name for the model: a zoo name or a folder."""
     part: int = field(default_factory=lambda: run.PART)
-    """Pictures per record file."""
+    """Images per record file."""
     engine: str | None = None
-    """In what way the network is run, where the defense has a choice."""
+    """The backend of the network, if the defense has a choice."""
 
     def config(self, dataset_sha256: str | None = None) -> dict[str, Any]:
-        """All settings, as plain values; ``source``, ``model`` and ``versions`` tell where from and with what.
+        """All settings, as plain values; ``source``, ``model`` and ``versions`` name their origin.
 
-        ``dataset_sha256`` is computed from all pictures, unless it is given.
+        ``dataset_sha256`` is computed from all images, unless it is given.
         """
         engine = {} if self.engine is None else {"engine": self.engine}
         return configuration("evaluate", self, dataset_sha256, threat=self.threat.to_dict(), **engine)
@@ -71,7 +71,7 @@ def evaluate_into(
     Under torchrun this process is one of several workers; all but the first give an empty dictionary.
 
     Args:
-        part: pictures per record file; None for ``run.PART``.
+        part: images per record file; None for ``run.PART``.
         report: makes the text of ``report.html`` from the job, the run folder and the summary; None for no page.
     """
     opened = open_experiment(defense, data, threat, certified=True)
@@ -89,7 +89,7 @@ def evaluate_into(
 def choose_engine(
     defense: Defense, pictures: Pictures, out: Path, device: torch.device, workers: Workers
 ) -> str | None:
-    """The way in which all workers run the network: the one that the run began with, else the fastest that there is.
+    """The backend of all workers: the one of an earlier start of this run, else the fastest available one.
 
     Collective: the first worker chooses, the others receive its choice. It measures nothing for a finished run.
     """
@@ -110,12 +110,12 @@ def choose_engine(
 def evaluate(
     job: Job, out: Path, progress: Progress = lambda done, total, text: None, workers: Workers | None = None
 ) -> dict[str, Any]:
-    """Certify every picture of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``."""
+    """Certify every image of ``job`` into the run folder ``out``; gives the summary. As ``run_shards``."""
     return run_shards(job, EVALUATE, out, progress, workers)
 
 
 def summarize(config: dict[str, Any], out: Path, defense: Defense) -> dict[str, Any]:
-    """The summary of a run whose records are complete. The same records give the same bytes."""
+    """The summary of a run with complete records. The same records give the same bytes."""
     records = read_records(out)
     right = np.asarray(records["label"]) == np.asarray(records["target"])
     right &= ~np.asarray(records["alarm"])
@@ -147,9 +147,9 @@ def _process_shard(job: Job, out: Path, config: dict[str, Any], first: int, noti
     """Evaluate a part, and write it."""
     indices, images = part_of(job, config, first)
     evidence = job.defense.evidence(images)
-    found, largest = job.defense.certificate(evidence, job.threat), job.defense.largest_patch(evidence)
+    certificate, largest = job.defense.certificate(evidence, job.threat), job.defense.largest_patch(evidence)
     return store(
-        job, out, config, indices, evidence, found, [None] * len(indices) if largest is None else largest.tolist()
+        job, out, config, indices, evidence, certificate, [None] * len(indices) if largest is None else largest.tolist()
     )
 
 
@@ -159,28 +159,28 @@ def store(
     config: dict[str, Any],
     indices: range,
     evidence: Evidence,
-    found: Certificate,
+    certificate: Certificate,
     largest: list[int | None],
 ) -> pa.Table:
     """Write a part; gives its records."""
-    records = _records(job, indices, found, evidence)
+    records = _records(job, indices, certificate, evidence)
     write_part(out, config, records, evidence_rows(list(indices), evidence, largest))
     return records
 
 
-def _records(job: Job, indices: range, found: Certificate, evidence: Evidence) -> pa.Table:
-    weakest = found.weakest.tolist()
-    boxes = [found.box(location) or (None,) * 4 for location in weakest]
+def _records(job: Job, indices: range, certificate: Certificate, evidence: Evidence) -> pa.Table:
+    weakest = certificate.weakest.tolist()
+    boxes = [certificate.box(location) or (None,) * 4 for location in weakest]
     n = len(indices)
     return pa.table(
         {
             "index": list(indices),
             "sha256": [job.pictures.sha256(i) for i in indices],
             "target": job.pictures.labels[indices.start : indices.stop].tolist(),
-            "label": found.label.tolist(),
-            "alarm": [False] * n if found.alarm is None else found.alarm.tolist(),
-            "certified": found.certified.tolist(),
-            "margin": found.margin.amin(1).tolist(),
+            "label": certificate.label.tolist(),
+            "alarm": [False] * n if certificate.alarm is None else certificate.alarm.tolist(),
+            "certified": certificate.certified.tolist(),
+            "margin": certificate.margin.amin(1).tolist(),
             **{
                 f"weakest_{side}": [box[i] for box in boxes]
                 for i, side in enumerate(("top", "left", "height", "width"))
@@ -215,7 +215,7 @@ def _timing(job: Job, out: Path, images: int, seconds: float) -> dict[str, Any]:
 
 
 def _over_all(timing: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Speed with the mean number of passes over all pictures, where pictures differ in that."""
+    """Speed, with the mean number of passes over all images if images differ in it."""
     mean = float(np.mean(np.asarray(read_records(out)["passes"])))
     if (one := timing["forward_passes_per_image"]) == mean:
         return timing

@@ -1,4 +1,4 @@
-"""Opens what a run needs: the defense, the pictures, and the place of this process among the workers."""
+"""Opens the parts of a run: the defense, the images, and the place of this process among the workers."""
 
 import sys
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from certipatch.saved import Card, ClassifierInfo, DefenseRef
 from certipatch.saved.open import check_shape, open_certified, open_named
 from certipatch.threats import Threat
 
-SIZE_SAMPLE = 16  # pictures of a dataset whose sizes are compared before a classifier reads it
+SIZE_SAMPLE = 16  # images per dataset for a comparison of sizes, before a classifier reads them
 
 
 @final
 @dataclass(frozen=True)
 class DataRef:
-    """Pictures as the user names them."""
+    """Images as the user names them."""
 
     name: str
     """A dataset name, a Hub dataset, or a folder."""
@@ -32,7 +32,7 @@ class DataRef:
 @final
 @dataclass(frozen=True)
 class Experiment:
-    """A defense, ready to run on pictures."""
+    """A defense, ready to run on images."""
 
     defense: Any
     card: Card | ClassifierInfo
@@ -59,12 +59,12 @@ class Experiment:
 
 
 def open_experiment(defense: DefenseRef, data: DataRef, threat: Threat, certified: bool) -> Experiment:
-    """Open a defense and the pictures that it reads, on the device of this worker.
+    """Open a defense and the images that it reads, on the device of this worker.
 
     Args:
         certified: refuse an empirical defense.
 
-    Errors: InputError where one of them cannot be opened, or where they do not fit each other.
+    Errors: InputError if one of the two cannot be opened, or if they do not fit each other.
     """
     device, workers = devices.worker()
     opening = open_certified if certified else open_named
@@ -78,26 +78,27 @@ def open_experiment(defense: DefenseRef, data: DataRef, threat: Threat, certifie
 
 
 def probe_dataset(data: DataRef) -> tuple[list[tuple[int, int]], tuple[str, ...] | None]:
-    """The sizes of some of a dataset's pictures, the first and the last among them, and the names of its classes."""
+    """The sizes of some of a dataset's images, the first and the last among them, and the names of its classes."""
     pictures = load(data.name, data.split)
     sample = sorted({round(i * (len(pictures) - 1) / (SIZE_SAMPLE - 1)) for i in range(SIZE_SAMPLE)})
     return [pictures.pixels([i])[0].shape[:2] for i in sample], pictures.class_names
 
 
 def warn_if_trained_on(pictures: Pictures, card: Card | ClassifierInfo, name: str) -> None:
-    """Print a note on stderr if pictures are those that a defense was trained on."""
+    """Print a note on stderr if images are those that a defense was trained on."""
     trained = card.data if isinstance(card, Card) else {}
     if (trained.get("name"), trained.get("split")) == (pictures.name, pictures.split) and distributed.rank() == 0:
         print(
-            f"note: {name} was trained on {pictures.name} {pictures.split}; numbers of other pictures say more (--split)",
+            f"note: {name} was trained on {pictures.name} {pictures.split}; accuracy on its own training data is not "
+            "meaningful; choose another --split",
             file=sys.stderr,
         )
 
 
 def align_classes(pictures: Pictures, classes: tuple[str, ...], name: str) -> Pictures:
-    """Pictures whose classes are numbered as a defense numbers them: by their names, else as they are.
+    """Images with their classes numbered as a defense numbers them: by their names, else unchanged.
 
-    InputError where there are not as many; a note on stderr where names differ.
+    InputError if the numbers of classes differ; a note on stderr if names differ.
     """
     if len(pictures.class_names) != len(classes):
         raise InputError(f"{pictures.name} has {len(pictures.class_names)} classes, but {name} knows {len(classes)}")

@@ -11,16 +11,16 @@ from certipatch.plumbing.files import is_leftover, read_config, read_json, write
 from certipatch.runs.records import read_part
 
 IGNORED_KEYS = {"source", "model"}
-"""Settings that may differ between starts, and between hosts: where the same things are found."""
+"""Settings that may differ between starts and between hosts: paths of the same data and models."""
 
 
 def prepare_run_folder(config: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Make the run folder, or see that it is this run's: ``config``, ``summary`` or None, ``missing`` parts.
+    """Make the run folder, or check that it is this run's; gives ``config``, ``summary`` or None, ``missing`` parts.
 
-    ``config`` is the configuration as it comes back from the file. Parts are named by their first picture; damaged and
+    ``config`` is the configuration as it comes back from the file. Parts are named by their first image; damaged and
     foreign ones are missing.
 
-    Errors: InputError where ``out`` holds something else.
+    Errors: InputError if ``out`` holds something else.
     """
     summary = _summary(out) if (out / "config.yaml").exists() else None
     config = own_folder(config, out, IGNORED_KEYS | ({"versions"} if summary else set()))
@@ -33,9 +33,9 @@ def prepare_run_folder(config: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def own_folder(config: dict[str, Any], out: Path, ignored: set[str], kind: str = "run") -> dict[str, Any]:
-    """Make the folder of a configuration, or see that it is there; gives the configuration that the folder holds.
+    """Make the folder of a configuration, or check that it is there; gives the configuration in the folder.
 
-    Errors: InputError where ``out`` holds something else, also where a key that is not ``ignored`` differs.
+    Errors: InputError if ``out`` holds something else, or if a key that is not ``ignored`` differs.
     """
     config = yaml_round_trip(config)
     if (out / "config.yaml").exists():
@@ -59,18 +59,18 @@ def write_report(out: Path, page: Callable[[], str]) -> None:
 
 
 def parts(config: dict[str, Any]) -> range:
-    """The first pictures of all parts."""
+    """The first images of all parts."""
     return range(0, config["images"], config["part"])
 
 
 def difference(one: dict[str, Any], other: dict[str, Any], ignored: set[str]) -> str | None:
-    """The first key, of those that are not ``ignored``, whose values differ."""
+    """The first key with different values among those that are not ``ignored``."""
     keys = sorted((one.keys() | other.keys()) - ignored, key=lambda key: (key != "command", key != "images", key))
     return next((key for key in keys if one.get(key) != other.get(key)), None)
 
 
 def _describe_difference(key: str, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The two values of ``key``; of two mappings, the first of their own keys whose values differ."""
+    """The two values of ``key``; for two mappings, the values of their first different key."""
     old, new = there.get(key), here.get(key)
     if isinstance(old, dict) and isinstance(new, dict) and (inner := difference(old, new, set())):
         return f"{key}: {_describe_difference(inner, old, new)}"
@@ -84,14 +84,14 @@ def yaml_round_trip(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def remove_temporaries(out: Path) -> None:
-    """Remove what killed writes left behind."""
+    """Remove the temporary files of killed writes."""
     for folder in (out, out / "records", out / "evidence"):
         for path in folder.glob("*.part"):
             path.unlink(missing_ok=True)
 
 
 def _summary(out: Path) -> dict[str, Any] | None:
-    """The run's summary; None where there is none, or a damaged or foreign one: the records give it again."""
+    """The run's summary; None if it is missing, damaged or foreign: the records give it again."""
     config = read_config(out)
     try:
         summary = read_json(out / "summary.json")

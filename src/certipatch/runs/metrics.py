@@ -1,4 +1,4 @@
-"""Confidence intervals of what was measured."""
+"""Confidence intervals of measured fractions."""
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Opens a finished run again: its settings, its model, its pictures, each checked to be what the run was made with."""
+"""Opens a finished run again: its settings, its model, its images, each checked to be the run's own."""
 
 import hashlib
 from collections.abc import Iterator
@@ -27,17 +27,17 @@ from certipatch.saved.open import check_shape, open_named
 from certipatch.threats import PatchThreat, Threat, threat_from_dict
 
 RELOCATABLE_KEYS = IGNORED_KEYS | {"versions", "part", "dataset", "dataset_note"}
-"""Settings that do not follow from the model and the pictures, or change with their folder's name."""
+"""Settings that do not follow from the model and the images, or change with their folder's name."""
 
 
 def reopen_evaluation(out: Path, data: str | None = None, model: str | None = None) -> tuple[Job, dict[str, Any]]:
-    """The job of a finished evaluation, ready to be looked at, and its summary, counted again from the records.
+    """The job of a finished evaluation, ready for a report, and its summary, counted again from the records.
 
     Args:
         out: the run folder.
-        data, model: where the pictures and the model are, if not where the run found them.
+        data, model: the places of the images and the model; the run's own by default.
 
-    Errors: InputError for an unfinished or foreign folder, and where data or model are missing or have changed.
+    Errors: InputError for an unfinished or foreign folder, and if data or model are missing or have changed.
     """
     config = files.read_config(out)
     if (command := command_of(out)) != "evaluate":
@@ -54,7 +54,7 @@ def reopen_evaluation(out: Path, data: str | None = None, model: str | None = No
 
 
 def reopen_attack(out: Path, data: str | None = None, model: str | None = None) -> tuple[Pictures, dict[str, Any]]:
-    """The pictures of a finished attack, and its summary, counted again from the records. As ``reopen_evaluation``."""
+    """The images of a finished attack, and its summary, counted again from the records. As ``reopen_evaluation``."""
     config = files.read_config(out)
     with one_line_errors(out):
         linf = config["threat"]["kind"] == "linf"
@@ -71,7 +71,7 @@ def reopen_attack(out: Path, data: str | None = None, model: str | None = None) 
 
 
 def reopen_certify(out: Path, model: str | None, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and summary of a run of certify, whose pictures, if they are still the same, ``report`` sees again."""
+    """Settings and summary of a run of certify; ``report`` gets its images again, if they are still the same."""
     config, again = files.read_config(out), "run certipatch certify on the pictures again with a new --out"
     with one_line_errors(out):
         threat = threat_from_dict(config["threat"])
@@ -102,7 +102,7 @@ def command_of(out: Path) -> str:
 def _reopen_experiment(
     out: Path, config: dict[str, Any], threat: Threat, data: str | None, model: str | None
 ) -> tuple[Experiment, str]:
-    """The defense and the pictures of a finished run, and the pictures' fingerprint."""
+    """The defense and the images of a finished run, and the images' fingerprint."""
     if not (out / "summary.json").exists():
         raise InputError(
             f"{out} is not finished: run the same certipatch {_text(out, config, 'command')[:40]} command again, it goes on "
@@ -131,9 +131,9 @@ def _reopen_experiment(
 
 
 def _check_same(out: Path, config: dict[str, Any], own: dict[str, Any]) -> None:
-    """InputError unless a run's settings are those of its model and pictures."""
+    """InputError unless a run's settings are those of its model and images."""
     if key := difference(config, yaml_round_trip(own), RELOCATABLE_KEYS):
-        raise InputError(f"{out}: {key} in config.yaml is not what the model and the pictures of that run give")
+        raise InputError(f"{out}: {key} in config.yaml does not follow from the model and the pictures of that run")
 
 
 def _reopen_defense(
@@ -148,14 +148,14 @@ def _reopen_defense(
     if is_adapter(place) and not Path(place).is_dir():
         return _reopen_wrapped(out, config, threat, model, place)
     try:
-        found = read_card(locate(place))
-        if found.sha256 == wanted and (wrapped or found.defense == method):
+        card = read_card(locate(place))
+        if card.sha256 == wanted and (wrapped or card.defense == method):
             ref = DefenseRef(method, place, settings) if wrapped else DefenseRef(place, None, settings)
             return open_named(ref, threat)[:2]
     except InputError as error:
         raise InputError(f"the model of {out} cannot be opened: {error}; name its place with --model") from None
     raise InputError(
-        f"{place} is not the model of {out}: it is {found.defense} with the weights {found.sha256[:12]}…, the run's was "
+        f"{place} is not the model of {out}: it is {card.defense} with the weights {card.sha256[:12]}…, the run's was "
         f"{method[:40]} with {wanted[:12]}…; name the right one with --model"
     )
 

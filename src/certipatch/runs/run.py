@@ -1,13 +1,13 @@
 """Run folders: an evaluation that stops anywhere and resumes to the same summary, to the byte.
 
 config.yaml          all settings; a folder belongs to one configuration
-records/part-*.parquet    one row per picture, written atomically, part by part
+records/part-*.parquet    one row per image, written atomically, part by part
 evidence/part-*.parquet   the votes or scores behind each row, for re-checking
 summary.json         deterministic results
 timing.json          speed of this machine
 
-Several workers share the folder. The first says which parts are missing; each takes the next one, makes it and ends
-when there are none left; the first waits for the others' parts, makes those that do not come, and merges.
+Several workers share the folder. The first lists the missing parts. Each worker takes the next part, makes it, and ends
+when none is left. The first waits for the others' parts, makes the parts that do not come, and merges.
 """
 
 import time
@@ -35,7 +35,7 @@ from certipatch.runs.folder import (
 from certipatch.runs.records import part_path, read_part
 from certipatch.runs.verify import check_digests, check_summary
 
-PART = 250  # pictures per record file; the batch that a killed run loses
+PART = 250  # images per record file; a killed run loses at most one file
 PATIENCE = 120.0  # seconds without a new part, or four times the longest, after which the first worker makes it itself
 Progress = Callable[[int, int, str], None]
 
@@ -67,19 +67,19 @@ def configuration(command: str, job: Any, dataset_sha256: str | None, **own: Any
 @final
 @dataclass(frozen=True)
 class RunType:
-    """A kind of run over the pictures of a job: part by part, then summed up."""
+    """A kind of run over the images of a job: part by part, then summed up."""
 
     process_shard: Callable[[Any, Path, dict[str, Any], int, Callable[[int], None]], pa.Table]
-    """Job, run folder, configuration, first picture, and a function to tell how many pictures of the part are done → the
+    """Job, run folder, configuration, first image, and a function to tell how many images of the part are done → the
     part's records, written."""
     counts: Callable[[pa.Table], dict[str, int]]
-    """Records → the number of pictures with each outcome, by name."""
+    """Records → the number of images with each outcome, by name."""
     summarize: Callable[[dict[str, Any], Path, Any], dict[str, Any]]
     """Configuration, run folder, defense → summary."""
     timing: Callable[[Any, Path, int, float], dict[str, Any]]
-    """Job, run folder, pictures, seconds → speed."""
+    """Job, run folder, images, seconds → speed."""
     check: Callable[[Any, Path], None] | None = None
-    """Job, run folder → InputError where records of a finished run do not follow from its evidence."""
+    """Job, run folder → InputError if records of a finished run do not follow from its evidence."""
 
 
 def run_shards(
@@ -89,12 +89,12 @@ def run_shards(
     progress: Progress = lambda done, total, text: None,
     workers: Workers | None = None,
 ) -> dict[str, Any]:
-    """Go through the pictures of a job into the run folder ``out``; gives the summary.
+    """Go through the images of a job into the run folder ``out``; gives the summary.
 
     Parts that are there are kept; damaged and foreign ones are made again. A finished run is left as it is. Of several
     ``workers`` the first gives the summary, shows progress and ends last; the others give an empty dictionary.
 
-    Errors: InputError where ``out`` holds another configuration, or cannot be written.
+    Errors: InputError if ``out`` holds another configuration, or cannot be written.
     """
     workers = workers or Workers()
     plan = workers.share(lambda: prepare_run_folder(job.config(), out))
@@ -105,29 +105,29 @@ def run_shards(
     config, missing = plan["config"], plan["missing"]
     if not workers.first:
         _same_job(job.config(config["dataset_sha256"]), config, workers)
-    tally = _Tally(job, run_type, out, config, progress)
+    shard_progress = _ShardProgress(job, run_type, out, config, progress)
     if workers.first:
-        tally.show_progress(0)
-    job.defense.check(job.pictures.images(range(1)).to(job.device))  # tolerances from the same picture everywhere
+        shard_progress.show_progress(0)
+    job.defense.check(job.pictures.images(range(1)).to(job.device))  # tolerances from the same image everywhere
     if workers.first:
-        tally.count_new_shards()
+        shard_progress.count_new_shards()
     started, longest = time.monotonic(), 0.0
     for ticket in workers.tickets(len(missing)):
         began = time.monotonic()
-        records = run_type.process_shard(job, out, config, missing[ticket], tally.show_progress)
+        records = run_type.process_shard(job, out, config, missing[ticket], shard_progress.show_progress)
         longest = max(longest, time.monotonic() - began)
         if workers.first:
-            tally.add(missing[ticket], records)
+            shard_progress.add(missing[ticket], records)
             if workers.count > 1:
-                tally.count_new_shards()
+                shard_progress.count_new_shards()
     if not workers.first:
         return {}
     fresh = time.monotonic()
-    while left := [first for first in missing if first not in tally.seen]:
-        if tally.count_new_shards():
+    while left := [first for first in missing if first not in shard_progress.seen]:
+        if shard_progress.count_new_shards():
             longest, fresh = max(longest, time.monotonic() - fresh), time.monotonic()
         elif time.monotonic() - fresh > max(PATIENCE, 4 * longest):
-            tally.add(left[0], run_type.process_shard(job, out, config, left[0], tally.show_progress))
+            shard_progress.add(left[0], run_type.process_shard(job, out, config, left[0], shard_progress.show_progress))
         else:
             time.sleep(0.05)
     seconds = time.monotonic() - started
@@ -147,7 +147,7 @@ def run_shards(
 
 
 def _check_finished(job: Any, run_type: RunType, out: Path, plan: dict[str, Any]) -> None:
-    """InputError where a finished run's files were changed, or do not say what its summary says."""
+    """InputError if a finished run's files were changed, or disagree with its summary."""
     check_digests(out, plan["config"])
     if run_type.check is not None:
         run_type.check(job, out)
@@ -155,7 +155,7 @@ def _check_finished(job: Any, run_type: RunType, out: Path, plan: dict[str, Any]
 
 
 def _same_job(own: dict[str, Any], config: dict[str, Any], workers: Workers) -> None:
-    """InputError unless this worker would do what the first one does."""
+    """InputError unless this worker has the same configuration as the first."""
     if key := difference(config, yaml_round_trip(own), IGNORED_KEYS):
         first, here = (str(values.get(key))[:60] for values in (config, own))
         raise InputError(f"workers differ: {key} is {first} for the first, {here} for worker {workers.rank}")
@@ -166,8 +166,8 @@ def _indices(config: dict[str, Any], first: int) -> range:
 
 
 @final
-class _Tally:
-    """The parts that are there, and the outcomes of their pictures."""
+class _ShardProgress:
+    """The parts that are there, and the outcomes of their images."""
 
     def __init__(self, job: Any, run_type: RunType, out: Path, config: dict[str, Any], progress: Progress):
         self.seen: set[int] = set()
@@ -175,7 +175,7 @@ class _Tally:
         self._images, self._counts, self._text = 0, Counter(), ""
 
     def add(self, first: int, records: pa.Table) -> None:
-        """Count the records of the part that begins with picture ``first``, and show how far the run is."""
+        """Count the records of the part that begins with image ``first``, and show how far the run is."""
         self.seen.add(first)
         self._images += len(records)
         self._counts.update(self._run_type.counts(records))
@@ -183,13 +183,13 @@ class _Tally:
         self._progress(self._images, self._config["images"], self._text)
 
     def show_progress(self, done: int) -> None:
-        """Show that ``done`` pictures of the part at work are done."""
+        """Show that ``done`` images of the part at work are done."""
         self._progress(min(self._images + done, self._config["images"]), self._config["images"], self._text)
 
     def count_new_shards(self) -> bool:
-        """Count the parts that are there and not yet counted; whether there were any.
+        """Count the parts that are there and not yet counted; True if there were any.
 
-        Errors: InputError where another worker read other pictures than this one.
+        Errors: InputError if another worker read other images than this one.
         """
         names, before = {path.name for path in (self._out / "records").iterdir()}, len(self.seen)
         for first in parts(self._config):
@@ -211,7 +211,7 @@ class _Tally:
 
 
 def part_of(job: Any, config: dict[str, Any], first: int) -> tuple[range, torch.Tensor]:
-    """Numbers and pictures of a part, on the job's device. InputError where they do not have its size."""
+    """Numbers and images of a part, on the job's device. InputError if the images do not have the job's size."""
     indices = _indices(config, first)
     images = job.pictures.images(indices)
     if tuple(images.shape[2:]) != tuple(job.image_size):

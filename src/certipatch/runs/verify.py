@@ -37,8 +37,8 @@ def check_summary(out: Path, stored: dict[str, Any], counted: dict[str, Any]) ->
     counted = json.loads(json.dumps(counted))
     for key in counted:
         if stored.get(key) != counted[key]:
-            said, found = (str(values.get(key))[:60] for values in (stored, counted))
-            raise InputError(f"{out}: summary.json says {key} {said}, its records {found}; {AGAIN}")
+            written, recounted = (str(values.get(key))[:60] for values in (stored, counted))
+            raise InputError(f"{out}: summary.json says {key} {written}, its records {recounted}; {AGAIN}")
 
 
 def check_certificates(job: Any, out: Path) -> None:

@@ -1,7 +1,7 @@
-"""A trained defense on disk: ``card.json`` says what it is, ``weights.safetensors`` holds the network's weights.
+"""A trained defense on disk: ``card.json`` describes it, ``weights.safetensors`` holds the network's weights.
 
-Neither can run code. The network is laid out without memory first, and the file's tensors must be exactly its own, so
-that a card cannot ask for more than the weights beside it.
+Neither file can run code. The network is first built without memory, and its tensors must be exactly those of the file,
+so that a card cannot demand more memory than the weights beside it.
 """
 
 import json
@@ -25,12 +25,12 @@ from certipatch.threats import Threat
 
 
 class DefenseSpec(Settings):
-    """What recipes and cards both say: a defense with its settings, its views, and its network."""
+    """The common part of recipes and cards: a defense with its settings, its views, and its network."""
 
     defense: str = "derandomized-smoothing"
     settings: dict[str, Any] = Field(default_factory=dict)
     views: ViewSettings | None = None
-    """None for networks of whole pictures, and for those of local logits: their views are their receptive fields."""
+    """None for networks of whole images, and for networks of local logits: their views are their receptive fields."""
     model: ModelSettings
 
     @field_validator("defense")
@@ -77,16 +77,16 @@ class DefenseSpec(Settings):
 
 
 class Card(DefenseSpec):
-    """What a trained defense is and where it comes from."""
+    """The description of a trained defense, and its origin."""
 
     name: str = Field(max_length=100)
     image_size: tuple[Side, Side]
     channels: int = Field(ge=1, le=16)
     classes: tuple[str, ...] = Field(min_length=2, max_length=100_000)
     resize: bool = False
-    """Pictures of another size are resized and centre-cropped first; the attacker paints on what comes out."""
+    """Images of another size are resized and centre-cropped first; the attacker paints on the result."""
     sha256: str
-    """Of ``weights.safetensors``."""
+    """The hash of ``weights.safetensors``."""
     data: dict[str, Any] = Field(default_factory=dict)
     recipe: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
@@ -109,8 +109,8 @@ def build_defense(
     views: view_sets.Views | view_sets.RandomViews | None = None,
 ) -> Any:
     """The defense ``method`` around ``network``, with settings as a card stores them. As ``Method.from_settings``."""
-    found = METHODS[method]
-    return found.from_settings(network, found.settings_class.model_validate(settings), threat, views)
+    defense_class = METHODS[method]
+    return defense_class.from_settings(network, defense_class.settings_class.model_validate(settings), threat, views)
 
 
 def read(folder: Path) -> Card:
@@ -128,14 +128,14 @@ def read(folder: Path) -> Card:
 def load_defense(
     folder: Path, threat: Threat | None = None, method: str | None = None, changes: dict[str, Any] | None = None
 ) -> tuple[Defense, Card]:
-    """The trained defense in ``folder``, in eval mode, in float32. Its model is checked with the first pictures that it sees.
+    """The trained defense in ``folder``, in eval mode, in float32. The first images check its model.
 
     Args:
-        threat: what defenses whose answers depend on the patch are built for; None for the one in their card.
+        threat: the threat of defenses whose predictions depend on the patch; None for the card's.
         method: another defense to put around the network, with its default settings.
         changes: settings of the defense that differ from the card's, or from the defaults of ``method``.
 
-    Errors: InputError where a file is missing, truncated, foreign or does not match the card.
+    Errors: InputError if a file is missing, truncated or foreign, or if it does not match the card.
     """
     card = read(folder)
     if changes or (method is not None and method != card.defense):
@@ -160,12 +160,12 @@ def read_weights(folder: Path, card: Card) -> dict[str, torch.Tensor]:
             network = card.network()
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             for name, shape in list(expected.items()):
-                if len(shape) > 1 and name + SCALE in found:
+                if len(shape) > 1 and name + SCALE in shapes:
                     expected[name + SCALE] = shape[:1]
-            if found != expected:
-                names = sorted(set(found.items()) ^ set(expected.items()))
+            if shapes != expected:
+                names = sorted(set(shapes.items()) ^ set(expected.items()))
                 raise InputError(f"{path} does not hold the weights of {card.model.name}: {names[0][0]} differs")
             return restored({name: file.get_tensor(name) for name in expected})
     except OSError as error:

@@ -16,7 +16,7 @@ from certipatch.saved.card import read as read_card
 from certipatch.threats import PatchThreat, Threat
 
 DatasetProbe = Callable[[], tuple[Sequence[tuple[int, int]], tuple[str, ...] | None]]
-"""Looks at a dataset: sizes (H, W) of its pictures, and the names of their classes, if they have any."""
+"""Looks at a dataset: sizes (H, W) of its images, and the names of their classes, if they have any."""
 
 
 @final
@@ -25,7 +25,7 @@ class DefenseRef:
     """A defense as the user names it."""
 
     name: str
-    """A zoo name or a folder; with ``model`` a method, which is put around that model's network."""
+    """A zoo name or a folder; with ``model`` a method for that model's network."""
     model: str | None = None
     """A zoo name, a folder, or somebody else's classifier."""
     settings: dict[str, Any] | None = None
@@ -33,7 +33,7 @@ class DefenseRef:
 
     @property
     def network(self) -> str:
-        """The name under which the network is found."""
+        """The name that opens the network."""
         return self.model or self.name
 
 
@@ -44,13 +44,13 @@ class ClassifierInfo:
 
     name: str
     image_size: tuple[int, int]
-    """(H, W) of the pictures that the attacker paints."""
+    """(H, W) of the images that the attacker paints."""
     channels: int
     classes: tuple[str, ...]
     sha256: str
-    """Of its weights and preprocessing, or of its file; not of its code."""
+    """The hash of the weights and the preprocessing, or of the file; the code is not part of it."""
     resize: bool
-    """Pictures of another size are resized and centre-cropped first; the attacker paints on what comes out."""
+    """Images of another size are resized and centre-cropped first; the attacker paints on the result."""
     seed: int = 0
 
 
@@ -72,24 +72,26 @@ def locate(name: str) -> Path:
             f"train recipes/{name}.yaml --data PATH --out models/{name}, then --defense models/{name}"
         )
     if "/" in name:
-        raise InputError(f"there is no folder {name}; give a zoo model (certipatch list models) or what train wrote")
+        raise InputError(
+            f"there is no folder {name}; give a zoo model (certipatch list models) or the folder that train wrote"
+        )
     known = resources.resource_names("zoo", "*/card.json")
     raise InputError(f"unknown defense {name!r}, and no folder of a training; {suggestion(name, known)}")
 
 
 def locate_model(name: str) -> Path:
-    """The folder of a defense whose network is wanted. InputError that names the other forms of --model."""
+    """The folder of the defense that holds a network. InputError that names the other forms of --model."""
     try:
         return locate(name)
     except InputError as error:
-        said = str(error).replace("unknown defense", "unknown model", 1)
-        raise InputError(f"{said}; or somebody else's classifier: {FORMS}") from None
+        message = str(error).replace("unknown defense", "unknown model", 1)
+        raise InputError(f"{message}; or somebody else's classifier: {FORMS}") from None
 
 
 def load(name: str, threat: Threat | None = None) -> Defense:
     """A trained defense, from the zoo or a folder, ready to ``predict`` and ``certify``.
 
-    ``threat`` is the patch that PatchGuard and its kin are built for; without, the one that their card names.
+    ``threat`` is the patch of defenses that are built for one, such as PatchGuard; the card's patch by default.
     """
     return open_defense(name, threat=threat)[0]
 
@@ -101,7 +103,7 @@ def open_defense(
 
     Args:
         name, model, changes: the fields of a ``DefenseRef``; ``model`` is a zoo name or folder.
-        threat: the one that defenses whose answers depend on the patch are built for; None for that of their card.
+        threat: the threat of defenses whose predictions depend on the patch; None for the card's.
     """
     check_method(name, model)
     if model is None:
@@ -110,7 +112,7 @@ def open_defense(
 
 
 def check_method(name: str, model: str | None) -> None:
-    """InputError for a method without a network to go around, and for a network without a method."""
+    """InputError for a method without a network, and for a network without a method."""
     if model is None and name in METHODS:
         raise InputError(f"--defense {name} is a method; name the network it goes around with --model, as a zoo name")
     if model is not None and name not in METHODS:
@@ -120,9 +122,9 @@ def check_method(name: str, model: str | None) -> None:
 def open_named(
     ref: DefenseRef, threat: Threat | None, probe: DatasetProbe = lambda: ((), None)
 ) -> tuple[Any, Card | ClassifierInfo, str]:
-    """A defense built for ``threat``, or for that of its card; its card; and its name in results.
+    """A defense built for ``threat``, or for the threat of its card; its card; and its name in results.
 
-    Somebody else's classifier goes by the pictures that ``probe`` looks at; without any, by the size that it reads.
+    Somebody else's classifier takes the size of the images that ``probe`` looks at, or its own input size without any.
     """
     if ref.model is not None and is_adapter(ref.model) and not Path(ref.model).is_dir():
         check_method(ref.name, ref.model)
@@ -147,7 +149,7 @@ def open_named(
 def open_certified(
     ref: DefenseRef, threat: Threat, probe: DatasetProbe = lambda: ((), None)
 ) -> tuple[Defense, Card | ClassifierInfo, str]:
-    """As ``open_named``. InputError for an empirical defense, which proves nothing."""
+    """Open a certified defense as ``open_named`` does. InputError for an empirical defense, which proves nothing."""
     defense, card, name = open_named(ref, threat, probe)
     if not isinstance(defense, Defense):
         raise InputError(f"{name} is an empirical defense, it certifies nothing; attack it: certipatch attack")
@@ -155,11 +157,10 @@ def open_certified(
 
 
 def attacked_image_size(network: Adapted, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(H, W) of the pictures that the attacker paints, from the sizes of those that there are.
+    """(H, W) of the images that the attacker paints, from the sizes of the given images.
 
-    Pictures of one size stay as they are where the network reads any, or where they are no larger than what it reads:
-    the resize to that is the network's own, after the attacker. Pictures of other sizes are resized to the network's
-    input size before the attack.
+    Images of one size stay unchanged if the network reads any size, or if they are no larger than its input: the network
+    then resizes them itself, after the attack. Other images are resized to the network's input size before the attack.
     """
     reads = network.image_size
     one = sizes[0] if len(set(sizes)) == 1 else None
@@ -182,18 +183,18 @@ def wrap_classifier(
     image_size: tuple[int, int],
     classes: tuple[str, ...] | None = None,
 ) -> tuple[Any, ClassifierInfo]:
-    """The defense ``method`` around a classifier, and the facts about it. The first pictures check the model.
+    """The defense ``method`` around a classifier, and the facts about it. The first images check the model.
 
     Args:
         network: the classifier.
-        method: a defense of networks that read whole pictures.
-        threat: the one that defenses whose answers depend on the patch are built for.
+        method: a defense of networks that read whole images.
+        threat: the threat of defenses whose predictions depend on the patch.
         changes: settings of the defense that differ from its defaults.
-        image_size: (H, W) of the pictures that the attacker paints.
-        classes: names of the pictures' classes. Where the network knows them and others too, it answers with them alone;
-            where it has no names they are its names.
+        image_size: (H, W) of the images that the attacker paints.
+        classes: names of the images' classes. A network that knows them among others predicts only them; a network
+            without names takes them as its names.
 
-    Errors: InputError for another method, and for settings that it has not.
+    Errors: InputError for another method, and for unknown settings.
     """
     if not METHODS[method].reads_whole_images:
         known = names_with("reads_whole_images")
@@ -216,7 +217,7 @@ def wrap_classifier(
 
 
 def check_threat(threat: Threat, card: Card | ClassifierInfo) -> None:
-    """InputError unless the threat fits the pictures that the defense reads."""
+    """InputError unless the threat fits the images that the defense reads."""
     if isinstance(threat, PatchThreat):
         threat.locations(card.image_size)
     elif threat.pixels > card.image_size[0] * card.image_size[1]:
@@ -224,7 +225,7 @@ def check_threat(threat: Threat, card: Card | ClassifierInfo) -> None:
 
 
 def check_shape(shape: tuple[int, ...], card: Card | ClassifierInfo, name: str) -> None:
-    """InputError unless pixels (H, W, C) are what the card's network reads."""
+    """InputError unless the card's network reads pixels (H, W, C) of this shape."""
     height, width, channels = shape
     if (height, width) != card.image_size:
         wanted = f"{card.image_size[0]}x{card.image_size[1]}"

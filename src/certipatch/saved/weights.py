@@ -1,4 +1,4 @@
-"""A network's weights on disk, as safetensors: they cannot run code, and nothing is half written."""
+"""A network's weights on disk, as safetensors: they cannot run code, and no file is half written."""
 
 import hashlib
 import os
@@ -21,8 +21,8 @@ def save_weights(folder: Path, network: nn.Module, stored: str) -> str:
     """Write ``weights.safetensors`` with floating-point weights as ``stored``; gives its sha256.
 
     Args:
-        stored: ``float32``, ``float16``, or ``int8``: of each weight of several axes whole numbers of −127 to 127, and
-            beside it, as NAME:scale, what those of each output are multiplied by; vectors stay float32.
+        stored: ``float32``, ``float16``, or ``int8``. With int8, a weight of several axes is stored as whole numbers from −127
+            to 127, and its factor per output as NAME:scale; vectors stay float32.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
@@ -42,13 +42,13 @@ def save_weights(folder: Path, network: nn.Module, stored: str) -> str:
 
 
 def restored(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What ``save_weights`` wrote, floating-point weights in float32."""
-    found = {n: w.float() if w.is_floating_point() else w for n, w in tensors.items() if not n.endswith(SCALE)}
+    """The weights that ``save_weights`` wrote, floating-point ones in float32."""
+    weights = {n: w.float() if w.is_floating_point() else w for n, w in tensors.items() if not n.endswith(SCALE)}
     for name, scale in tensors.items():
         if name.endswith(SCALE):
-            whole = found[name.removesuffix(SCALE)].float()
-            found[name.removesuffix(SCALE)] = whole * _along(scale.float(), whole)
-    return found
+            whole = weights[name.removesuffix(SCALE)].float()
+            weights[name.removesuffix(SCALE)] = whole * _along(scale.float(), whole)
+    return weights
 
 
 def _along(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ def _along(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all. OSError where there is no room or permission."""
+    """Write a safetensors file, whole or not at all. OSError if there is no room or permission."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_bytes(save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata))
     with temporary.open("rb") as file:

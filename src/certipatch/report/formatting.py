@@ -16,15 +16,15 @@ NOTIONS = {
 
 
 def plain(method: str, theorem: str, views: str | None) -> str:
-    """The theorem of a defense in plain words; as it is for a defense that has none, or is not known here."""
+    """The theorem of a defense in plain words; the theorem itself if the defense has no such words or is unknown here."""
     with suppress(KeyError, InputError):
         if words := METHODS[method].in_words:
             return words.format(views=f"partial pictures ({views})" if views else "partial pictures")
-    return f"It is certified where the theorem holds: {theorem}."
+    return f"It is certified if the theorem holds: {theorem}."
 
 
 def percent(fraction: float, images: int) -> str:
-    """61.3 %, with a second decimal from 10,000 pictures on."""
+    """61.3 %, with a second decimal from 10,000 images on."""
     return f"{100 * fraction:.{2 if images >= 10_000 else 1}f}\u202f%"
 
 
@@ -35,7 +35,7 @@ def interval(bounds: Sequence[float], images: int) -> str:
 
 
 def margin(value: float) -> str:
-    """A margin with its sign: +3, 0, −0.25, −∞; in words where it is too close to zero to be written."""
+    """A margin with its sign: +3, 0, −0.25, −∞; in words if it is too close to zero to be written."""
     if math.isnan(value):
         return "unknown"
     if 0 < abs(value) < 1e-6:
@@ -45,7 +45,7 @@ def margin(value: float) -> str:
 
 
 def attack(threat: dict[str, Any]) -> str:
-    """What the attacker cannot do, as the subject of a sentence: "no 5×5-pixel patch, placed anywhere and …"."""
+    """The excluded attack as the subject of a sentence: "no 5×5-pixel patch, placed anywhere and …"."""
     if threat["kind"] == "sparse":
         return f"no repainting of any {_count(threat['pixels'], 'pixel')}, wherever they lie,"
     one, count = _patch(threat["size"], threat["shape"]), threat["count"]
@@ -55,11 +55,11 @@ def attack(threat: dict[str, Any]) -> str:
 
 def rows(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Settings as (name, value) in plain words; a setting within a setting is named "outer · inner"."""
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for key, value in values.items():
         name = prefix + str(key).replace("_", " ")
-        found += rows(value, name + " · ") if isinstance(value, dict) else [(name, _value(value))]
-    return found
+        pairs += rows(value, name + " · ") if isinstance(value, dict) else [(name, _value(value))]
+    return pairs
 
 
 def _patch(size: Any, shape: str | None) -> str:

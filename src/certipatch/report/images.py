@@ -1,4 +1,4 @@
-"""One picture of a report."""
+"""One image of a report."""
 
 from dataclasses import dataclass
 from typing import final
@@ -10,12 +10,12 @@ STATES = ("certified", "open", "wrong", "alarm")
 
 @final
 @dataclass(frozen=True, eq=False)
-class Explored:
-    """What the explorer needs to know of one picture, R rows of ``sees``, V views and K classes.
+class ExplorerData:
+    """The explorer's data of one image, for R rows of ``sees``, V views and K classes.
 
-    answer: the answer's class. target: the true class, if it is known. margins: float64 (R,), the margin of the places of
-    each row. evidence: (V, K), bool votes or float32 scores as the rule counts them. unsure: bool (V,), views that belong
-    to the attacker everywhere, or None.
+    answer: the predicted class. target: the true class, if it is known. margins: float64 (R,), the margin of the locations
+    of each row. evidence: (V, K), bool votes or float32 scores as the rule counts them. unsure: bool (V,), views that
+    belong to the attacker everywhere, or None.
     """
 
     answer: int
@@ -27,14 +27,14 @@ class Explored:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """One picture, the answer to it, and where a patch could change that answer.
+class ReportImage:
+    """One image, its prediction, and the locations at which a patch could change the prediction.
 
     image: uint8 (H, W, C), C = 1 or 3. title: "picture 17" or a file name. target: the true class's name; None for the
-    user's own pictures. label: the answer. margin: the smallest margin, may be -inf. weakest: (top, left, height,
+    user's own images. label: the predicted class. margin: the smallest margin, may be -inf. weakest: (top, left, height,
     width) of the location that has it, in pixels. largest_patch: side of the largest certified square in pixels, 0 for
     none. map: float (H, W), for each pixel the smallest margin over the locations that cover it, may hold ±inf.
-    alarm: whether the clean picture raises one. explored: what the explorer needs, if the picture is in it.
+    alarm: True if the clean image raises one. explored: the explorer's data, if the image is in the explorer.
     """
 
     image: np.ndarray
@@ -47,7 +47,7 @@ class Shown:
     largest_patch: int | None = None
     map: np.ndarray | None = None
     alarm: bool = False
-    explored: Explored | None = None
+    explored: ExplorerData | None = None
 
     def __post_init__(self):
         if self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[2] not in (1, 3):
