@@ -105,8 +105,8 @@ def target(
         some = load(context.data, context.split, limit=1)
         size = attacked_image_size(network, [some.pixels([0]).shape[1:3]])
         method = method or Undefended.name
-        defense, sheet = wrap_classifier(network, method, built_for, settings, size, some.class_names)
-        return Target(defense, sheet, f"{method}:{network.name}", name)
+        defense, info = wrap_classifier(network, method, built_for, settings, size, some.class_names)
+        return Target(defense, info, f"{method}:{network.name}", name)
     folder = context.folder(slot)
     if folder is None:
         return missing(slot)
