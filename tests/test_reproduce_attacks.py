@@ -197,7 +197,10 @@ def test_the_page_of_an_attack_comes_from_its_records(world, tmp_path):
         (config | {"attack": config["attack"] | {"name": "nonsense"}}, "unknown attack"),
         (config | {"attack": config["attack"] | {"defense": "x"}}, "damaged settings"),
         (config | {"attack": {"name": "square", "starts": 1, "steps": 1, "extra": 1}}, "damaged settings"),
-        (config | {"attack": config["attack"] | {"adaptive": False}, "classes": []}, "classes in config.yaml is not"),
+        (
+            config | {"attack": config["attack"] | {"adaptive": False}, "classes": []},
+            "classes in config.yaml does not follow",
+        ),
         (
             config | {"attack": {"name": "square", "starts": 1, "steps": 1}},
             "attack in config.yaml does not follow from the model",
