@@ -1,4 +1,4 @@
-"""What it costs to store records: one part of 250 pictures of the shipped sample, 28x28, 28 column bands, 5x5 patches.
+"""The cost of storing records: one part of 250 pictures of the shipped sample, 28x28, 28 column bands, 5x5 patches.
 
 Certifying is all that a result needs: decoding, the network, margins for 576 places, the largest certified square.
 Storing is all that a run folder adds: hashes of the pictures, rows, evidence, digests, and two files forced to the disk.

@@ -63,7 +63,7 @@ class BordaCount(Rule):
 
 
 class BordaSettings(DefenseSettings):
-    """How many ranks get points: R for the best class of a view, R − 1 for the next, and so on."""
+    """Number of ranks that get points: R for the best class of a view, R − 1 for the next, and so on."""
 
     ranks: int = Field(default=2, ge=1, le=1000)
 

@@ -13,7 +13,7 @@ from certipatch.training.recipe import Augment
 
 @dataclass(frozen=True)
 class Changes:
-    """What is done to each picture of a batch: a part of it is cut out, of (H, W) pixels, then mirrored or not, then turned.
+    """The changes of each image of a batch: (H, W) pixels are cut out of it, then mirrored or not, then turned.
 
     Args:
         size: (H, W) of what is shown.
@@ -44,13 +44,13 @@ class Changes:
         return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
     def source(self, points: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n 2"]:
-        """Where points (row, column) of what is shown lie in the picture."""
+        """Positions (row, column) in the original image of points of the changed one."""
         if self.turned is not None:
             points = self._middle + (points - self._middle) @ self.turned.mT
         return self._opposite(points) + self.corners[:, None]
 
     def shown(self, points: Float[Tensor, "B n 2"]) -> Float[Tensor, "B n 2"]:
-        """Where points of the picture lie in what is shown."""
+        """Positions (row, column) in the changed image of points of the original one."""
         points = self._opposite(points - self.corners[:, None])
         if self.turned is not None:
             points = self._middle + (points - self._middle) @ torch.linalg.inv(self.turned).mT
@@ -73,16 +73,16 @@ class Changes:
         return F.grid_sample(images.float(), grid.to(images.device), align_corners=False)
 
 
-def draw_changes(batch: int, image_size: tuple[int, int], asked: Augment, draw: torch.Generator) -> Changes:
-    """What is done to each of ``batch`` pictures of (H, W) pixels."""
+def draw_changes(batch: int, image_size: tuple[int, int], augment: Augment, draw: torch.Generator) -> Changes:
+    """Draw the changes of each of ``batch`` images of (H, W) pixels."""
     corners, size = torch.zeros(batch, 2, dtype=torch.int64), image_size
-    if asked.max_shift:
-        corners = torch.randint(0, 2 * asked.max_shift + 1, (batch, 2), generator=draw) - asked.max_shift
-    if asked.crop is not None:
-        inner = [torch.randint(0, side - asked.crop + 1, (batch,), generator=draw) for side in image_size]
-        corners, size = corners + torch.stack(inner, dim=1), (asked.crop, asked.crop)
-    mirrored = torch.rand(batch, generator=draw) < 0.5 if asked.flip else torch.zeros(batch, dtype=torch.bool)
-    turned = _turns(batch, asked, draw) if asked.max_rotation or asked.max_scale else None
+    if augment.max_shift:
+        corners = torch.randint(0, 2 * augment.max_shift + 1, (batch, 2), generator=draw) - augment.max_shift
+    if augment.crop is not None:
+        inner = [torch.randint(0, side - augment.crop + 1, (batch,), generator=draw) for side in image_size]
+        corners, size = corners + torch.stack(inner, dim=1), (augment.crop, augment.crop)
+    mirrored = torch.rand(batch, generator=draw) < 0.5 if augment.flip else torch.zeros(batch, dtype=torch.bool)
+    turned = _turns(batch, augment, draw) if augment.max_rotation or augment.max_scale else None
     return Changes(size, corners, mirrored, turned)
 
 
@@ -106,10 +106,10 @@ def mixed(
     return images.lerp(images[other], share[:, :, None, None]), targets.lerp(targets[other], share)
 
 
-def _turns(batch: int, asked: Augment, draw: torch.Generator) -> Float[Tensor, "B 2 2"]:
+def _turns(batch: int, augment: Augment, draw: torch.Generator) -> Float[Tensor, "B 2 2"]:
     """Angles are drawn evenly, factors of the two axes evenly in their logarithm."""
     uniform = 2 * torch.rand(batch, 3, generator=draw) - 1
-    angle, factors = math.radians(asked.max_rotation) * uniform[:, 0], (1 + asked.max_scale) ** uniform[:, 1:]
+    angle, factors = math.radians(augment.max_rotation) * uniform[:, 0], (1 + augment.max_scale) ** uniform[:, 1:]
     rows = [torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)]
     return torch.stack(rows, 1) * factors[:, None]
 

@@ -31,7 +31,7 @@ def bound_loss(margins: Float[Tensor, "B R"]) -> Float[Tensor, ""]:
 
 
 def worst_margins(
-    found: Layout,
+    layout: Layout,
     images: Float[Tensor, "B C H W"],
     label: Int[Tensor, " B"],
     where: Places,
@@ -40,12 +40,12 @@ def worst_margins(
 ) -> Float[Tensor, "B R"]:
     """For each rival the smallest margin over all blocks of places, or over those of ``index``.
 
-    Its gradient is that of the bounds of all places: the worst are found without autograd, and only they, at most
+    Its gradient is that of the bounds of all places: the worst are searched without autograd, and only they, at most
     K − 1 for a picture, are bounded again with it.
     """
     with torch.no_grad():
-        _, at = worst(found.passage(), images, label, where, strength, index)
-    return margins_at(found.passage(), images, label, where, at, strength)
+        _, at = worst(layout.passage(), images, label, where, strength, index)
+    return margins_at(layout.passage(), images, label, where, at, strength)
 
 
 def drawn_places(predicted: Float[Tensor, "B K L"], count: int, noise: Float[Tensor, "B n L"]) -> Int64[Tensor, "B n"]:
@@ -64,34 +64,34 @@ class IntervalObjective(nn.Module):
 
     Args:
         network: (B, C, H, W) → (B, K).
-        asked: what the recipe says.
+        settings: the recipe's ``interval``.
         picture: (C, H, W).
         classes: K.
 
     Errors: InputError where the network has layers without bounds, or the patch does not fit.
     """
 
-    def __init__(self, network: nn.Module, asked: IntervalTraining, picture: tuple[int, int, int], classes: int):
+    def __init__(self, network: nn.Module, settings: IntervalTraining, picture: tuple[int, int, int], classes: int):
         super().__init__()
-        self.network, self.asked, self.classes = network, asked, classes
+        self.network, self.settings, self.classes = network, settings, classes
         self.layout = layout(network, picture)
-        self.guide = UNet(picture[0], classes) if asked.strategy == "guided" else None
+        self.guide = UNet(picture[0], classes) if settings.strategy == "guided" else None
         self.places: Places | None = None
-        if asked.strategy != "sparse":
-            pooled = asked.pool if asked.strategy == "pooled" else ()
-            self.places = places(PatchThreat(asked.patch), picture[1:], pooled)
+        if settings.strategy != "sparse":
+            pooled = settings.pool if settings.strategy == "pooled" else ()
+            self.places = places(PatchThreat(settings.patch), picture[1:], pooled)
             check_pools(self.layout.passage(), pooled)
 
     def forward(self, images: Tensor, target: Tensor, share: float, draw: torch.Generator) -> Tensor:
-        """The loss of pictures after a share of the training: bounds in float32, the U-Net as asked."""
-        strength = self.asked.strength(share)
+        """The loss of pictures after a share of the training: bounds in float32, the U-Net in the training's precision."""
+        strength = self.settings.strength(share)
         guess = self.guide(images).float() if self.guide is not None else None
         with torch.autocast(images.device.type, enabled=False):
             loss = images.new_zeros(())
-            if self.asked.strategy == "natural" or self.asked.clean_loss_weight > 0:
-                weight = 1.0 if self.asked.strategy == "natural" else self.asked.clean_loss_weight
+            if self.settings.strategy == "natural" or self.settings.clean_loss_weight > 0:
+                weight = 1.0 if self.settings.strategy == "natural" else self.settings.clean_loss_weight
                 loss = weight * F.cross_entropy(self.network(images), target)
-            if self.asked.strategy == "natural":
+            if self.settings.strategy == "natural":
                 return loss
             if guess is not None:
                 margins, error = self._guided(images, target, strength, guess, draw)
@@ -99,12 +99,12 @@ class IntervalObjective(nn.Module):
             return loss + bound_loss(self._margins(images, target, share, draw))
 
     def _margins(self, images: Tensor, target: Tensor, share: float, draw: torch.Generator) -> Float[Tensor, "B R"]:
-        strength = self.asked.strength(share)
+        strength = self.settings.strength(share)
         if self.places is None:
-            return sparse_passed(self.layout.passage(), images, target, self.asked.pixels, strength)
+            return sparse_passed(self.layout.passage(), images, target, self.settings.pixels, strength)
         where = self.places = self.places.to(images.device)
-        if self.asked.strategy == "random" and share < self.asked.all_start:
-            index = torch.randperm(len(where), generator=draw)[: self.asked.sampled_locations].to(images.device)
+        if self.settings.strategy == "random" and share < self.settings.all_start:
+            index = torch.randperm(len(where), generator=draw)[: self.settings.sampled_locations].to(images.device)
             return worst_margins(self.layout, images, target, where, strength, index)
         return worst_margins(self.layout, images, target, where, strength)
 
@@ -114,7 +114,7 @@ class IntervalObjective(nn.Module):
         """Margins at the places that the U-Net points at, and its squared error there (equations 15 to 18)."""
         assert self.places is not None
         where = self.places = self.places.to(images.device)
-        count, passed = self.asked.sampled_locations, self.layout.passage()
+        count, passed = self.settings.sampled_locations, self.layout.passage()
         rows, columns = where.corners.to(images.device).T
         predicted = guess[:, :, rows, columns]
         noise = torch.rand(len(images), count, len(where), generator=draw).to(images.device)
@@ -131,23 +131,26 @@ class IntervalObjective(nn.Module):
     @torch.no_grad()
     def watch(self, images: Float[Tensor, "B C H W"], target: Int64[Tensor, " B"]) -> dict[str, float]:
         """Losses and accuracies with whole intervals at every place: in the precision of the training, unguarded."""
-        passed, found = self.layout.passage(), []
+        passed, sums_of_parts = self.layout.passage(), []
         for some, own in zip(images.split(WATCHED), target.split(WATCHED), strict=True):
             logits = passed.values(Interval(some, some))[-1].lower
             if self.places is None:
-                margins = sparse_passed(passed, some, own, self.asked.pixels)
+                margins = sparse_passed(passed, some, own, self.settings.pixels)
             else:
                 where = self.places = self.places.to(some.device)
                 margins, _ = worst(passed, some, own, where)
             right, certified = logits.argmax(1) == own, (margins > 0).all(1)
             sums = [F.cross_entropy(logits, own) * len(own), bound_loss(margins) * len(own)]
-            found.append([*(s.item() for s in sums), int(right.sum()), int((right & certified).sum())])
+            sums_of_parts.append([*(s.item() for s in sums), int(right.sum()), int((right & certified).sum())])
         names = ("clean_loss", "bound_loss", "clean_accuracy", "certified_accuracy")
-        return {name: sum(column) / len(images) for name, column in zip(names, zip(*found, strict=True), strict=True)}
+        return {
+            name: sum(column) / len(images)
+            for name, column in zip(names, zip(*sums_of_parts, strict=True), strict=True)
+        }
 
     def parameter_groups(self) -> list[dict[str, object]]:
         """For the optimizer: the network's, and the U-Net's with a rate of its own."""
         groups: list[dict[str, object]] = [{"params": list(self.network.parameters()), "scale": 1.0}]
         if self.guide is not None:
-            groups.append({"params": list(self.guide.parameters()), "scale": self.asked.guide_rate})
+            groups.append({"params": list(self.guide.parameters()), "scale": self.settings.guide_rate})
         return groups

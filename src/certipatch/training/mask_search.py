@@ -88,7 +88,7 @@ class MaskHierarchy:
         return 2 * (len(self.levels[0]) + sum(table.shape[1] for table in self.children))
 
     def hidden(self, pairs: Int64[Tensor, "B 2"]) -> Bool[Tensor, "B H W"]:
-        """What two masks hide together."""
+        """The pixels that two masks hide together."""
         return self.levels[-1][pairs].any(1)
 
     def random(self, batch: int, draw: torch.Generator) -> Int64[Tensor, "B 2"]:

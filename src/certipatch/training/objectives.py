@@ -70,7 +70,7 @@ def worst_mask_margin(
     sees: Bool[Tensor, "L V"],
     windows: Bool[Tensor, "W V"],
 ) -> Float[Tensor, "B L K"]:
-    """What ``rules.RobustMask`` certifies at T = 0 where windows hold all of A, as a share of the views: L_y − t_k.
+    """The margin of ``rules.RobustMask`` at T = 0, if windows hold all of A, as a share of the views: L_y − t_k.
 
     Scores are ≥ 0. +inf at k = y.
     """

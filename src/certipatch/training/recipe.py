@@ -28,7 +28,7 @@ INTERVAL_DEFAULTS = {
 
 
 class Objective(Settings):
-    """Which views a step looks at, and what it asks of them."""
+    """The views of a step, and the terms of its loss."""
 
     renamed: ClassVar[dict[str, str]] = {
         "cross_entropy": "cross_entropy_weight",
@@ -62,7 +62,7 @@ class Objective(Settings):
     mask_margin_weight: float = Field(default=0.0, ge=0)
     """Weight of the certificate of robust masking itself, on confidences, at its worst location and rival."""
     margin_temperature: float = Field(default=0.02, gt=0)
-    """Of the smooth worst case, as a share of the views."""
+    """Temperature of the smooth worst case, as a share of the views."""
     margin_scale: float = Field(default=10.0, gt=0)
     """Steepness of the loss of a margin, per share of the views."""
 
@@ -97,18 +97,18 @@ class IntervalTraining(Settings):
     }
 
     strategy: Literal["all", "random", "guided", "pooled", "sparse", "natural"] = "all"
-    """Which bounds a step looks at: of all places of the patch; of a random few; of a few that a U-Net thinks bad; of
-    blocks of places; of any few pixels; none."""
+    """Bounds of a step: at all locations of the patch; at a random few; at a few that a U-Net expects to be bad; for
+    blocks of locations; for any few pixels; none."""
     patch: Side | tuple[Side, Side] = 5
-    """Of the patch in pixels: the side of a square, or height and width."""
+    """Size of the patch in pixels: the side of a square, or height and width."""
     sampled_locations: int = Field(default=10, ge=1, le=4096)
-    """Of ``random`` (drawn anew for each batch, shared by its pictures) and ``guided`` (drawn for each picture)."""
+    """Locations of a step, for ``random`` (drawn for each batch, shared by its images) and ``guided`` (for each image)."""
     all_start: float = Field(default=1.0, ge=0, le=1)
-    """Of ``random``: share of the training after which a step looks at all places."""
+    """For ``random``: share of the training after which a step bounds all locations."""
     pool: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(default=(2,), min_length=1, max_length=4)
-    """Of ``pooled``: sides of the squares of places that have one bound behind the first, second … layer."""
+    """For ``pooled``: sides of the squares of locations that have one bound behind the first, second … layer."""
     pixels: int = Field(default=4, ge=1, le=4096**2)
-    """Of ``sparse``: how many pixels the attacker changes."""
+    """For ``sparse``: number of pixels that the attacker changes."""
     ramp_start: float = Field(default=0.01, ge=0, le=1)
     """Share of the training after which intervals grow."""
     ramp_end: float = Field(default=0.61, ge=0, le=1)
@@ -116,7 +116,7 @@ class IntervalTraining(Settings):
     clean_loss_weight: float = Field(default=0.0, ge=0)
     """Weight of the cross entropy of clean pictures beside that of the bounds; the paper has none."""
     guide_rate: float = Field(default=2.0, gt=0)
-    """Of ``guided``: learning rate of the U-Net, as a multiple of the network's."""
+    """For ``guided``: learning rate of the U-Net, as a multiple of the network's."""
 
     @model_validator(mode="after")
     def _check(self) -> "IntervalTraining":
@@ -152,17 +152,17 @@ class MaskTraining(Settings):
     """Two random masks (Xiang et al. 2022); the worst one and the worst beside it (Saha et al. 2023); or, at no cost, those
     that a picture learned from when it came up before, one of them moved to where its gradient then led."""
     coarse_grids: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(default=(), max_length=3)
-    """Of ``greedy``: masks per axis of larger masks that are tried first; then only those within the worst of them."""
+    """For ``greedy``: masks per axis of larger masks that are tried first; then only those within the worst of them."""
     greedy_start: float = Field(default=0.0, ge=0, le=1)
-    """Of ``greedy``: share of the training after which masks are the worst ones; before it they are random."""
+    """For ``greedy``: share of the training after which masks are the worst ones; before it they are random."""
     climbing_start: float = Field(default=0.0, ge=0, le=1)
-    """Of ``hill-climbing``: share of the training after which masks move along the gradient; before it they are random."""
+    """For ``hill-climbing``: share of the training after which masks move along the gradient; before it they are random."""
     small_mask_fraction: float = Field(default=0.0, ge=0, le=1)
     """Share of the batches that learn under the smaller masks of the defense; the others learn under the larger ones."""
     small_mask_start: float = Field(default=0.0, ge=0, le=1)
     """Share of the training after which they do; before it all learn under the larger ones."""
     random_candidates: int = Field(default=1, ge=1, le=64)
-    """Of random masks: how many pairs are drawn for a picture, of which it learns from the one of largest loss."""
+    """For random masks: pairs that are drawn for an image, which learns from the one of largest loss."""
     random_candidates_start: float = Field(default=0.0, ge=0, le=1)
     """Share of the training after which that many are drawn; before it one."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -265,7 +265,7 @@ class Recipe(DefenseSpec):
     training."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     weight_dtype: Literal["float32", "float16", "int8"] = "float32"
-    """How the trained weights are stored, and so served; ``int8``: in steps of 1/127 of the largest of each output."""
+    """Type in which weights are stored, and so served; ``int8``: in steps of 1/127 of the largest of each output."""
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="before")
@@ -275,7 +275,7 @@ class Recipe(DefenseSpec):
 
     @property
     def threat(self) -> Threat:
-        """What the training is to withstand."""
+        """The threat that the training is to withstand."""
         if self.mask_training is not None:
             return PatchThreat(self.settings["patch"])
         if self.interval is None:
@@ -285,7 +285,7 @@ class Recipe(DefenseSpec):
 
     @model_validator(mode="after")
     def _fits(self) -> "Recipe":
-        asked = self.objective
+        objective = self.objective
         method = METHODS[self.defense]
         if self.interval is not None and not method.trains_by_bounds:
             raise ValueError(
@@ -297,9 +297,9 @@ class Recipe(DefenseSpec):
             raise ValueError(
                 "members of a fallback-ensemble are trained one by one; give the trained models as init_from, with epochs: 0"
             )
-        if self.interval is not None and asked != Objective():
+        if self.interval is not None and objective != Objective():
             raise ValueError("interval stands instead of objective; leave one out")
-        if self.mask_training is not None and (self.interval is not None or asked != Objective()):
+        if self.mask_training is not None and (self.interval is not None or objective != Objective()):
             raise ValueError("mask_training stands instead of objective and interval; leave them out")
         if (
             self.mask_training is not None
@@ -313,19 +313,19 @@ class Recipe(DefenseSpec):
             raise ValueError(f"training under masks is for {names_with('trains_under_masks')}, not {self.defense}")
         if self.halving_interval is not None and self.interval is None:
             raise ValueError("halving_interval begins when intervals are whole; it needs interval")
-        if self.model.local_logits and asked.views_per_step != "all":
+        if self.model.local_logits and objective.views_per_step != "all":
             raise ValueError("a network of local logits yields all of them at once; use objective.views_per_step: all")
         if method.reads_whole_images and (
-            asked.vote_margin_weight or asked.mask_margin_weight or asked.masked_cross_entropy_weight
+            objective.vote_margin_weight or objective.mask_margin_weight or objective.masked_cross_entropy_weight
         ):
             raise ValueError("a network without views has no margin to raise; use cross_entropy_weight alone")
         if self.augment.crop is not None and (not isinstance(self.model, BagNetSettings) or self.model.resize):
             raise ValueError("augment.crop is for networks of any picture size: a bagnet without resize")
-        if self.views is not None and self.views.random and asked.views_per_step == "all":
+        if self.views is not None and self.views.random and objective.views_per_step == "all":
             raise ValueError(f"{self.views.name} cannot all be shown; use objective.views_per_step: 1")
         if (
             self.views is not None
-            and (asked.mask_margin_weight or asked.masked_cross_entropy_weight)
+            and (objective.mask_margin_weight or objective.masked_cross_entropy_weight)
             and self.views.count != 1
         ):
             raise ValueError("robust masking needs views of one band or block")

@@ -1,4 +1,4 @@
-"""What a training begins with: weights of trained models, and parts of the network that stay as they are."""
+"""The start of a training: weights of trained models, and parts of the network that stay as they are."""
 
 from torch import nn
 

@@ -186,7 +186,7 @@ def train(recipe: Recipe, out: Path, progress: Progress = lambda done, total, te
 
 
 def share_of_batch(pictures: int, rank: int, count: int) -> tuple[slice, float]:
-    """Which pictures of a batch one of ``count`` processes works on, and the weight of its mean loss.
+    """The images of a batch that one of ``count`` processes works on, and the weight of its mean loss.
 
     The mean of the weighted losses of all processes is the mean over the pictures, also where some have more of them
     than others. A process that is left without any takes the first one along, at weight 0.
@@ -219,8 +219,8 @@ def _generator(seed: int, number: int, purpose: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def _bounded(asked: IntervalTraining, card: cards.Card, network: nn.Module) -> IntervalObjective:
-    return IntervalObjective(network, asked, (card.channels, *card.image_size), len(card.classes))
+def _bounded(settings: IntervalTraining, card: cards.Card, network: nn.Module) -> IntervalObjective:
+    return IntervalObjective(network, settings, (card.channels, *card.image_size), len(card.classes))
 
 
 def _optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
@@ -260,14 +260,14 @@ def _masked(
     memory: MaskMemory | None,
     classes: int,
 ) -> MaskLoss:
-    """The loss under two masks of the recipe's defense, with coarser sets of masks before them where asked for."""
-    asked, settings, finest = recipe.mask_training, recipe.settings, sets[0]
-    assert asked is not None
+    """The loss under two masks of the recipe's defense, with coarser sets of masks before them if the recipe has them."""
+    training, settings, finest = recipe.mask_training, recipe.settings, sets[0]
+    assert training is not None
     threat, (height, width) = PatchThreat(settings["patch"]), finest.shape[1:]
-    levels = [*(mask_set([threat], (height, width), (k, k)) for k in asked.coarse_grids), finest]
+    levels = [*(mask_set([threat], (height, width), (k, k)) for k in training.coarse_grids), finest]
     fill = settings.get("fill")
     fill = getattr(network, "fill", 0.5) if fill is None else tuple(fill) if isinstance(fill, list) else fill
     masks, until, smaller = MaskHierarchy(levels, fabric.device), recipe.strong_augment_end, []
-    if asked.small_mask_fraction:
+    if training.small_mask_fraction:
         smaller = [MaskHierarchy([*levels, *sets[1 : n + 1]], fabric.device) for n in range(1, len(sets))]
-    return MaskLoss(network, module, masks, asked, fill, fabric.autocast, memory, classes, until, smaller)
+    return MaskLoss(network, module, masks, training, fill, fabric.autocast, memory, classes, until, smaller)

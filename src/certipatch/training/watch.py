@@ -1,4 +1,4 @@
-"""What a training says on its way: accuracies on held-out pictures, beside the bar and in ``log.jsonl``."""
+"""Validation metrics, shown in the progress bar and written to ``log.jsonl``."""
 
 import json
 from pathlib import Path
@@ -40,9 +40,9 @@ def held_out(
         targets = targets[: len(images)]
     label, certified = [], []
     for part in images.split(250):
-        found = defense.certify(part.to(device).float().div(255), threat)
-        label.append(found.label.cpu())
-        certified.append(found.certified.cpu())
+        certificate = defense.certify(part.to(device).float().div(255), threat)
+        label.append(certificate.label.cpu())
+        certified.append(certificate.certified.cpu())
     right = torch.cat(label) == targets.cpu()
     robust = right & torch.cat(certified)
     return {"clean_accuracy": right.double().mean().item(), "certified_accuracy": robust.double().mean().item()}
